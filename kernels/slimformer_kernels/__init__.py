@@ -1,0 +1,32 @@
+"""Kernels for token-sparse transformers, each with its PyTorch reference beside it.
+
+The package stands on its own: it needs PyTorch, and uses Triton where it is installed and a GPU is at hand.
+"""
+
+from .add_rows import add_rows_
+from .add_rows_norm import add_rows_layer_norm_, add_rows_rms_norm_
+from .arguments import set_debug
+from .chunked_head import chunked_cross_entropy, chunked_kl
+from .errors import KernelArgumentError
+from .glu import geglu, geglu_packed, swiglu, swiglu_packed
+from .layer_norm_rows import layer_norm_rows
+from .pooled_scores import PooledScores, pooled_scores
+from .rms_norm_rows import rms_norm_rows
+
+__all__ = [
+    "KernelArgumentError",
+    "PooledScores",
+    "add_rows_",
+    "add_rows_layer_norm_",
+    "add_rows_rms_norm_",
+    "chunked_cross_entropy",
+    "chunked_kl",
+    "geglu",
+    "geglu_packed",
+    "layer_norm_rows",
+    "pooled_scores",
+    "rms_norm_rows",
+    "set_debug",
+    "swiglu",
+    "swiglu_packed",
+]

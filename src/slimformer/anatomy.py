@@ -1,0 +1,326 @@
+"""Where a model keeps its parts: one table row per layer structure, never one function per model family."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimformer.errors import UnsupportedModelError
+
+Kind = Literal["attention", "mlp"]
+KINDS: tuple[Kind, Kind] = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Attribute names, inside a layer, of what one sublayer consists of.
+
+    A sublayer adds `dropout(norm_after(module(norm_before(x))))` to the residual stream `x`. With `outer_norm` it
+    is a post-norm sublayer: `outer_norm(x + module(x))`. With `projection` the module needs a second call that
+    takes the residual itself and contains the norm, as BERT's `output(intermediate(x), x)`; with `whole` the
+    module does all of it, as BERT's `attention(x)`.
+    """
+
+    module: str
+    norm_before: str | None = None
+    norm_after: str | None = None
+    dropout: str | None = None
+    outer_norm: str | None = None
+    projection: str | None = None
+    whole: bool = False
+
+    def children(self) -> set[str]:
+        """Names of the layer's children that this sublayer owns."""
+        fields = (self.module, self.norm_before, self.norm_after, self.dropout, self.outer_norm, self.projection)
+        return {name for name in fields if name is not None}
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether the sublayer normalises after the residual addition."""
+        return self.outer_norm is not None or self.projection is not None or self.whole
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One row of the structure table: how the layers of some families are built."""
+
+    name: str
+    attention: Parts
+    mlp: Parts
+    parallel: bool = False
+    examples: str = ""
+
+    def parts(self, kind: Kind) -> Parts:
+        """The parts of one of the two sublayers."""
+        return self.attention if kind == "attention" else self.mlp
+
+    def is_parallel(self, layer: nn.Module) -> bool:
+        """Whether attention and MLP of `layer` read the same residual. GPT-NeoX decides it per checkpoint."""
+        return bool(getattr(layer, "use_parallel_residual", self.parallel))
+
+
+STRUCTURES: tuple[Structure, ...] = (
+    Structure(
+        "pre-norm",
+        Parts("self_attn", norm_before="input_layernorm"),
+        Parts("mlp", norm_before="post_attention_layernorm"),
+        examples="Llama, Mistral, Qwen2, Qwen3, Mixtral, LLaVA's and Qwen2-VL's decoders",
+    ),
+    Structure(
+        "pre-norm with dropout",
+        Parts("self_attn", norm_before="input_layernorm", dropout="resid_attn_dropout"),
+        Parts("mlp", norm_before="post_attention_layernorm", dropout="resid_mlp_dropout"),
+        examples="Phi-3",
+    ),
+    Structure(
+        "sandwich norms",
+        Parts("self_attn", norm_before="input_layernorm", norm_after="post_attention_layernorm"),
+        Parts("mlp", norm_before="pre_feedforward_layernorm", norm_after="post_feedforward_layernorm"),
+        examples="Gemma 2, Gemma 3",
+    ),
+    Structure(
+        "norms after",
+        Parts("self_attn", norm_after="post_attention_layernorm"),
+        Parts("mlp", norm_after="post_feedforward_layernorm"),
+        examples="OLMo 2",
+    ),
+    Structure("GPT-2", Parts("attn", norm_before="ln_1"), Parts("mlp", norm_before="ln_2"), examples="GPT-2"),
+    Structure(
+        "parallel, two norms",
+        Parts("attention", norm_before="input_layernorm", dropout="post_attention_dropout"),
+        Parts("mlp", norm_before="post_attention_layernorm", dropout="post_mlp_dropout"),
+        parallel=True,
+        examples="GPT-NeoX, Pythia",
+    ),
+    Structure(
+        "parallel, one norm",
+        Parts("self_attn", norm_before="input_layernorm", dropout="resid_dropout"),
+        Parts("mlp", norm_before="input_layernorm", dropout="resid_dropout"),
+        parallel=True,
+        examples="Phi",
+    ),
+    Structure(
+        "parallel, one norm, no dropout",
+        Parts("self_attn", norm_before="input_layernorm"),
+        Parts("mlp", norm_before="input_layernorm"),
+        parallel=True,
+        examples="Cohere",
+    ),
+    Structure(
+        "post-norm",
+        Parts("attention", whole=True),
+        Parts("intermediate", projection="output"),
+        examples="BERT, RoBERTa, MPNet",
+    ),
+    Structure(
+        "post-norm, norms outside",
+        Parts("attention", outer_norm="sa_layer_norm"),
+        Parts("ffn", outer_norm="output_layer_norm"),
+        examples="DistilBERT",
+    ),
+    Structure(
+        "pre-norm encoder",
+        Parts("attn", norm_before="attn_norm"),
+        Parts("mlp", norm_before="mlp_norm"),
+        examples="ModernBERT",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model's layer stack and how to read it.
+
+    Attributes:
+        stack: The module whose `forward` loops over the layers (for a vision-language model, its text decoder).
+        layers: The layers, in order.
+        structure: The row of the table that the layers match.
+        layer_types: The cache and mask type of every layer, such as `"full_attention"`.
+    """
+
+    stack: PreTrainedModel
+    layers: nn.ModuleList
+    structure: Structure
+    layer_types: tuple[str, ...]
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens see only the past, so that a key-value cache exists."""
+        module = attention_core(self.layers[0], self.structure)
+        return bool(getattr(module, "is_causal", False)) or bool(getattr(self.stack.config, "is_decoder", False))
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"{type(self.stack).__name__}: {len(self.layers)} layers, {self.structure.name}"
+
+
+def attention_core(layer: nn.Module, structure: Structure) -> nn.Module:
+    """The module of a layer that calls the attention function and knows its `layer_idx`."""
+    module = getattr(layer, structure.attention.module)
+    for inner in ("self", "attn"):
+        if isinstance(getattr(module, inner, None), nn.Module):
+            return getattr(module, inner)
+    return module
+
+
+def match_structure(layer: nn.Module) -> Structure | None:
+    """The row whose names are exactly the layer's children, or `None`.
+
+    An extra child means something the row does not describe, so it must not match.
+    """
+    children = {name for name, _ in layer.named_children()}
+    for structure in STRUCTURES:
+        if structure.attention.children() | structure.mlp.children() == children:
+            return structure
+    return None
+
+
+def find_anatomy(model: nn.Module) -> Anatomy:
+    """Find the layer stack of a model and the structure of its layers.
+
+    Raises:
+        UnsupportedModelError: If no list of layers matches a row of the table; says what was looked for.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                      num_attention_heads=2, num_key_value_heads=2)
+        >>> find_anatomy(LlamaForCausalLM(config)).describe()
+        'LlamaModel: 2 layers, pre-norm'
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"Expected a transformers PreTrainedModel, a SentenceTransformer or a Pipeline, got {type(model).__name__}."
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model. Supported are decoders and encoders on their own; "
+            "pass the encoder (`model.get_encoder()`) if that is what you use."
+        )
+    root = _text_stack(model)
+    seen: list[str] = []
+    for name, module in root.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        structures = [match_structure(layer) for layer in module]
+        if all(structure is not None and structure is structures[0] for structure in structures):
+            parent = root.get_submodule(name.rpartition(".")[0])
+            stack = parent if isinstance(parent, PreTrainedModel) else root
+            structure = structures[0]
+            if structure is None:
+                continue
+            return Anatomy(stack, module, structure, _layer_types(stack, len(module)))
+        children = sorted(child for child, _ in module[0].named_children())
+        if children:
+            seen.append(f"{name} of {type(module[0]).__name__}: {', '.join(children)}")
+    known = "; ".join(f"{s.name} ({s.examples})" for s in STRUCTURES)
+    raise UnsupportedModelError(
+        f"No list of layers in {type(model).__name__} has a known structure. Found: {' | '.join(seen[:3]) or 'none'}. "
+        f"Looked for: {known}. If the model belongs to one of these, please open an issue with its layer's printout."
+    )
+
+
+def check_structure(anatomy: Anatomy, run: Any) -> None:
+    """Check on eight tokens that a layer computes what its parts suggest.
+
+    Names can match while the arithmetic differs (a residual multiplier, a layer scale), so one layer of each class
+    runs both ways: by its own `forward` and by `run(layer, x, kwargs)`. Skipped where weights are not in memory
+    (meta device), since there is nothing to compute with.
+
+    Raises:
+        UnsupportedModelError: If the two outputs differ by more than rounding.
+    """
+    call = _first_layer_call(anatomy)
+    if call is None:
+        return
+    hidden, kwargs = call
+    checked: set[type] = set()
+    for layer in anatomy.layers:
+        if type(layer) in checked or any(p.is_meta for p in layer.parameters()):
+            continue
+        checked.add(type(layer))
+        with torch.no_grad(), _in_eval_mode(layer):
+            expected = layer(hidden, **kwargs)
+            expected = expected[0] if isinstance(expected, tuple) else expected
+            actual = run(layer, hidden, kwargs)
+        actual = actual[0] if isinstance(actual, tuple) else actual
+        error = (actual.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)
+        tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
+        if not bool(error <= tolerance):
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} has the parts of the structure {anatomy.structure.name!r} "
+                f"({anatomy.structure.examples}) but computes something else with them: relative difference "
+                f"{error.item():.2g} on eight tokens. The model was left as it was."
+            )
+
+
+class _Captured(Exception):  # noqa: N818
+    """Carries the first layer's arguments out of the stack."""
+
+
+def _first_layer_call(anatomy: Anatomy) -> tuple[Tensor, dict[str, Any]] | None:
+    first = anatomy.layers[0]
+    embedding = anatomy.stack.get_input_embeddings()
+    weight = next((p for p in embedding.parameters() if not p.is_meta), None)
+    if weight is None:
+        return None
+    found: dict[str, Any] = {}
+
+    def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = positional_names(module)
+        found.update(zip(names, args, strict=False), **kwargs)
+        raise _Captured
+
+    ids = torch.arange(8, device=weight.device)[None] % embedding.num_embeddings
+    extra = {"use_cache": False} if anatomy.causal else {}
+    handle = first.register_forward_pre_hook(capture, with_kwargs=True, prepend=True)
+    try:
+        with torch.no_grad(), _in_eval_mode(anatomy.stack):
+            anatomy.stack(input_ids=ids, attention_mask=torch.ones_like(ids), **extra)
+    except _Captured:
+        pass
+    finally:
+        handle.remove()
+    hidden = found.pop("hidden_states")
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+    return hidden + noise * hidden.float().std().to(hidden.dtype), found
+
+
+@contextlib.contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def positional_names(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the positional parameters of a layer's own forward, without `self`."""
+    code = type(layer).forward
+    while hasattr(code, "__wrapped__"):
+        code = code.__wrapped__
+    return code.__code__.co_varnames[1 : code.__code__.co_argcount]
+
+
+def _text_stack(model: PreTrainedModel) -> PreTrainedModel:
+    # get_decoder finds the text decoder of vision-language models and returns the base model elsewhere.
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+
+
+def _layer_types(stack: PreTrainedModel, count: int) -> tuple[str, ...]:
+    types = getattr(stack.config, "layer_types", None)
+    if types is not None:
+        return tuple(types[:count])
+    sliding = getattr(stack.config, "sliding_window", None) is not None
+    return ("sliding_attention" if sliding else "full_attention",) * count

@@ -1,0 +1,182 @@
+"""Key-value cache slots and filter state when some attentions no longer run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+
+from slimformer.errors import PlanError
+
+
+def compact_slots(layer_types: Sequence[str], dropped: Sequence[int]) -> list[int]:
+    """Assign every layer a cache slot so that surviving attentions fill the first slots of their own type.
+
+    `Cache.get_seq_length()` and the mask builders read the first slot of each type, so those slots must belong to
+    attentions that still run; and a slot's type (sliding or full) is fixed by the config, so layers only move
+    among slots of their own type. Dropped attentions get the slots left over.
+
+    Args:
+        layer_types: The cache type of every layer.
+        dropped: Indices of layers whose attention does not run.
+
+    Returns:
+        The slot of every layer.
+
+    Raises:
+        PlanError: If nothing that survives can fill slot 0, from which positions are counted.
+
+    Example:
+        >>> compact_slots(["full"] * 4, dropped=[0, 2])
+        [2, 0, 3, 1]
+        >>> compact_slots(["sliding", "full", "sliding", "full"], dropped=[0])
+        [2, 1, 0, 3]
+    """
+    gone = set(dropped)
+    slots = list(range(len(layer_types)))
+    for kind in dict.fromkeys(layer_types):
+        own = [i for i, t in enumerate(layer_types) if t == kind]
+        order = [i for i in own if i not in gone] + [i for i in own if i in gone]
+        for layer, slot in zip(order, own, strict=True):
+            slots[layer] = slot
+    if gone and slots.index(0) in gone:
+        raise PlanError(
+            f"The plan drops every attention of type {layer_types[0]!r} (layers "
+            f"{[i for i, t in enumerate(layer_types) if t == layer_types[0]]}), and positions are counted in the "
+            "cache of the first of them. Keep at least one attention of this type."
+        )
+    return slots
+
+
+class FilterState(CacheLayerMixin):
+    """The last inputs of a causal filter, kept in the cache slot of the attention that the filter replaces.
+
+    Living inside the cache makes it follow beam reordering, batch selection, cropping and reuse between calls
+    without any code that knows about filters.
+
+    Attributes:
+        state: The last `taps - 1` inputs `[batch, taps - 1, hidden]`, zeros before the first token and at padding;
+            longer while past recording is on, so that a crop can step back.
+    """
+
+    def __init__(self, replaced: CacheLayerMixin, taps: int):
+        super().__init__()
+        self.is_sliding = getattr(replaced, "is_sliding", False)
+        self.is_compileable = bool(getattr(replaced, "is_compileable", False))
+        self.is_croppable = True
+        self.record_past = bool(getattr(replaced, "record_past", False))
+        self.replaced = replaced
+        self.taps = taps
+        self.state: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate zeros like `key_states` `[batch, tokens, hidden]`."""
+        batch, _, hidden = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.state = key_states.new_zeros(batch, self.taps - 1, hidden)
+        if self.is_compileable and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.state)
+        self.is_initialized = True
+
+    def extend(self, inputs: Tensor) -> Tensor:
+        """Put the remembered inputs in front of `inputs` `[batch, tokens, hidden]` and remember the newest.
+
+        Returns:
+            `[batch, taps - 1 + tokens, hidden]`.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(inputs, inputs)
+        state = self.state
+        if state is None or state.shape[0] != inputs.shape[0]:
+            came = "none" if state is None else str(state.shape[0])
+            raise PlanError(
+                f"The cache holds filter states for a batch of {came}, and the input has a batch of "
+                f"{inputs.shape[0]}. Start with a new cache."
+            )
+        keep = self.taps - 1
+        past = state[:, state.shape[1] - keep :] if state.shape[1] > keep else state
+        full = torch.cat([past.to(inputs.dtype), inputs], dim=1)
+        if self.is_compileable:
+            # In place: compiled decode steps rely on the address staying the same.
+            state.copy_(full[:, full.shape[1] - keep :])
+        elif self.record_past:
+            self.state = torch.cat([state.to(inputs.dtype), inputs], dim=1)
+        else:
+            self.state = full[:, full.shape[1] - keep :]
+        return full
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Not an attention: nothing may be stored as keys and values here."""
+        raise PlanError("This cache was filled by a patched model and is now used by one patched differently.")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Sizes of the slot this state stands in; no attention reads them."""
+        return self.replaced.get_mask_sizes(query_length)
+
+    def get_seq_length(self) -> int:
+        """Zero: positions are counted in slots of attentions that run."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """The length that the replaced slot allows."""
+        return self.replaced.get_max_length()
+
+    def activate_past_recording(self) -> None:
+        """Keep inputs until the next crop, as sliding-window caches do for assisted generation."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens.
+
+        Raises:
+            PlanError: If more tokens are removed than were recorded.
+        """
+        if self.state is None:
+            return
+        length, keep = self.state.shape[1], self.taps - 1
+        remove = abs(tokens_to_remove)
+        if length - remove < keep:
+            raise PlanError(
+                f"Cannot crop {remove} tokens: the filter of a dropped attention keeps {keep} inputs and "
+                f"{length - keep} more were recorded. Call `cache.activate_past_recording()` before the forward "
+                "passes that may be cropped."
+            )
+        self.state = self.state[:, length - remove - keep : length - remove]
+
+    def reset(self) -> None:
+        """Back to zeros."""
+        if self.state is not None:
+            self.state = self.state.zero_() if self.is_compileable else None
+            self.is_initialized = self.is_compileable
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences of the batch."""
+        if self.state is not None:
+            self.state = self.state[indices.to(self.state.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence of the batch."""
+        if self.state is not None:
+            self.state = self.state.repeat_interleave(repeats, dim=0)
+
+
+def filter_state(cache: Cache | None, slot: int, taps: int) -> FilterState | None:
+    """The filter state in `slot` of `cache`, put there if need be; `None` without a cache."""
+    if cache is None:
+        return None
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    while len(cache.layers) <= slot:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[slot]
+    if not isinstance(layer, FilterState):
+        layer = FilterState(layer, taps)
+        cache.layers[slot] = layer
+    return layer

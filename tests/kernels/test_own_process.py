@@ -1,0 +1,49 @@
+"""What needs a process of its own: the interpreter where Triton came first, and a machine without Triton."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from slimformer_kernels.dispatch import HAS_TRITON
+
+HERE = Path(__file__).parent
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+import slimformer_kernels as kernels
+x, rows = torch.randn(6, 8), torch.tensor([1, 4])
+kernels.add_rows_rms_norm_(x, rows, torch.ones(2, 8), torch.ones(8), 1e-6)
+kernels.layer_norm_rows(x, rows, torch.ones(8))
+kernels.swiglu_packed(x)
+kernels.pooled_scores(torch.randn(1, 2, 9, 4), torch.randn(1, 1, 9, 4), block=4)
+kernels.chunked_cross_entropy(x, torch.randn(11, 8), torch.zeros(6, dtype=torch.long))
+compiled = torch.compile(kernels.rms_norm_rows, fullgraph=True, backend="eager")
+compiled(x, rows, torch.ones(8), 1e-6)
+"""
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | environment
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_everything_runs_silently_without_triton():
+    done = run("-c", WITHOUT_TRITON)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_kernels_in_the_interpreter_where_triton_was_imported_first(interpreted):
+    if not HAS_TRITON or torch.cuda.is_available() or interpreted:
+        pytest.skip("the kernel tests of this folder run in this process, or Triton is not installed")
+    files = [str(HERE / "test_row_kernels.py"), str(HERE / "test_pooled_scores.py")]
+    done = run("-m", "pytest", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout
