@@ -37,7 +37,14 @@ class Parts:
 
     def children(self) -> set[str]:
         """Names of the layer's children that this sublayer owns."""
-        fields = (self.module, self.norm_before, self.norm_after, self.dropout, self.outer_norm, self.projection)
+        fields = (
+            self.module,
+            self.norm_before,
+            self.norm_after,
+            self.dropout,
+            self.outer_norm,
+            self.projection,
+        )
         return {name for name in fields if name is not None}
 
     @property
@@ -153,7 +160,9 @@ class Anatomy:
     def causal(self) -> bool:
         """Whether tokens see only the past, so that a key-value cache exists."""
         module = attention_core(self.layers[0], self.structure)
-        return bool(getattr(module, "is_causal", False)) or bool(getattr(self.stack.config, "is_decoder", False))
+        return bool(getattr(module, "is_causal", False)) or bool(
+            getattr(self.stack.config, "is_decoder", False)
+        )
 
     def describe(self) -> str:
         """One line for people."""
@@ -260,7 +269,7 @@ def check_structure(anatomy: Anatomy, run: Any) -> None:
             )
 
 
-class _Captured(Exception):  # noqa: N818
+class _Captured(Exception):
     """Carries the first layer's arguments out of the stack."""
 
 

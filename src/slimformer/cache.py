@@ -58,7 +58,7 @@ class FilterState(CacheLayerMixin):
     without any code that knows about filters.
 
     Attributes:
-        state: The last `taps - 1` inputs `[batch, taps - 1, hidden]`, zeros before the first token and at padding;
+        state: The last `taps - 1` inputs `[batch, taps - 1, hidden]`, zero before the first token and at padding;
             longer while past recording is on, so that a crop can step back.
     """
 
@@ -108,9 +108,13 @@ class FilterState(CacheLayerMixin):
             self.state = full[:, full.shape[1] - keep :]
         return full
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Not an attention: nothing may be stored as keys and values here."""
-        raise PlanError("This cache was filled by a patched model and is now used by one patched differently.")
+        raise PlanError(
+            "This cache was filled by a patched model and is now used by one patched differently."
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Sizes of the slot this state stands in; no attention reads them."""
@@ -141,8 +145,8 @@ class FilterState(CacheLayerMixin):
         if length - remove < keep:
             raise PlanError(
                 f"Cannot crop {remove} tokens: the filter of a dropped attention keeps {keep} inputs and "
-                f"{length - keep} more were recorded. Call `cache.activate_past_recording()` before the forward "
-                "passes that may be cropped."
+                f"{length - keep} more were recorded. Call `cache.activate_past_recording()` before the "
+                "forward passes that may be cropped."
             )
         self.state = self.state[:, length - remove - keep : length - remove]
 

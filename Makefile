@@ -1,0 +1,21 @@
+# `make test` sets up an environment in .venv and runs lint, types and tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: setup test lint
+setup: $(VENV)/ready
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade "pip>=25.1"
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e . --group dev
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check src kernels tests
+	$(BIN)/ruff format --check src kernels tests
+	$(BIN)/mypy src kernels
+
+test: lint
+	$(BIN)/python -m pytest
