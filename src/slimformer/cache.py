@@ -45,8 +45,8 @@ def compact_slots(layer_types: Sequence[str], dropped: Sequence[int]) -> list[in
     if gone and slots.index(0) in gone:
         raise PlanError(
             f"The plan drops every attention of type {layer_types[0]!r} (layers "
-            f"{[i for i, t in enumerate(layer_types) if t == layer_types[0]]}), and positions are counted in the "
-            "cache of the first of them. Keep at least one attention of this type."
+            f"{[i for i, t in enumerate(layer_types) if t == layer_types[0]]}), and positions are counted in "
+            "the cache of the first of them. Keep at least one attention of this type."
         )
     return slots
 
@@ -58,7 +58,8 @@ class FilterState(CacheLayerMixin):
     without any code that knows about filters.
 
     Attributes:
-        state: The last `taps - 1` inputs `[batch, taps - 1, hidden]`, zero before the first token and at padding;
+        state: The last `taps - 1` inputs `[batch, taps - 1, hidden]`, zero before the first token and at
+            padding;
             longer while past recording is on, so that a crop can step back.
     """
 
