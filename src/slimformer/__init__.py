@@ -1,3 +1,7 @@
 """Make transformer models cheaper to run without retraining them."""
 
+from slimformer.methods.layer_drop import LayerDrop
+from slimformer.patching import patch, patched, status, unpatch
+
 __version__ = "0.1.0"
+__all__ = ["LayerDrop", "patch", "patched", "status", "unpatch"]

@@ -1,0 +1,1 @@
+"""One file per method, one decision per file."""
