@@ -15,7 +15,7 @@ from slimformer import LayerDrop
 from slimformer.errors import PlanError, UnsupportedModelError
 from tiny_models import DECODERS, ENCODERS, tiny_model
 
-DROP = LayerDrop(attention=[0, 2], mlp=[1], block=[3])
+DROP = LayerDrop(attention=[0], mlp=[1], block=[3])
 
 
 def logits(model: nn.Module, ids: Tensor, **kwargs: object) -> Tensor:
@@ -48,7 +48,7 @@ def without_sublayers(model: nn.Module) -> nn.Module:
         if hasattr(model, attribute):
             stack = getattr(model, attribute)
     layers = stack.layers if hasattr(stack, "layers") else stack.h
-    for index in (0, 2, 3):
+    for index in (0, 3):
         for name in ("self_attn", "attention", "attn"):
             if hasattr(layers[index], name):
                 setattr(layers[index], name, Zero(is_attention=True))
@@ -134,12 +134,15 @@ def dict_keys(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
 def test_unpatch_restores_everything(name: str) -> None:
     model = tiny_model(name)
     before, keys, state = logits(model, ids()), list(dict_keys(model)), list(model.state_dict())
-    with (
-        pytest.raises(RuntimeError, match="inside"),
-        slimformer.patched(model, DROP if name in DECODERS else LayerDrop(block=[0])),
-    ):
-        assert list(model.state_dict()) == state
-        raise RuntimeError("inside")
+    drop = DROP if name in DECODERS else LayerDrop(block=[0])
+
+    def fail_inside() -> None:
+        with slimformer.patched(model, drop):
+            assert list(model.state_dict()) == state
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
     assert torch.equal(logits(model, ids()), before)
     assert list(dict_keys(model)) == keys
     assert list(model.state_dict()) == state
@@ -170,6 +173,13 @@ def test_a_failed_patch_leaves_the_earlier_one() -> None:
 def test_wrong_indices_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         LayerDrop(**arguments)
+
+
+def test_dropping_every_attention_that_counts_positions_is_refused() -> None:
+    model = tiny_model("gemma2")  # sliding attentions are layers 0 and 2, and slot 0 is a sliding one
+    with pytest.raises(PlanError, match="Keep at least one attention"):
+        slimformer.patch(model, LayerDrop(attention=[0, 2]))
+    assert slimformer.status(model) == {}
 
 
 def test_a_layer_that_computes_something_else_is_refused() -> None:

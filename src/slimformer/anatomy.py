@@ -318,7 +318,8 @@ def positional_names(layer: nn.Module) -> tuple[str, ...]:
     code = type(layer).forward
     while hasattr(code, "__wrapped__"):
         code = code.__wrapped__
-    return code.__code__.co_varnames[1 : code.__code__.co_argcount]
+    # A subclass that takes *args names nothing; every layer's first argument is the residual.
+    return code.__code__.co_varnames[1 : code.__code__.co_argcount] or ("hidden_states",)
 
 
 def _text_stack(model: PreTrainedModel) -> PreTrainedModel:
