@@ -58,7 +58,7 @@ class LayerExecutor:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the layer's `forward`, with the same arguments and the same kind of result."""
-        kwargs.update(zip(self.names, args, strict=False))
+        kwargs.update(zip(self.names[: len(args)], args, strict=True))
         attention, weights = self.addition("attention", hidden_states, kwargs)
         if self.parallel:
             mlp, _ = self.addition("mlp", hidden_states, kwargs)

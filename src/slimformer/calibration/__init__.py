@@ -1,0 +1,1 @@
+"""What a plan is chosen by: measurements of a model on text."""
