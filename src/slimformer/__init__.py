@@ -2,6 +2,7 @@
 
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.patching import patch, patched, status, unpatch
+from slimformer.plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["LayerDrop", "patch", "patched", "status", "unpatch"]
+__all__ = ["LayerDrop", "Plan", "patch", "patched", "status", "unpatch"]
