@@ -1,9 +1,11 @@
 # `make test` sets up an environment in .venv and runs lint, types and tests.
+# `make demo` sets up the same and runs the main job on a real model; MODEL=folder-or-Hub-id takes another one.
 PYTHON ?= python3
+MODEL ?=
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup test lint
+.PHONY: setup test lint demo
 setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,3 +21,6 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+demo: setup
+	$(BIN)/slimformer demo $(MODEL) --output demo-output --force

@@ -49,10 +49,10 @@ def test_filter_state_remembers_reorders_and_crops() -> None:
     torch.testing.assert_close(full, torch.cat([torch.zeros(2, 2, 4), x[:, :3]], 1))
     torch.testing.assert_close(layer.extend(x[:, 3:4]), x[:, 1:4])
     layer.reorder_cache(torch.tensor([1, 0]))
-    torch.testing.assert_close(layer.state, x[[1, 0], 2:4])
-    with pytest.raises(PlanError, match="activate_past_recording"):
-        layer.crop(-1)
-    layer.activate_past_recording()
+    torch.testing.assert_close(layer.state[:, -2:], x[[1, 0], 2:4])
     layer.extend(x[[1, 0], 4:5])
     layer.crop(-1)
-    torch.testing.assert_close(layer.state, x[[1, 0], 2:4])
+    torch.testing.assert_close(layer.state[:, -2:], x[[1, 0], 2:4])
+    assert layer.seen == 4
+    with pytest.raises(PlanError, match="activate_past_recording"):
+        layer.crop(-5)

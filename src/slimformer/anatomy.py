@@ -190,7 +190,25 @@ def match_structure(layer: nn.Module) -> Structure | None:
     return None
 
 
-def find_anatomy(model: nn.Module) -> Anatomy:
+def transformer_of(model: Any) -> Any:
+    """The transformers model inside a SentenceTransformer, a Pipeline or a PEFT model; any other object as it is."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    # A Pipeline's .model, a PEFT model's .base_model.model, a SentenceTransformer's first module's .model
+    # (.auto_model before version 6).
+    if not isinstance(model, nn.Module):
+        return getattr(model, "model", model)
+    base = getattr(model, "get_base_model", None)
+    if callable(base):
+        return transformer_of(base())
+    first = next(iter(model.children()), None) if isinstance(model, nn.Sequential) else None
+    for name in ("auto_model", "model"):
+        if isinstance(getattr(first, name, None), PreTrainedModel):
+            return getattr(first, name)
+    return model
+
+
+def find_anatomy(model: Any) -> Anatomy:
     """Find the layer stack of a model and the structure of its layers.
 
     Raises:
@@ -203,6 +221,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         >>> find_anatomy(LlamaForCausalLM(config)).describe()
         'LlamaModel: 2 layers, pre-norm'
     """
+    model = transformer_of(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"Expected a transformers PreTrainedModel, a SentenceTransformer or a Pipeline, got {type(model).__name__}."

@@ -11,6 +11,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from slimformer.errors import PlanError
 
+# Inputs kept beyond what a filter reads, so that speculative decoding can take back what it guessed.
+_SPARE_INPUTS = 64
+
 
 def compact_slots(layer_types: Sequence[str], dropped: Sequence[int]) -> list[int]:
     """Assign every layer a cache slot so that surviving attentions fill the first slots of their own type.
@@ -58,28 +61,32 @@ class FilterState(CacheLayerMixin):
     without any code that knows about filters.
 
     Attributes:
-        state: The last `taps - 1` inputs `[batch, taps - 1, hidden]`, zero before the first token and at
-            padding;
-            longer while past recording is on, so that a crop can step back.
+        state: The last inputs `[batch, kept, hidden]`, zero before the first token and at padding: `taps - 1` of
+            them, and in a cache that may be cropped some more, so that a crop can step back.
+        seen: How many tokens have passed; a tensor where the cache is static.
     """
 
     def __init__(self, replaced: CacheLayerMixin, taps: int):
         super().__init__()
         self.is_sliding = getattr(replaced, "is_sliding", False)
         self.is_compileable = bool(getattr(replaced, "is_compileable", False))
-        self.is_croppable = True
+        self.is_croppable = not self.is_compileable
         self.record_past = bool(getattr(replaced, "record_past", False))
         self.replaced = replaced
         self.taps = taps
         self.state: Tensor | None = None
+        self.seen: int | Tensor = torch.tensor(0) if self.is_compileable else 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate zeros like `key_states` `[batch, tokens, hidden]`."""
         batch, _, hidden = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         self.state = key_states.new_zeros(batch, self.taps - 1, hidden)
-        if self.is_compileable and not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self.state)
+        if isinstance(self.seen, Tensor):
+            self.seen = self.seen.to(self.device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.state)
+                torch._dynamo.mark_static_address(self.seen)
         self.is_initialized = True
 
     def extend(self, inputs: Tensor) -> Tensor:
@@ -98,23 +105,25 @@ class FilterState(CacheLayerMixin):
                 f"{inputs.shape[0]}. Start with a new cache."
             )
         keep = self.taps - 1
-        past = state[:, state.shape[1] - keep :] if state.shape[1] > keep else state
-        full = torch.cat([past.to(inputs.dtype), inputs], dim=1)
-        if self.is_compileable:
+        full = torch.cat([state.to(inputs.dtype), inputs], dim=1)
+        window = full[:, state.shape[1] - keep :]
+        if isinstance(self.seen, Tensor):
             # In place: compiled decode steps rely on the address staying the same.
+            self.seen.add_(inputs.shape[1])
             state.copy_(full[:, full.shape[1] - keep :])
-        elif self.record_past:
-            self.state = torch.cat([state.to(inputs.dtype), inputs], dim=1)
         else:
-            self.state = full[:, full.shape[1] - keep :]
-        return full
+            self.seen += inputs.shape[1]
+            most = full.shape[1] if self.record_past else keep + _SPARE_INPUTS
+            self.state = full[:, max(full.shape[1] - most, 0) :]
+        return window
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Not an attention: nothing may be stored as keys and values here."""
         raise PlanError(
-            "This cache was filled by a patched model and is now used by one patched differently."
+            "This cache was filled by a patched model and is now used by one patched differently. "
+            "Start with a new cache."
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -130,36 +139,46 @@ class FilterState(CacheLayerMixin):
         return self.replaced.get_max_length()
 
     def activate_past_recording(self) -> None:
-        """Keep inputs until the next crop, as sliding-window caches do for assisted generation."""
+        """Keep every input until the next crop, as sliding-window caches do for assisted generation."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens.
 
         Raises:
-            PlanError: If more tokens are removed than were recorded.
+            PlanError: If more tokens are removed than were kept.
         """
-        if self.state is None:
+        if self.state is None or isinstance(self.seen, Tensor):
             return
         length, keep = self.state.shape[1], self.taps - 1
         remove = abs(tokens_to_remove)
         if length - remove < keep:
             raise PlanError(
-                f"Cannot crop {remove} tokens: the filter of a dropped attention keeps {keep} inputs and "
-                f"{length - keep} more were recorded. Call `cache.activate_past_recording()` before the "
+                f"Cannot crop {remove} tokens: the filter of a dropped attention keeps {keep} inputs, and "
+                f"{length - keep} more are left. Call `cache.activate_past_recording()` before the "
                 "forward passes that may be cropped."
             )
-        self.state = self.state[:, length - remove - keep : length - remove]
+        self.seen -= remove
+        self.state = self.state[:, max(length - remove - keep - _SPARE_INPUTS, 0) : length - remove]
 
     def reset(self) -> None:
         """Back to zeros."""
-        if self.state is not None:
-            self.state = self.state.zero_() if self.is_compileable else None
-            self.is_initialized = self.is_compileable
+        if isinstance(self.seen, Tensor):
+            self.seen.zero_()
+            if self.state is not None:
+                self.state.zero_()
+        else:
+            self.seen, self.state, self.is_initialized = 0, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
-        self.batch_select_indices(beam_idx)
+        if self.state is None:
+            return
+        chosen = self.state.index_select(0, beam_idx.to(self.state.device))
+        if self.is_compileable:
+            self.state.copy_(chosen)
+        else:
+            self.state = chosen
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences of the batch."""

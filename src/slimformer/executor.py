@@ -6,13 +6,14 @@ calls the layer's own modules by name at each step, so that adapters and quantis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import KINDS, Kind, Structure, positional_names
+from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, positional_names
 
 # What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition.
 Replacement = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
@@ -26,11 +27,27 @@ class SublayerPlan:
 
     Attributes:
         compute: Whether any row is computed.
-        replacement: What is added instead where none is.
+        replacement: Makes what is added instead where none is, given the layer, whether the model is a decoder,
+            and the cache slot of the layer's attention.
+        weights: What the replacement reads, put on the layer as buffers that its `state_dict` leaves out.
     """
 
     compute: bool = True
-    replacement: Replacement | None = None
+    replacement: Callable[[nn.Module, bool, int], Replacement] | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class TokenPolicy(Protocol):
+    """A method that decides which rows sublayers compute."""
+
+    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+        """The decision for every sublayer it touches, keyed by (layer, kind).
+
+        Raises:
+            PlanError: If the method names what the model does not have.
+        """
+        ...
 
 
 @dataclass
@@ -41,6 +58,7 @@ class LayerExecutor:
         layer: The layer, whose parts are looked up anew in every call.
         structure: The row of the structure table that says what the parts are.
         sublayers: The plan of each sublayer.
+        replacements: What stands in for sublayers that compute nothing.
     """
 
     layer: nn.Module
@@ -48,6 +66,7 @@ class LayerExecutor:
     sublayers: dict[Kind, SublayerPlan] = field(
         default_factory=lambda: {kind: SublayerPlan() for kind in KINDS}
     )
+    replacements: dict[Kind, Replacement] = field(default_factory=dict)
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -79,9 +98,8 @@ class LayerExecutor:
         """
         parts, plan, layer = self.structure.parts(kind), self.sublayers[kind], self.layer
         if not plan.compute:
-            if plan.replacement is None:
-                return None, None
-            return plan.replacement(x, self.normed(kind, x), kwargs), None
+            replacement = self.replacements.get(kind)
+            return (None if replacement is None else replacement(x, self.normed(kind, x), kwargs)), None
         module, h, weights = getattr(layer, parts.module), self.normed(kind, x), None
         if kind == "attention":
             given = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_ATTENTION}
@@ -106,6 +124,13 @@ class LayerExecutor:
         """The sublayer's input: the residual behind the norm in front of it, if there is one."""
         norm = self.structure.parts(kind).norm_before
         return x if norm is None else getattr(self.layer, norm)(x)
+
+    def difference(self, kind: Kind, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Residual after the sublayer minus residual `x` before it `[batch, tokens, hidden]`."""
+        y, _ = self.addition(kind, x, kwargs)
+        if y is None:
+            return torch.zeros_like(x)
+        return self.residual(kind, x, y) - x if self.structure.parts(kind).post_norm else y
 
     def residual(self, kind: Kind, x: Tensor, y: Tensor | None) -> Tensor:
         """The residual after the sublayer."""

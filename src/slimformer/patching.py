@@ -3,54 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from functools import partial
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy, Kind, attention_core, check_structure, find_anatomy
+from slimformer.anatomy import attention_core, check_structure, find_anatomy, transformer_of
 from slimformer.cache import compact_slots
 from slimformer.errors import PlanError
-from slimformer.executor import LayerExecutor, SublayerPlan
+from slimformer.executor import LayerExecutor, TokenPolicy
+from slimformer.plan import FILE, Plan
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model")
 _ATTRIBUTE = "_slimformer"
-
-
-@runtime_checkable
-class TokenPolicy(Protocol):
-    """A method that decides which rows sublayers compute."""
-
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
-        """The decision for every sublayer it touches, keyed by (layer, kind).
-
-        Raises:
-            PlanError: If the method names what the model does not have.
-        """
-        ...
 
 
 @dataclass
 class Ledger:
     """Every change to the model, in order, so that it can be undone backwards."""
 
-    entries: list[tuple[Any, str, bool, Any]] = field(default_factory=list)
+    undone_by: list[Callable[[], None]] = field(default_factory=list)
 
     def set(self, target: Any, name: str, value: Any) -> None:
         """Set `target.name` and remember what stood in its own `__dict__` before."""
-        had = name in vars(target)
-        self.entries.append((target, name, had, vars(target).get(name)))
+        had, old = name in vars(target), vars(target).get(name)
+        self.undone_by.append(partial(setattr, target, name, old) if had else partial(delattr, target, name))
         setattr(target, name, value)
+
+    def set_forward(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
+        """Set a layer's `forward`, inside the hooks that accelerate wraps around it."""
+        # accelerate's hooks wrap the forward they saved here; theirs must stay outermost.
+        self.set(layer, "_old_forward" if "_old_forward" in vars(layer) else "forward", forward)
+
+    def add_buffer(self, layer: nn.Module, name: str, value: Tensor) -> None:
+        """Put a tensor on a layer that moves with it and that its `state_dict` leaves out."""
+        layer.register_buffer(name, value, persistent=False)
+        self.undone_by.append(partial(delattr, layer, name))
 
     def undo(self) -> None:
         """Put everything back, newest first."""
-        while self.entries:
-            target, name, had, old = self.entries.pop()
-            if had:
-                setattr(target, name, old)
-            else:
-                delattr(target, name)
+        while self.undone_by:
+            self.undone_by.pop()()
 
 
 @dataclass
@@ -62,18 +58,20 @@ class Patch:
     ledger: Ledger
 
 
-def patch(model: Model, *methods: TokenPolicy) -> Model:
+def patch(model: Model, *methods: TokenPolicy | str | os.PathLike[str]) -> Model:
     """Apply methods to a model, in place. A model that is patched already is unpatched first.
 
     Args:
-        model: A transformers model.
-        methods: What to apply; they compose by intersection (a sublayer computes what all of them keep).
+        model: A transformers model, or a SentenceTransformer or Pipeline that holds one.
+        methods: What to apply: methods, plans, or where a plan is (folder, file or Hub id). They compose by
+            intersection: a sublayer computes what all of them keep. With none, the plan that lies beside the
+            checkpoint is applied.
 
     Returns:
         The same object.
 
     Raises:
-        PlanError: If no method is given, or one does not fit the model; the model is then left as it was.
+        PlanError: If there is nothing to apply, or a method does not fit the model, which is left as it was.
         UnsupportedModelError: If the model's structure is not known.
 
     Example:
@@ -87,34 +85,29 @@ def patch(model: Model, *methods: TokenPolicy) -> Model:
         >>> slimformer.status(slimformer.unpatch(model))
         {}
     """
-    if not methods:
-        raise PlanError(
-            "No method was given. Name at least one, such as slimformer.LayerDrop(attention=[5])."
-        )
-    for method in methods:
-        if not isinstance(method, TokenPolicy):
-            raise PlanError(f"Expected a method such as LayerDrop, got {type(method).__name__}.")
-    previous = vars(model).get(_ATTRIBUTE)
-    unpatch(model)
+    inner = transformer_of(model)
+    chosen = tuple(_method(given) for given in methods) or (_plan_beside_checkpoint(inner),)
+    previous = vars(inner).get(_ATTRIBUTE)
+    unpatch(inner)
     try:
-        _apply(model, methods)
+        _apply(inner, chosen)
     except BaseException:
         if previous is not None:
-            _apply(model, previous.methods)
+            _apply(inner, previous.methods)
         raise
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Undo `patch` exactly. A model that is not patched is left alone."""
-    current: Patch | None = vars(model).get(_ATTRIBUTE)
+    current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
     if current is not None:
         current.ledger.undo()
     return model
 
 
 @contextlib.contextmanager
-def patched(model: Model, *methods: TokenPolicy) -> Iterator[Model]:
+def patched(model: Model, *methods: TokenPolicy | str | os.PathLike[str]) -> Iterator[Model]:
     """Patch for the length of a `with` block; undone on exit, also on an exception."""
     patch(model, *methods)
     try:
@@ -123,15 +116,35 @@ def patched(model: Model, *methods: TokenPolicy) -> Iterator[Model]:
         unpatch(model)
 
 
-def status(model: nn.Module) -> dict[int, list[str]]:
+def status(model: Any) -> dict[int, list[str]]:
     """Which sublayers do not run: layer index to sublayer names. Empty for an unpatched model."""
-    current: Patch | None = vars(model).get(_ATTRIBUTE)
+    current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
     if current is None:
         return {}
     return {
         index: [kind for kind, plan in executor.sublayers.items() if not plan.compute]
         for index, executor in sorted(current.executors.items())
     }
+
+
+def _method(given: TokenPolicy | str | os.PathLike[str]) -> TokenPolicy:
+    if isinstance(given, (str, os.PathLike)):
+        return Plan.from_pretrained(given)
+    if not isinstance(given, TokenPolicy):
+        raise PlanError(
+            f"Expected a method such as LayerDrop, a Plan, or where a plan is, got {type(given).__name__}."
+        )
+    return given
+
+
+def _plan_beside_checkpoint(model: nn.Module) -> TokenPolicy:
+    checkpoint = getattr(getattr(model, "config", None), "name_or_path", "")
+    if checkpoint and os.path.isfile(os.path.join(checkpoint, FILE)):
+        return Plan.from_pretrained(checkpoint)
+    raise PlanError(
+        "No method was given, and no plan lies beside the checkpoint. Name at least one, such as "
+        "slimformer.LayerDrop(attention=[5]), or make a plan with slimformer.calibrate(model, tokenizer, drop=4)."
+    )
 
 
 def _apply(model: nn.Module, methods: tuple[TokenPolicy, ...]) -> None:
@@ -144,7 +157,9 @@ def _apply(model: nn.Module, methods: tuple[TokenPolicy, ...]) -> None:
             if executor.sublayers[kind].compute:
                 executor.sublayers[kind] = plan
     dropped = [index for index, executor in executors.items() if not executor.sublayers["attention"].compute]
-    slots = compact_slots(anatomy.layer_types, dropped) if anatomy.causal else None
+    slots = list(range(len(anatomy.layers)))
+    if anatomy.causal:
+        slots = compact_slots(anatomy.layer_types, dropped)
     check_structure(
         anatomy, lambda layer, x, kwargs: LayerExecutor(layer, anatomy.structure).forward(x, **kwargs)
     )
@@ -152,16 +167,23 @@ def _apply(model: nn.Module, methods: tuple[TokenPolicy, ...]) -> None:
     try:
         ledger.set(model, _ATTRIBUTE, Patch(methods, executors, ledger))
         for index, executor in executors.items():
-            layer = anatomy.layers[index]
-            # accelerate's hooks wrap the forward they saved here; theirs must stay outermost.
-            ledger.set(
-                layer, "_old_forward" if "_old_forward" in vars(layer) else "forward", executor.forward
-            )
-        if slots is not None:
-            for layer, slot in zip(anatomy.layers, slots, strict=True):
-                core = attention_core(layer, anatomy.structure)
-                if getattr(core, "layer_idx", slot) != slot:
-                    ledger.set(core, "layer_idx", slot)
+            _replace(executor, anatomy.causal, slots[index], ledger)
+            ledger.set_forward(anatomy.layers[index], executor.forward)
+        for layer, slot in zip(anatomy.layers, slots, strict=True):
+            core = attention_core(layer, anatomy.structure)
+            if getattr(core, "layer_idx", slot) != slot:
+                ledger.set(core, "layer_idx", slot)
     except BaseException:
         ledger.undo()
         raise
+
+
+def _replace(executor: LayerExecutor, causal: bool, slot: int, ledger: Ledger) -> None:
+    layer = executor.layer
+    for kind, plan in executor.sublayers.items():
+        if plan.compute or plan.replacement is None:
+            continue
+        like = next((p for p in layer.parameters() if p.is_floating_point()), None)
+        for name, value in plan.weights.items():
+            ledger.add_buffer(layer, name, value if like is None else value.to(like.device, like.dtype))
+        executor.replacements[kind] = plan.replacement(layer, causal, slot)

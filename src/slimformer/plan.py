@@ -1,8 +1,14 @@
-"""A plan: the methods chosen for one model, what they were chosen by, and what was measured with them."""
+"""A plan: the methods chosen for one model, what they were chosen by, and what was measured with them.
+
+On disk it is a folder: `slimformer.json` and, where a method has learned weights, `slimformer.safetensors`. Nothing in
+it can run code.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
@@ -12,7 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import safetensors.torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy, Kind, find_anatomy
 from slimformer.errors import PlanError, SlimformerWarning
@@ -21,6 +31,7 @@ from slimformer.methods.layer_drop import LayerDrop
 
 FORMAT = 1
 FILE = "slimformer.json"
+WEIGHTS = "slimformer.safetensors"
 METHODS: dict[str, type[LayerDrop]] = {"LayerDrop": LayerDrop}
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
@@ -56,7 +67,7 @@ class Plan:
         >>> folder = tempfile.mkdtemp()
         >>> Plan([LayerDrop(attention=[3])]).save_pretrained(folder)
         >>> Plan.from_pretrained(folder).methods
-        (LayerDrop(attention=(3,), mlp=(), block=()),)
+        (LayerDrop(attention=(3,), mlp=(), block=(), replace='nothing', taps=1),)
     """
 
     methods: Sequence[LayerDrop]
@@ -84,23 +95,21 @@ class Plan:
                 )
         decisions: dict[tuple[int, Kind], SublayerPlan] = {}
         for method in self.methods:
-            decisions.update(method.sublayer_plans(anatomy))
+            for sublayer, decision in method.sublayer_plans(anatomy).items():
+                decisions.setdefault(sublayer, decision)
         return decisions
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the plan's JSON file."""
         skip: dict[str, list[str]] = {}
         for method in self.methods:
-            for name, layers in (
-                ("self_attn", (*method.attention, *method.block)),
-                ("mlp", (*method.mlp, *method.block)),
-            ):
+            for name, layers in (("self_attn", method.dropped("attention")), ("mlp", method.dropped("mlp"))):
                 for index in layers:
                     skip.setdefault(str(index), []).append(name)
         return {
             "format": FORMAT,
             "fingerprint": dict(self.fingerprint),
-            "methods": [{"method": type(m).__name__, **dataclasses.asdict(m)} for m in self.methods],
+            "methods": [{"method": type(m).__name__, **m.settings()} for m in self.methods],
             # The vocabulary of transformers' own per-layer configuration.
             "per_layer_config": {
                 index: {"skip": names} for index, names in sorted(skip.items(), key=lambda s: int(s[0]))
@@ -109,35 +118,73 @@ class Plan:
             "measured": dict(self.measured),
         }
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `slimformer.json` into `folder`, creating it.
+    def tensors(self) -> dict[str, Tensor]:
+        """The content of the plan's safetensors file: the weights of every method behind its number."""
+        return {
+            f"{number}.{name}": tensor.detach().cpu().contiguous()
+            for number, method in enumerate(self.methods)
+            for name, tensor in method.tensors().items()
+        }
 
-        The file is written beside the old one and then renamed, so a full disk or an interruption loses nothing.
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the plan into `folder`, creating it.
+
+        The files are written beside the old ones and then renamed, so a full disk or an interruption loses nothing.
 
         Raises:
             PlanError: If the folder cannot be written, or is a file.
         """
-        target = Path(folder)
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        temporary = ""
+        target, content, tensors = Path(folder), self.to_dict(), self.tensors()
+        written: list[tuple[str, str]] = []
         try:
             target.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=target, prefix=".slimformer-")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target / FILE)
+            if tensors:
+                weights = safetensors.torch.save(tensors)
+                content["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+                _write_beside(target / WEIGHTS, weights, written)
+            _write_beside(target / FILE, (json.dumps(content, indent=2) + "\n").encode(), written)
+            for temporary, final in written:
+                os.replace(temporary, final)
+            if not tensors:
+                (target / WEIGHTS).unlink(missing_ok=True)
         except OSError as error:
-            if temporary and os.path.exists(temporary):
-                os.unlink(temporary)
             raise PlanError(
                 f"Could not save the plan in {target}: {error}. An older plan there is unharmed."
             ) from error
+        finally:
+            for temporary, _ in written:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the plan to a model repository of the Hub, creating it if need be.
+
+        Args:
+            repo_id: Such as `"me/llama-8b-attn8"`.
+            options: For `huggingface_hub.HfApi.upload_folder`, such as `token` or `commit_message`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            PlanError: If the Hub refuses.
+        """
+        api = HfApi(token=options.pop("token", None))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_pretrained(folder)
+                api.create_repo(repo_id, exist_ok=True)
+                return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise PlanError(f"Could not push the plan to {repo_id}: {error}") from error
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan from a folder or its JSON file.
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Plan:
+        """Read a plan from a folder, its JSON file, or a repository of the Hub.
+
+        Args:
+            path: The folder or file, or a Hub id (`"owner/name"`) where no such folder exists.
+            options: For `huggingface_hub.snapshot_download`, such as `revision` or `token`.
 
         Raises:
             PlanError: If there is none, it is damaged, newer than this version reads, or names an unknown method.
@@ -147,6 +194,8 @@ class Plan:
             raise PlanError(
                 f"{given} may hold a pickle, which can run code when read. A plan is a folder with {FILE}."
             )
+        if not given.exists() and isinstance(path, str) and path.count("/") == 1 and not path.startswith("."):
+            given = _download(path, options)
         file = given / FILE if given.is_dir() else given
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -166,9 +215,13 @@ class Plan:
             raise PlanError(
                 f"{file} has format {content['format']}, and this version reads up to {FORMAT}. Upgrade slimformer."
             )
+        tensors = _read_weights(file.with_name(WEIGHTS), content.get("weights_sha256"))
         try:
-            methods = [_read_method(dict(entry), file) for entry in content["methods"]]
-            parts = {name: content.get(name, {}) for name in ("fingerprint", "provenance", "measured")}
+            methods = [
+                _read_method(dict(entry), _of_method(number, tensors), file)
+                for number, entry in enumerate(content["methods"])
+            ]
+            parts = {name: dict(content.get(name, {})) for name in ("fingerprint", "provenance", "measured")}
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(
                 f"{file} is damaged: its methods cannot be read ({error!r}). Save the plan again."
@@ -176,17 +229,61 @@ class Plan:
         return cls(methods, **parts)
 
 
-def _read_method(entry: dict[str, Any], file: Path) -> LayerDrop:
+def _write_beside(final: Path, content: bytes, written: list[tuple[str, str]]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=final.parent, prefix=".slimformer-")
+    written.append((temporary, str(final)))
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    # mkstemp makes files that only their owner reads; a plan is like any other file.
+    os.chmod(temporary, 0o644)
+
+
+def _download(repo_id: str, options: dict[str, Any]) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=[FILE, WEIGHTS], **options))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise PlanError(
+            f"No plan at {repo_id}: there is no such folder, and the Hub gave none ({reason[0]}). "
+            f"Expected a folder that holds {FILE}."
+        ) from error
+
+
+def _read_weights(file: Path, digest: str | None) -> dict[str, Tensor]:
+    if digest is None:
+        return {}
+    try:
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise PlanError(
+                f"{file} is damaged, or belongs to another plan: its checksum differs. Save it again."
+            )
+        return safetensors.torch.load(content)
+    except (OSError, SafetensorError) as error:
+        raise PlanError(
+            f"The plan's weights in {file} cannot be read: {error}. Save the plan again."
+        ) from error
+
+
+def _of_method(number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    lead = f"{number}."
+    return {name[len(lead) :]: tensor for name, tensor in tensors.items() if name.startswith(lead)}
+
+
+def _read_method(entry: dict[str, Any], weights: Mapping[str, Tensor], file: Path) -> LayerDrop:
     name = entry.pop("method")
     if name not in METHODS:
         raise PlanError(
             f"{file} uses the method {name!r}, which this version does not know; known are {', '.join(METHODS)}. "
             "Ignoring it would change results. Upgrade slimformer."
         )
-    known = {f.name for f in dataclasses.fields(METHODS[name])}
+    known = {f.name for f in dataclasses.fields(METHODS[name])} - {"weights"}
     unknown = sorted(set(entry) - known)
     if unknown:
         warnings.warn(
             f"{file}: {name} has newer fields that are ignored: {unknown}.", SlimformerWarning, stacklevel=4
         )
-    return METHODS[name](**{key: value for key, value in entry.items() if key in known})
+    settings = {key: value for key, value in entry.items() if key in known}
+    return METHODS[name](**settings, weights=weights)

@@ -38,7 +38,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_everything_runs_silently_without_triton():
     done = run("-c", WITHOUT_TRITON)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    # PyTorch may say for itself that Triton is missing.
+    assert "slimformer" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_kernels_in_the_interpreter_where_triton_was_imported_first(interpreted):

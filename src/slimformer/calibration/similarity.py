@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from slimformer.errors import CalibrationError, DataError
 from slimformer.executor import LayerExecutor
 from slimformer.patching import Ledger, status
 
+Unit = Literal["attention", "mlp", "block"]
+UNITS: tuple[Unit, ...] = ("attention", "mlp", "block")
+
 
 @dataclass(frozen=True)
 class Similarity:
@@ -23,14 +26,16 @@ class Similarity:
     Attributes:
         attention: One value per layer.
         mlp: One value per layer.
+        block: One value per layer, of the layer's input and output.
         tokens: How many tokens were read.
     """
 
     attention: tuple[float, ...]
     mlp: tuple[float, ...]
+    block: tuple[float, ...]
     tokens: int
 
-    def most_similar(self, count: int, kinds: Iterable[Kind] = KINDS) -> list[tuple[Kind, int]]:
+    def most_similar(self, count: int, kinds: Iterable[Unit] = KINDS) -> list[tuple[Unit, int]]:
         """The `count` sublayers to drop first, one sort over all the kinds given.
 
         Raises:
@@ -51,6 +56,14 @@ class _Measured(LayerExecutor):
     totals: Any = None
     index: int = 0
 
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output, after its cosine was added."""
+        output = super().forward(hidden_states, *args, **kwargs)
+        self.totals.add(
+            self.index, "block", hidden_states, output[0] if isinstance(output, tuple) else output
+        )
+        return output
+
     def addition(self, kind: Kind, x: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         y, weights = super().addition(kind, x, kwargs)
         self.totals.add(self.index, kind, x, self.residual(kind, x, y))
@@ -59,10 +72,10 @@ class _Measured(LayerExecutor):
 
 class _Totals:
     def __init__(self, layers: int) -> None:
-        self.sums = {kind: [0.0] * layers for kind in KINDS}
+        self.sums: dict[Unit, list[float]] = {unit: [0.0] * layers for unit in UNITS}
         self.mask: Tensor | None = None
 
-    def add(self, index: int, kind: Kind, before: Tensor, after: Tensor) -> None:
+    def add(self, index: int, kind: Unit, before: Tensor, after: Tensor) -> None:
         cosine = cosine_similarity(before.float(), after.float(), dim=-1)
         if self.mask is not None:
             cosine = cosine[self.mask.to(cosine.device)]
@@ -100,24 +113,22 @@ def measure_similarity(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -
     try:
         for index, layer in enumerate(anatomy.layers):
             executor = _Measured(layer, anatomy.structure, totals=totals, index=index)
-            ledger.set(
-                layer, "_old_forward" if "_old_forward" in vars(layer) else "forward", executor.forward
-            )
+            ledger.set_forward(layer, executor.forward)
         for batch in batches:
             mask = batch.get("attention_mask")
             totals.mask = None if mask is None else mask.bool()
             tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
-            anatomy.stack(**batch, **without_cache)
+            anatomy.stack(**{name: t.to(anatomy.stack.device) for name, t in batch.items()}, **without_cache)
     finally:
         ledger.undo()
     if tokens == 0:
         raise DataError("Similarity needs at least one token of text, and none came.")
     means = {kind: tuple(s / tokens for s in sums) for kind, sums in totals.sums.items()}
     for index in range(len(anatomy.layers)):
-        for kind in KINDS:
+        for kind in UNITS:
             if means[kind][index] != means[kind][index]:
                 raise CalibrationError(
                     f"The similarity of {kind} {index} is not a number: the model computes NaN on this text. "
                     "Check the checkpoint, or load it in bfloat16 or float32 instead of float16."
                 )
-    return Similarity(means["attention"], means["mlp"], tokens)
+    return Similarity(means["attention"], means["mlp"], means["block"], tokens)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy, Kind
 from slimformer.errors import PlanError
-from slimformer.executor import SublayerPlan
+from slimformer.executor import Replacement, SublayerPlan
+from slimformer.replacements import REPLACE, LinearFilter, Mean, Replace, taps_of, weight_names
 
 
 @dataclass(frozen=True)
@@ -18,9 +23,15 @@ class LayerDrop:
         attention: Layers whose attention is dropped; their keys and values are not cached either.
         mlp: Layers whose MLP is dropped.
         block: Layers of which both are dropped.
+        replace: What each leaves behind: `"nothing"`, its `"mean"` output, or a linear `"filter"` of its inputs.
+            The last two have weights, which `slimformer.calibrate` fits.
+        taps: How many inputs the filter of an attention reads; that of an MLP reads its own token's.
+        weights: The weights by name, such as `"attention.21.weight"` `[hidden, taps * hidden]` and
+            `"attention.21.bias"` `[hidden]`.
 
     Raises:
-        PlanError: If an index is not a non-negative integer, or stands twice in a list.
+        PlanError: If an index is not a non-negative integer or stands twice in a list, `replace` or `taps` is not
+            one of those allowed, or a weight is missing or has another shape.
 
     Example:
         >>> LayerDrop(attention=[21, 24]).attention
@@ -30,6 +41,9 @@ class LayerDrop:
     attention: Sequence[int] = ()
     mlp: Sequence[int] = ()
     block: Sequence[int] = ()
+    replace: Replace = "nothing"
+    taps: int = 1
+    weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("attention", "mlp", "block"):
@@ -40,21 +54,76 @@ class LayerDrop:
             if len(set(given)) != len(given):
                 raise PlanError(f"LayerDrop({name}={list(given)}) names a layer twice.")
             object.__setattr__(self, name, given)
+        if self.replace not in REPLACE:
+            raise PlanError(
+                f"LayerDrop(replace=...) takes one of {', '.join(REPLACE)}, got {self.replace!r}."
+            )
+        if isinstance(self.taps, bool) or not isinstance(self.taps, int) or self.taps < 1:
+            raise PlanError(f"LayerDrop(taps=...) takes a number from 1 up, got {self.taps!r}.")
+        if self.replace != "nothing":
+            self._check_weights()
+
+    def dropped(self, kind: Kind) -> tuple[int, ...]:
+        """The layers without this sublayer, each once."""
+        return tuple(dict.fromkeys((*getattr(self, kind), *self.block)))
 
     def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
         """No rows for every dropped sublayer."""
-        kinds: dict[Kind, tuple[int, ...]] = {
-            "attention": (*self.attention, *self.block),
-            "mlp": (*self.mlp, *self.block),
-        }
         count = len(anatomy.layers)
-        for kind, layers in kinds.items():
-            for index in layers:
+        plans: dict[tuple[int, Kind], SublayerPlan] = {}
+        for kind in _KINDS:
+            for index in self.dropped(kind):
                 if index >= count:
                     raise PlanError(
                         f"LayerDrop names {kind} {index}, but {type(anatomy.stack).__name__} has {count} layers: "
                         f"allowed are 0 to {count - 1}."
                     )
-        return {
-            (index, kind): SublayerPlan(compute=False) for kind, layers in kinds.items() for index in layers
-        }
+                plans[index, kind] = self._sublayer_plan(kind, index)
+        return plans
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a plan saves beside the JSON."""
+        return dict(self.weights)
+
+    def settings(self) -> dict[str, Any]:
+        """What a plan saves in the JSON."""
+        settings: dict[str, Any] = {name: list(getattr(self, name)) for name in ("attention", "mlp", "block")}
+        return {**settings, "replace": self.replace, "taps": self.taps}
+
+    def _sublayer_plan(self, kind: Kind, index: int) -> SublayerPlan:
+        if self.replace == "nothing":
+            return SublayerPlan(compute=False)
+        matrix, bias = weight_names(kind)
+        weights = {bias: self.weights[f"{kind}.{index}.bias"]}
+        if self.replace == "filter":
+            weights[matrix] = self.weights[f"{kind}.{index}.weight"]
+        return SublayerPlan(
+            False, partial(_replacement, self.replace, kind, taps_of(kind, self.taps)), weights
+        )
+
+    def _check_weights(self) -> None:
+        for kind in _KINDS:
+            for index in self.dropped(kind):
+                name = f"{kind}.{index}"
+                bias, matrix = self.weights.get(f"{name}.bias"), self.weights.get(f"{name}.weight")
+                if bias is None or (self.replace == "filter" and matrix is None):
+                    raise PlanError(
+                        f"LayerDrop(replace={self.replace!r}) has no fitted weights for {kind} {index}. "
+                        f"slimformer.calibrate(model, tokenizer, replace={self.replace!r}, ...) makes them."
+                    )
+                taps = taps_of(kind, self.taps)
+                expected = (bias.numel(), taps * bias.numel())
+                if matrix is not None and self.replace == "filter" and tuple(matrix.shape) != expected:
+                    raise PlanError(
+                        f"The filter of {kind} {index} has the shape {tuple(matrix.shape)}; with {taps} taps "
+                        f"it must be {expected}."
+                    )
+
+
+_KINDS: tuple[Kind, Kind] = ("attention", "mlp")
+
+
+def _replacement(
+    replace: Replace, kind: Kind, taps: int, layer: nn.Module, causal: bool, slot: int
+) -> Replacement:
+    return Mean(layer, kind) if replace == "mean" else LinearFilter(layer, kind, taps, causal, slot)

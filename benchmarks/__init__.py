@@ -1,0 +1,1 @@
+"""Programs that measure what slimformer claims: `python -m benchmarks list | run | tables`."""

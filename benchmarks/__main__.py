@@ -1,0 +1,164 @@
+"""`python -m benchmarks list | run [NAME ...] | tables [--check]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import registry, results, tables
+from benchmarks.compare import release
+from benchmarks.registry import Benchmark, MissingInput, Settings
+from benchmarks.results import Measurement
+
+_HERE = Path(__file__).parent
+_RESULTS = _HERE / "results"
+_DOCUMENTS = (_HERE.parent / "README.md", _HERE / "README.md")
+# Often enough that a killed run loses little, seldom enough to cost nothing.
+_SECONDS_BETWEEN_WRITES = 5.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0 only if all that was asked for was done."""
+    registry.load()
+    options = _parser().parse_args(arguments)
+    if options.command == "list":
+        for benchmark in registry.BENCHMARKS.values():
+            print(f"{benchmark.name:20} needs {benchmark.needs:5} {benchmark.description}")
+        return 0
+    if options.command == "tables":
+        return _tables(options.results, check=options.check)
+    return _run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measure what slimformer claims."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the benchmarks and what they need")
+    run = commands.add_parser("run", help="measure, and write one JSON file per benchmark")
+    run.add_argument("names", nargs="*", metavar="NAME", help="which; without any, all that can run here")
+    run.add_argument(
+        "--smoke", action="store_true", help="tiny sizes on the CPU: try the code, not the speed"
+    )
+    run.add_argument("--out", type=Path, help="folder of the result files (default: benchmarks/results)")
+    run.add_argument("--data", type=Path, help="folder with c4_calib/ and wikitext2/, for drop_table")
+    run.add_argument(
+        "--model", type=Path, help="checkpoint folder of a causal language model, for drop_table"
+    )
+    run.add_argument("--minutes", type=float, help="stop a benchmark after so long and keep what it has")
+    tabled = commands.add_parser("tables", help="rewrite the tables in the README files from the results")
+    tabled.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is stale")
+    tabled.add_argument("--results", type=Path, default=_RESULTS, help=argparse.SUPPRESS)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    unknown = [name for name in options.names if name not in registry.BENCHMARKS]
+    if unknown:
+        print(f"No benchmark is named {', '.join(unknown)}. There are: {', '.join(registry.BENCHMARKS)}.")
+        return 2
+    # A smoke run needs no GPU and must not take one from somebody who measures.
+    on_gpu = torch.cuda.is_available() and not options.smoke
+    settings = Settings(torch.device("cuda" if on_gpu else "cpu"), options.smoke, options.data, options.model)
+    done = True
+    for name in options.names or registry.BENCHMARKS:
+        benchmark = registry.BENCHMARKS[name]
+        if benchmark.needs == "cuda" and not on_gpu and not options.smoke:
+            print(f"{name}: left out, it needs a CUDA device")
+            done = done and not options.names
+            continue
+        # Smoke times mean nothing, so they only go where somebody asked for them.
+        out = options.out or (None if options.smoke else _RESULTS)
+        try:
+            done = _measure(benchmark, settings, out, options.minutes) and done
+        except MissingInput as missing:
+            print(f"{name}: left out, {missing}")
+            done = done and not options.names
+        except Exception as failure:
+            # Minutes on a GPU are dear: the benchmarks after this one still run.
+            traceback.print_exc()
+            print(f"{name}: broken, {results.reason(failure)}", flush=True)
+            done = False
+        release()
+    return 0 if done else 1
+
+
+def _measure(benchmark: Benchmark, settings: Settings, out: Path | None, minutes: float | None) -> bool:
+    """Run one benchmark, print its lines and tables, and write its file as it grows."""
+    torch.manual_seed(0)
+    measurements: list[Measurement] = []
+    start = last_write = time.monotonic()
+    complete = False
+
+    def write() -> None:
+        if out is not None and measurements:
+            content = results.document(
+                benchmark.name,
+                settings.device,
+                measurements,
+                smoke=settings.smoke,
+                complete=complete,
+                seconds=time.monotonic() - start,
+            )
+            results.validate(content)
+            results.write(content, out)
+
+    print(f"== {benchmark.name}: {benchmark.description}", flush=True)
+    try:
+        with torch.no_grad():
+            for measurement in benchmark.run(settings):
+                measurements.append(measurement)
+                print(f"{benchmark.name} {measurement.line()}", flush=True)
+                now = time.monotonic()
+                if minutes is not None and now - start > 60 * minutes:
+                    print(f"{benchmark.name}: stopped after {minutes:g} minutes, not complete")
+                    break
+                if now - last_write > _SECONDS_BETWEEN_WRITES:
+                    write()
+                    last_write = now
+            else:
+                complete = True
+    finally:
+        write()
+    content = results.document(
+        benchmark.name,
+        settings.device,
+        measurements,
+        smoke=settings.smoke,
+        complete=complete,
+        seconds=time.monotonic() - start,
+    )
+    for table in registry.TABLES.values():
+        if table.source == benchmark.name:
+            print(f"\n{tables.render(table, content)}\n")
+    print(f"== {benchmark.name}: {content['seconds']:.0f} s, {len(measurements)} measurements", flush=True)
+    return complete and all(m.status in ("ok", "unsupported") for m in measurements)
+
+
+def _tables(folder: Path, *, check: bool) -> int:
+    stale = False
+    for path in _DOCUMENTS:
+        if not path.exists():
+            continue
+        old = path.read_text(encoding="utf-8")
+        new = tables.updated(old, folder)
+        if new == old:
+            continue
+        stale = True
+        name = os.path.relpath(path, _HERE.parent)
+        print(f"{name}: {'stale, run python -m benchmarks tables' if check else 'rewritten'}")
+        if not check:
+            path.write_text(new, encoding="utf-8")
+    return 1 if stale and check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""A random-weight model of Llama-3.1-8B's shape, dense and without half of its attentions, on the same weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import slimformer
+from benchmarks.compare import Medians
+from benchmarks.registry import Settings
+from slimformer import LayerDrop
+
+DENSE, SLIM, SUBLAYERS = "dense", "16 attentions dropped", "those 16 attention sublayers alone"
+Rotary = tuple[Tensor, Tensor]
+
+
+class DenseAndSlim:
+    """Two models on one set of weights, so that neither has to be patched between two timed calls.
+
+    Attributes:
+        dense: The unpatched model.
+        slim: The same with the attentions of `dropped` dropped.
+        dropped: The middle half of the layers.
+        sublayers: The dropped attentions of the dense model, one behind the other.
+    """
+
+    def __init__(self, settings: Settings):
+        sizes = {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+        }
+        tiny = {
+            **dict.fromkeys(sizes, 64),
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        config = LlamaConfig(
+            **settings.pick(sizes, tiny),
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+            tie_word_embeddings=False,
+        )
+        with settings.device:
+            self.dense = LlamaForCausalLM._from_config(
+                config, dtype=settings.dtype, attn_implementation="sdpa"
+            )
+        self.dense.eval().requires_grad_(False)
+        layers = config.num_hidden_layers
+        self.dropped = range(layers // 4, 3 * layers // 4)
+        # The memo makes the copy share every tensor and have modules of its own.
+        tensors = (*self.dense.parameters(), *self.dense.buffers())
+        self.slim = copy.deepcopy(self.dense, {id(tensor): tensor for tensor in tensors})
+        slimformer.patch(self.slim, LayerDrop(attention=self.dropped))
+        self.sublayers = Sublayers(self.dense.model.layers[index] for index in self.dropped)
+
+    def tokens(self, *shape: int) -> Tensor:
+        """Random token ids."""
+        return torch.randint(self.dense.config.vocab_size, shape, device=self.dense.device)
+
+    def hidden(self, batch: int, tokens: int) -> Tensor:
+        """A random residual stream."""
+        size = (batch, tokens, self.dense.config.hidden_size)
+        return torch.randn(size, device=self.dense.device, dtype=self.dense.dtype)
+
+    def rotary(self, start: int, tokens: int) -> Rotary:
+        """Cosines and sines of the rotary positions from `start` on."""
+        positions = torch.arange(start, start + tokens, device=self.dense.device)[None]
+        cos, sin = self.dense.model.rotary_emb(self.hidden(1, 1), position_ids=positions)
+        return cos, sin
+
+    def by_hand(self, ids: Tensor, cache: DynamicCache, start: int, dropped: Collection[int]) -> Tensor:
+        """Logits of the last token, layer by layer without the executor: what the models are checked against."""
+        stack = self.dense.model
+        h, rotary = stack.embed_tokens(ids), self.rotary(start, ids.shape[1])
+        for index, layer in enumerate(stack.layers):
+            if index not in dropped:
+                h = _attention(layer, h, rotary, None, cache)
+            h = h + layer.mlp(layer.post_attention_layernorm(h))
+        logits: Tensor = self.dense.lm_head(stack.norm(h[:, -1:]))
+        return logits
+
+    def step_by_hand(self, prompt: Tensor, token: Tensor, dropped: Collection[int]) -> Tensor:
+        """Logits after one cached step of one token behind the prompt."""
+        cache = DynamicCache(config=self.dense.config)
+        self.by_hand(prompt, cache, 0, dropped)
+        return self.by_hand(token, cache, prompt.shape[1], dropped)
+
+
+class Sublayers(nn.Module):
+    """Norm, attention and residual add of some layers, one behind the other, and nothing else."""
+
+    def __init__(self, layers: Iterable[nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, h: Tensor, rotary: Rotary, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """The residual `[batch, tokens, hidden]` behind them; keys and values go into the layers' own slots."""
+        for layer in self.layers:
+            h = _attention(layer, h, rotary, mask, cache)
+        return h
+
+
+def saved(medians: Medians) -> dict[str, dict[str, float]]:
+    """What dropping saved, beside the time of what was dropped."""
+    if not {DENSE, SLIM, SUBLAYERS} <= medians.keys():
+        return {}
+    difference = medians[DENSE] - medians[SLIM]
+    return {SLIM: {"saved_ms": difference, "saved_share": difference / medians[SUBLAYERS]}}
+
+
+def held(caches: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """Bytes of the key-value caches, and the slim one's share of the dense one's."""
+    return {
+        name: {"cache_bytes": float(size), "cache_share": size / caches[DENSE]}
+        for name, size in caches.items()
+    }
+
+
+def _attention(layer: Any, h: Tensor, rotary: Rotary, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    attention = layer.self_attn(
+        hidden_states=layer.input_layernorm(h),
+        position_embeddings=rotary,
+        attention_mask=mask,
+        past_key_values=cache,
+    )
+    out: Tensor = h + attention[0]
+    return out

@@ -1,0 +1,96 @@
+"""Markdown tables made from result files, and the places in documents where they stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.registry import TABLES, Table
+
+_PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def updated(text: str, folder: Path) -> str:
+    """The document with every table between its markers made anew from the result files.
+
+    Raises:
+        KeyError: If a marker names a table that does not exist.
+    """
+
+    def place(match: re.Match[str]) -> str:
+        opening, name, closing = match.groups()
+        if name not in TABLES:
+            raise KeyError(f"no table is named {name}; there are {', '.join(TABLES)}")
+        path = folder / f"{TABLES[name].source}.json"
+        if not path.exists():
+            return (
+                f"{opening}*Not measured yet: `python -m benchmarks run {TABLES[name].source}`.*\n{closing}"
+            )
+        return f"{opening}{render(TABLES[name], results.read(path))}\n{closing}"
+
+    return _PLACE.sub(place, text)
+
+
+def render(table: Table, content: dict[str, Any]) -> str:
+    """One table under a line that says on what it was measured."""
+    versions = content["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "transformers"))
+    origin = f"{content['device']}, {packages}, {content['date']}"
+    if content["smoke"]:
+        origin += ", smoke sizes: no time means anything"
+    if not content["complete"]:
+        origin += ", stopped early"
+    return f"{table.render(content)}\n\n*{origin}.*"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; its first column is text, the others are right-aligned."""
+    lines = [_row(head), _row([":--", *["--:"] * (len(head) - 1)])]
+    return "\n".join([*lines, *map(_row, rows)])
+
+
+def find(content: dict[str, Any], candidate: str, **parameters: object) -> dict[str, Any] | None:
+    """The measurement of a candidate at a point, or None where there is none or it failed."""
+    for measurement in content["measurements"]:
+        given = measurement["parameters"]
+        same = all(given.get(name) == value for name, value in parameters.items())
+        if measurement["candidate"] == candidate and same and measurement["status"] == "ok":
+            return dict(measurement)
+    return None
+
+
+def points(
+    content: dict[str, Any], *names: str, where: Callable[[dict[str, Any]], bool]
+) -> list[tuple[Any, ...]]:
+    """The distinct values of some parameters, in the order they were measured."""
+    found = {
+        tuple(m["parameters"].get(name) for name in names): None
+        for m in content["measurements"]
+        if where(m["parameters"])
+    }
+    return list(found)
+
+
+def milliseconds(measurement: dict[str, Any] | None) -> str:
+    """Its median, with three digits."""
+    if measurement is None or measurement["milliseconds"] is None:
+        return "–"
+    return number(measurement["milliseconds"]["p50"])
+
+
+def ratio(measurement: dict[str, Any] | None, name: str) -> str:
+    """One of its ratios, with two decimals."""
+    value = None if measurement is None else measurement[name]
+    return "–" if value is None else f"{value:.2f}"
+
+
+def number(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

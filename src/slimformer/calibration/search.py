@@ -1,0 +1,143 @@
+"""Greedy search: drop, one after the other, what moves the model least from the dense one.
+
+SLEB (arXiv 2402.09025), BlockPruner (2406.10594) and FinerCut (2405.18218) select by output in this way; here the
+replacements are fitted before a candidate is judged, and a candidate at layer i costs only the layers from i on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimformer.anatomy import KINDS, Anatomy
+from slimformer.cache import compact_slots
+from slimformer.calibration.divergence_to_dense import Divergence
+from slimformer.calibration.fitting import fit_each, fit_together
+from slimformer.calibration.replay import Call, Dropped, Sublayer, executors, run_layers
+from slimformer.calibration.similarity import Unit
+from slimformer.errors import CalibrationError, PlanError
+from slimformer.replacements import Replace
+
+
+@dataclass(frozen=True)
+class Step:
+    """One removal.
+
+    Attributes:
+        kind: What was removed.
+        layer: Of which layer.
+        divergence: From the dense model, with this and all earlier removals, replacements fitted; None where it was
+            not measured.
+    """
+
+    kind: Unit
+    layer: int
+    divergence: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a plan's provenance holds it."""
+        known = {} if self.divergence is None else {"divergence": self.divergence}
+        return {"kind": self.kind, "layer": self.layer, **known}
+
+
+@dataclass
+class Search:
+    """What the search works on.
+
+    Attributes:
+        anatomy: The model's layers.
+        judged: Batches on which candidates are judged.
+        fitted: Batches on which replacements are fitted.
+        divergence: The measure, recorded on `judged`.
+        replace: What dropped sublayers leave behind.
+        taps: How many inputs a filter reads.
+        advance: Called after every candidate that was judged, with the number of candidates of this round.
+    """
+
+    anatomy: Anatomy
+    judged: Sequence[Call]
+    fitted: Sequence[Call]
+    divergence: Divergence
+    replace: Replace
+    taps: int
+    advance: Callable[[int], None]
+
+    def next_step(self, steps: Sequence[Step], candidates: Sequence[tuple[Unit, int]]) -> Step:
+        """Judge every candidate on top of the earlier `steps`, and take the best.
+
+        Raises:
+            CalibrationError: If no candidate may be dropped, or the divergence is not a number.
+        """
+        before = [sublayer for step in steps for sublayer in sublayers_of(step.kind, step.layer)]
+        dropped = fit_together(self.anatomy, self.fitted, before, self.replace, self.taps)
+        allowed = [unit for unit in candidates if may_drop(self.anatomy, [*before, *sublayers_of(*unit)])]
+        if not allowed:
+            raise CalibrationError(
+                f"After {len(steps)} removals nothing more may be dropped: at least one attention must stay to count "
+                "positions by. Ask for fewer."
+            )
+        wanted = [sublayer for unit in allowed for sublayer in sublayers_of(*unit)]
+        fitted = fit_each(self.anatomy, self.fitted, wanted, dropped, self.replace, self.taps)
+        inputs = self._layer_inputs(dropped)
+        judged: list[tuple[float, Unit, int]] = []
+        for kind, layer in allowed:
+            own = {sublayer: fitted[sublayer] for sublayer in sublayers_of(kind, layer)}
+            value = self._judge({**dropped, **own}, layer, [states[layer] for states in inputs])
+            judged.append((value, kind, layer))
+            self.advance(len(allowed))
+        value, kind, layer = min(judged)
+        return Step(kind, layer, value)
+
+    def divergence_of(self, sublayers: Sequence[Sublayer]) -> float:
+        """The divergence with all of them dropped and their replacements fitted together."""
+        dropped = fit_together(self.anatomy, self.fitted, sublayers, self.replace, self.taps)
+        return self._judge(dropped, 0, [call.hidden for call in self.judged])
+
+    @torch.no_grad()
+    def _layer_inputs(self, dropped: Dropped) -> list[list[Tensor]]:
+        layers, found = executors(self.anatomy, dropped), []
+        for call in self.judged:
+            inputs: list[Tensor] = []
+            run_layers(layers, call, call.hidden, 0, inputs)
+            found.append(inputs)
+        return found
+
+    @torch.no_grad()
+    def _judge(self, dropped: Dropped, start: int, states: Sequence[Tensor]) -> float:
+        layers = executors(self.anatomy, dropped)
+        last = [
+            run_layers(layers, call, state, start) for call, state in zip(self.judged, states, strict=True)
+        ]
+        value = self.divergence.of(self.judged, last)
+        if value != value:
+            raise CalibrationError(
+                "The divergence is not a number: the model computes NaN on this text. Check the checkpoint, or load "
+                "it in bfloat16 or float32 instead of float16."
+            )
+        return value
+
+
+def sublayers_of(kind: Unit, layer: int) -> tuple[Sublayer, ...]:
+    """The sublayers of a unit.
+
+    Example:
+        >>> sublayers_of("block", 3)
+        (('attention', 3), ('mlp', 3))
+    """
+    return tuple((k, layer) for k in KINDS) if kind == "block" else ((kind, layer),)
+
+
+def may_drop(anatomy: Anatomy, sublayers: Sequence[Sublayer]) -> bool:
+    """Whether what stays can still count positions and hold a cache."""
+    gone = [index for kind, index in sublayers if kind == "attention"]
+    if not anatomy.causal:
+        return True
+    try:
+        compact_slots(anatomy.layer_types, gone)
+    except PlanError:
+        return False
+    return True

@@ -1,0 +1,128 @@
+"""`slimformer calibrate`: find out which sublayers a model can lose, and write the plan."""
+
+# Commands import torch when they run, so that --help does not wait for it.
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+from slimformer.cli import options
+from slimformer.cli.output import check_output, note, print_json, print_tables
+from slimformer.cli.partial import partial_results
+
+
+class Selection(str, Enum):
+    """How sublayers are chosen."""
+
+    greedy = "greedy"
+    cosine = "cosine"
+
+
+class Kinds(str, Enum):
+    """What may be dropped."""
+
+    attention = "attention"
+    mlp = "mlp"
+    joint = "attention,mlp"
+    block = "block"
+
+
+class Replace(str, Enum):
+    """What stands in for a dropped sublayer."""
+
+    nothing = "nothing"
+    mean = "mean"
+    filter = "filter"
+
+
+class Budget(str, Enum):
+    """How much time calibration may take."""
+
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+
+
+def calibrate(
+    model: options.Model,
+    output: options.Output,
+    data: options.Data = None,
+    text_field: options.TextField = "text",
+    hold_out: Annotated[
+        bool, typer.Option(help="Leave every fifth text unread, for `slimformer eval`.")
+    ] = True,
+    selection: Annotated[
+        Selection,
+        typer.Option(help="greedy: least divergence from dense; cosine: one pass, most similar first."),
+    ] = Selection.greedy,
+    kinds: Annotated[
+        Kinds,
+        typer.Option(help="What may be dropped; attention,mlp chooses among both, block drops whole layers."),
+    ] = Kinds.attention,
+    drop: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Stop after so many drops.")
+    ] = None,
+    max_divergence: Annotated[
+        float | None,
+        typer.Option(min=0, show_default=False, help="Stop before the divergence from dense passes this."),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(min=1, show_default=False, help="Stop once so many times as fast as dense."),
+    ] = None,
+    replace: Annotated[
+        Replace,
+        typer.Option(help="What stands in for a dropped sublayer: nothing, its mean, a fitted filter."),
+    ] = Replace.nothing,
+    taps: Annotated[int, typer.Option(min=1, help="How many tokens back a filter reads.")] = 4,
+    budget: Annotated[Budget, typer.Option(help="quick: a minute for a small model.")] = Budget.quick,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Choose the sublayers that MODEL can lose and write the plan to the output folder.
+
+    Interrupted with Ctrl-C, it keeps what it has measured: the same command goes on from there.
+    """
+    if drop is None and max_divergence is None and speedup is None:
+        raise typer.BadParameter("Say when to stop: give --drop, --max-divergence or --speedup.")
+    check_output(output, force)
+
+    import slimformer
+    from slimformer.cli.loading import load_model, load_tokenizer
+    from slimformer.report import plan_table
+
+    units: Any = tuple(kinds.value.split(","))
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model, device, dtype.value)
+    with partial_results(output) as partial:
+        plan = slimformer.calibrate(
+            loaded,
+            tokenizer,
+            data=data,
+            text_field=text_field,
+            hold_out=hold_out,
+            selection=selection.value,
+            kinds=units,
+            drop=drop,
+            max_divergence=max_divergence,
+            speedup=speedup,
+            replace=replace.value,
+            taps=taps,
+            budget=budget.value,
+            seed=seed,
+            checkpoint=partial,
+            progress=True,
+        )
+        plan.save_pretrained(output)
+    note(f"The plan is in {output}.")
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        print_tables(plan_table(plan))

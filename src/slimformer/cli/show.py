@@ -1,0 +1,42 @@
+"""`slimformer show`: print a plan, or write its page."""
+
+# Commands import torch when they run, so that --help does not wait for it.
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimformer.cli import options
+from slimformer.cli.output import note, print_json, print_tables, write_text
+
+
+def show(
+    plan: Annotated[
+        str, typer.Argument(metavar="PLAN", show_default=False, help="A plan's folder, file or Hub id.")
+    ],
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", show_default=False, help="Also write one self-contained HTML page."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Print what PLAN drops, why, and what was measured with it."""
+    if html is not None and html.suffix.lower() not in (".html", ".htm"):
+        raise typer.BadParameter(f"The page is written to a file that ends in .html, got {html}.")
+
+    from slimformer.plan import Plan
+    from slimformer.report import comparison_table, plan_page, plan_table
+
+    found = Plan.from_pretrained(plan)
+    if html is not None:
+        write_text(html, plan_page(found))
+        note(f"The page is in {html}.")
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        measured = [comparison_table(found.measured, "measured")] if found.measured else []
+        print_tables(plan_table(found), *measured)

@@ -1,0 +1,1 @@
+"""How good and how fast a patched model is beside the dense one."""

@@ -1,0 +1,83 @@
+"""A plan and its measurements as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from slimformer.plan import Plan
+from slimformer.report.summary import Summary, comparison, figure
+
+
+def plan_table(plan: Plan) -> Table:
+    """The dropped sublayers, in the order in which they went where the plan tells it.
+
+    Args:
+        plan: Any plan; columns whose values it does not carry are left out.
+
+    Returns:
+        A table to give to `rich.console.Console.print`.
+
+    Example:
+        >>> from slimformer import LayerDrop
+        >>> plan_table(Plan([LayerDrop(attention=[3, 5])])).row_count
+        2
+    """
+    summary = Summary.of(plan)
+    similarities = [summary.similarity_of(step) for step in summary.steps]
+    divergences = [step.divergence for step in summary.steps]
+    title = f"{summary.count} of {2 * summary.layers} sublayers dropped"
+    table = Table(
+        title=Text(title), title_justify="left", caption=Text(caption(plan)), caption_justify="left"
+    )
+    table.add_column("", justify="right", style="dim")
+    table.add_column("dropped")
+    columns = []
+    if any(value is not None for value in similarities):
+        table.add_column("similarity", justify="right")
+        columns.append(["" if value is None else f"{value:.4f}" for value in similarities])
+    if any(value is not None for value in divergences):
+        table.add_column(Text(summary.divergence_name), justify="right")
+        columns.append(["" if value is None else figure(value) for value in divergences])
+    for index, step in enumerate(summary.steps):
+        table.add_row(
+            str(index + 1) if summary.ordered else "", step.name, *(column[index] for column in columns)
+        )
+    return table
+
+
+def comparison_table(measured: Mapping[str, Any], title: str = "") -> Table:
+    """Quality and speed, dense beside slim.
+
+    Args:
+        measured: `{"quality": Quality.to_dict(), "speed": SpeedComparison.to_dict()}`; either may be absent.
+        title: Printed above.
+
+    Returns:
+        A table to give to `rich.console.Console.print`.
+
+    Example:
+        >>> comparison_table({"quality": {"divergence": 0.03, "agreement": 0.94}}).row_count
+        2
+    """
+    table = Table(title=Text(title) if title else None, title_justify="left")
+    table.add_column("")
+    for name in ("dense", "slim", "change"):
+        table.add_column(name, justify="right")
+    for row in comparison(measured):
+        table.add_row(*(Text(part) for part in row))
+    return table
+
+
+def caption(plan: Plan) -> str:
+    """One line on the model a plan is for and the text it was chosen by."""
+    parts = []
+    if plan.fingerprint:
+        family, layers = (plan.fingerprint.get(name, "?") for name in ("model_type", "layers"))
+        parts.append(f"for a {family} model of {layers} layers")
+    if plan.provenance.get("data"):
+        parts.append(f"chosen by {plan.provenance.get('tokens', '?')} tokens of {plan.provenance['data']}")
+    return ", ".join(parts)

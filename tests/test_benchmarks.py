@@ -1,0 +1,212 @@
+"""The benchmarks run through their real command, no time passes without a check, and the tables are current."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import registry, results, tables
+from benchmarks.compare import Case, Unsupported, compare
+from benchmarks.registry import Settings
+from benchmarks.timing import Candidate, Effort, interleaved
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+SMOKE = Settings(CPU, smoke=True)
+registry.load()
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "kernels"))
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("results")
+    return folder, command("run", "--smoke", "--out", folder)
+
+
+@pytest.mark.parametrize("name", registry.BENCHMARKS)
+def test_every_benchmark_runs_on_the_cpu_and_passes_its_checks(
+    smoke: tuple[Path, subprocess.CompletedProcess[str]], name: str
+) -> None:
+    folder, done = smoke
+    content = results.read(folder / f"{name}.json")
+    assert content["benchmark"] == name
+    assert content["complete"], done.stderr
+    assert content["smoke"]
+    states = {m["status"]: m["note"] for m in content["measurements"]}
+    assert set(states) <= {"ok", "unsupported"}, states
+
+
+def test_smoke_output_names_no_folder_of_this_machine(
+    smoke: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = smoke
+    written = done.stdout + "".join(path.read_text() for path in folder.iterdir())
+    assert str(ROOT) not in written
+    assert str(folder) not in written
+    assert str(Path.home()) + "/" not in written
+
+
+def test_every_table_is_made_from_its_results(
+    smoke: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    folder, _ = smoke
+    marked = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in registry.TABLES)
+    filled = tables.updated(marked, folder)
+    assert filled.count("| :-- |") == len(registry.TABLES)
+    assert "old" not in filled
+    assert tables.updated(filled, folder) == filled
+    assert tables.updated(marked, tmp_path).count("Not measured yet") == len(registry.TABLES)
+    with pytest.raises(KeyError, match="no table is named other"):
+        tables.updated("<!-- table: other -->\n<!-- end -->", folder)
+
+
+def test_tables_in_the_documents_are_current() -> None:
+    done = command("tables", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_committed_results_are_whole_and_real() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        content = results.read(path)
+        assert path.stem == content["benchmark"]
+        assert not content["smoke"]
+
+
+def test_list_and_unknown_names() -> None:
+    listed = command("list")
+    assert listed.returncode == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(registry.BENCHMARKS)
+    unknown = command("run", "nothing")
+    assert unknown.returncode == 2
+    assert "No benchmark is named nothing" in unknown.stdout
+
+
+def case(error: float, run: object = None) -> Case:
+    return Case(lambda: run, lambda: error, tolerance=1e-5)
+
+
+def raises(failure: Exception) -> Case:
+    def check() -> float:
+        raise failure
+
+    return Case(lambda: None, check, tolerance=1e-5)
+
+
+def test_no_time_without_a_passed_check() -> None:
+    cases = {
+        "right": case(1e-6),
+        "wrong": case(1e-2),
+        "not a number": case(float("nan")),
+        "broken": raises(ValueError("bad at /somewhere/secret/file.py")),
+        "refused": raises(Unsupported("not this shape")),
+    }
+    found = {m.candidate: m for m in compare(SMOKE, {"size": 1}, cases, regime="eager", baseline="right")}
+    assert {name: m.status for name, m in found.items()} == {
+        "right": "ok", "wrong": "wrong", "not a number": "wrong", "broken": "failed", "refused": "unsupported",
+    }  # fmt: skip
+    assert [name for name, m in found.items() if m.milliseconds is not None] == ["right"]
+    assert found["broken"].note == "ValueError: bad at …"
+    results.validate(document(list(found.values())))
+
+
+def test_a_candidate_that_fails_while_timed_costs_only_itself() -> None:
+    calls = iter(range(100))
+
+    def fails_later() -> None:
+        if next(calls) > 1:
+            raise RuntimeError("out of something")
+
+    cases = {"good": case(0.0), "bad": Case(fails_later, lambda: 0.0, tolerance=1e-5)}
+    good, bad = compare(SMOKE, {"size": 1}, cases, regime="eager", baseline="good")
+    assert good.milliseconds is not None
+    assert (bad.status, bad.note) == ("failed", "RuntimeError: out of something")
+
+
+def test_ratios_refer_to_baseline_and_ideal() -> None:
+    found = compare(
+        SMOKE, {"size": 1}, {"a": case(0.0), "b": case(0.0)}, regime="eager", baseline="a",
+        ideal=lambda name, medians: 2 * medians["b"] if name == "b" else None,
+        values=lambda medians: {"b": {"both": len(medians)}},
+    )  # fmt: skip
+    first, second = found
+    assert first.baseline_ratio == 1.0
+    assert first.ideal_ratio is None
+    assert second.ideal_ratio == 0.5
+    assert second.values == {"both": 2}
+
+
+def test_candidates_take_turns_and_prepare_first() -> None:
+    calls: list[str] = []
+    candidates = {
+        name: Candidate(
+            lambda name=name: calls.append(name), lambda name=name: calls.append(f"prepare {name}")
+        )
+        for name in "ab"
+    }
+    timings = interleaved(candidates, CPU, regime="wall", effort=Effort(0.0, least=4, most=4))
+    assert {timing.runs for timing in timings.values()} == {4}
+    assert all(t.p20 <= t.p50 <= t.p80 for t in timings.values())
+    timed = [call for call in calls if not call.startswith("prepare")][-8:]
+    assert timed == ["a", "b", "b", "a"] * 2
+    assert all(calls[i - 1] == f"prepare {call}" for i, call in enumerate(calls) if len(call) == 1)
+
+
+def document(measurements: list[results.Measurement]) -> dict[str, object]:
+    return results.document("any", CPU, measurements, smoke=True, complete=True, seconds=1.0)
+
+
+def test_result_files_come_back_as_written(tmp_path: Path) -> None:
+    content = document([results.Measurement({"size": 1}, "one", values={"figure": 1 / 3})])
+    path = results.write(content, tmp_path)
+    assert results.read(path) == json.loads(json.dumps(content))
+    assert [p.name for p in tmp_path.iterdir()] == ["any.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"format": 2}, "format"),
+        ({"device": None}, "device"),
+        ({"date": "yesterday"}, "yesterday"),
+        ({"versions": {"torch": "2"}}, "python is missing"),
+        ({"measurements": [{"candidate": "x"}]}, "expected the fields"),
+    ],
+)
+def test_damaged_result_files_are_refused(change: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        results.validate({**document([]), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"status": "fine"}, "status"),
+        ({"status": "wrong"}, "time without a passed check"),
+        ({"milliseconds": None}, "neither a time nor a value"),
+        ({"milliseconds": {"p20": 3.0, "p50": 2.0, "p80": 4.0, "runs": 1}}, "out of order"),
+        ({"milliseconds": None, "status": "failed"}, "no reason"),
+    ],
+)
+def test_measurements_that_prove_nothing_are_refused(change: dict[str, object], complaint: str) -> None:
+    timing = results.Timing(1.0, 2.0, 3.0, 5)
+    content = document([results.Measurement({"size": 1}, "one", milliseconds=timing)])
+    results.validate(content)
+    content["measurements"][0].update(change)
+    with pytest.raises(ValueError, match=complaint):
+        results.validate(content)

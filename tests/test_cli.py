@@ -1,0 +1,342 @@
+"""The command line: its results on standard output, its reasons on standard error, its exit codes, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import slimformer
+from slimformer import LayerDrop, Plan
+from slimformer.calibration.data import load_texts
+from slimformer.calibration.held_out import split_texts
+from slimformer.cli import app
+from slimformer.cli.loading import load_model
+from slimformer.demo import demo_model
+from slimformer.errors import SlimformerError
+from slimformer.plan import FILE, fingerprint
+from slimformer.report import plan_page
+from tiny_checkpoints import tiny_checkpoint, tiny_tokenizer
+from tiny_models import tiny_model
+
+DROP = LayerDrop(attention=[1], mlp=[2])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "bert", "bert")
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> str:
+    folder = tmp_path / "plan"
+    Plan([DROP], fingerprint(tiny_model("llama"))).save_pretrained(folder)
+    return str(folder)
+
+
+def run(*arguments: object, code: int = 0, typed: str | None = None) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=typed)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def refused(*arguments: object) -> str:
+    """The one line that a refused command prints."""
+    result = run(*arguments, code=1)
+    assert result.stdout == ""
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def test_calibrate_writes_a_plan_for_the_model_and_prints_it(llama: str, tmp_path: Path) -> None:
+    result = run("calibrate", llama, "-o", tmp_path / "plan", "--drop", 2)
+    plan = Plan.from_pretrained(tmp_path / "plan")
+    (method,) = plan.methods
+    assert len(method.attention) == 2
+    for layer in method.attention:
+        assert f"attention {layer}" in result.stdout
+    assert slimformer.status(slimformer.patch(load_model(llama), plan))
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+
+
+@pytest.mark.parametrize(("kinds", "expected"), [
+    ("mlp", {"mlp"}), ("block", {"block"}), ("attention,mlp", {"attention", "mlp"}),
+])  # fmt: skip
+def test_calibrate_drops_only_the_kinds_asked_for(
+    llama: str, tmp_path: Path, kinds: str, expected: set[str]
+) -> None:
+    result = run("calibrate", llama, "-o", tmp_path / "p", "--drop", 1, "--kinds", kinds, "--json")
+    (method,) = json.loads(result.stdout)["methods"]
+    assert {kind for kind in ("attention", "mlp", "block") if method[kind]} <= expected
+
+
+@pytest.mark.parametrize("replace", ["mean", "filter"])
+def test_a_fitted_replacement_is_saved_with_the_plan_and_kept_with_the_figures(
+    llama: str, tmp_path: Path, replace: str
+) -> None:
+    run("calibrate", llama, "-o", tmp_path / "p", "--drop", 1, "--replace", replace, "--taps", 2)
+    arguments = ("eval", llama, "--plan", tmp_path / "p", "--blocks", 2, "--json")
+    first = json.loads(run(*arguments, "--save").stdout)
+    assert json.loads(run(*arguments).stdout) == first
+    assert {"mean": "the mean", "filter": "a causal filter of 2 taps"}[replace] in plan_page(
+        Plan.from_pretrained(tmp_path / "p")
+    )
+
+
+def test_eval_warns_where_calibration_read_the_same_text_whole(llama: str, tmp_path: Path) -> None:
+    run("calibrate", llama, "-o", tmp_path / "p", "--drop", 1, "--no-hold-out")
+    result = run("eval", llama, "--plan", tmp_path / "p", "--blocks", 2, "--json")
+    assert "overestimated" in result.stderr
+    assert "held-out" not in json.loads(result.stdout)["data"]
+
+
+def test_calibrate_reads_the_text_it_is_given(llama: str, tmp_path: Path) -> None:
+    text = "\n\n".join(f"Paragraph {i} says a little about nothing much." * 9 for i in range(99))
+    (tmp_path / "own.txt").write_text(text)
+    arguments = ("calibrate", llama, "--drop", 1, "--json", "--data")
+    from_file = run(*arguments, tmp_path / "own.txt", "-o", tmp_path / "a")
+    assert json.loads(from_file.stdout)["provenance"]["data"].startswith("file own.txt")
+    from_input = run(*arguments, "-", "-o", tmp_path / "b", typed=text)
+    assert json.loads(from_input.stdout)["provenance"]["data"].startswith("standard input")
+
+
+def test_calibrate_refuses_too_little_text_and_keeps_nothing(llama: str, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Two words.")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    for name in ("short.txt", "empty.txt"):
+        assert "text" in refused(
+            "calibrate", llama, "-o", tmp_path / "p", "--drop", 1, "--data", tmp_path / name
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "short.txt"]
+
+
+def test_an_encoder_is_calibrated_and_measured(bert: str, tmp_path: Path) -> None:
+    run("calibrate", bert, "-o", tmp_path / "p", "--drop", 1)
+    quality = json.loads(run("eval", bert, "--plan", tmp_path / "p", "--json").stdout)
+    assert 0 < quality["embedding_cosine"] < 1
+    speed = json.loads(
+        run("bench", bert, "--plan", tmp_path / "p", "--prompt-tokens", 8, "--repeats", 1, "--json").stdout
+    )
+    assert speed["decode_speedup"] is None
+
+
+def test_an_output_folder_with_other_files_is_refused_and_untouched(llama: str, tmp_path: Path) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter").write_text("one")
+    for force in ([], ["--force"]):
+        message = refused("calibrate", llama, "-o", folder, "--drop", 1, *force)
+        assert "not empty and holds no plan" in message
+    assert (folder / "chapter").read_text() == "one"
+    assert "is a file" in refused("calibrate", llama, "-o", folder / "chapter", "--drop", 1)
+    assert [path.name for path in folder.iterdir()] == ["chapter"]
+
+
+def test_a_plan_in_the_output_folder_is_replaced_only_with_force(llama: str, plan: str) -> None:
+    before = Path(plan, FILE).read_text()
+    assert "--force" in refused("calibrate", llama, "-o", plan, "--drop", 1)
+    assert Path(plan, FILE).read_text() == before
+    run("calibrate", llama, "-o", plan, "--drop", 1, "--force")
+    assert Path(plan, FILE).read_text() != before
+
+
+def test_a_failed_save_keeps_the_old_plan_and_the_partial_results(
+    llama: str, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Path(plan, FILE).read_text()
+    replace = os.replace
+
+    def full(source: str, target: str) -> None:
+        if Path(target).name == FILE:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", full)
+    assert "No space left" in refused("calibrate", llama, "-o", plan, "--drop", 1, "--force")
+    assert Path(plan, FILE).read_text() == before
+    assert any(Path(plan + ".slimformer-partial").iterdir())
+
+
+def test_ctrl_c_keeps_partial_results_and_the_same_command_resumes(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", "llama", num_hidden_layers=24, hidden_size=64)
+    command = [sys.executable, "-m", "slimformer", "calibrate", model, "--drop", "12", "--budget", "standard"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder = tmp_path / "plan"
+    partial = tmp_path / "plan.slimformer-partial"
+    running = subprocess.Popen(
+        [*command, "-o", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    deadline = time.monotonic() + 240
+    while not (partial.is_dir() and any(partial.iterdir())):
+        assert running.poll() is None, running.stderr and running.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 130, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert f"Partial results are in {partial}" in err
+    assert not folder.exists()
+    resumed = subprocess.run([*command, "-o", str(folder)], env=environment, capture_output=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert not partial.exists()
+    whole = subprocess.run(
+        [*command, "-o", str(tmp_path / "whole")], env=environment, capture_output=True, check=False
+    )
+    assert whole.returncode == 0, whole.stderr
+    assert Plan.from_pretrained(folder).methods == Plan.from_pretrained(tmp_path / "whole").methods
+
+
+def test_wrong_usage_ends_with_2(llama: str, plan: str, tmp_path: Path) -> None:
+    assert "--drop" in run("calibrate", llama, "-o", tmp_path / "p", code=2).stderr
+    run("calibrate", llama, "-o", tmp_path / "p", "--drop", 0, code=2)
+    run("calibrate", llama, "-o", tmp_path / "p", "--drop", 1, "--kinds", "tail", code=2)
+    run("calibrate", llama, "--drop", 1, code=2)
+    run("eval", llama, code=2)
+    run("demo", llama, "-o", tmp_path / "p", "--data", "-", code=2)
+    run("show", plan, "--html", Path(plan) / FILE, code=2)
+    Plan.from_pretrained(plan)
+
+
+def test_a_model_that_cannot_be_loaded_is_named_with_what_was_tried(
+    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused("eval", "nobody/nothing", "--plan", plan)
+    assert "the Hub id 'nobody/nothing', as there is no such folder" in message
+    (tmp_path / "empty").mkdir()
+    assert f"the folder {tmp_path / 'empty'}" in refused("bench", tmp_path / "empty", "--plan", plan)
+    broken = Path(tiny_checkpoint(tmp_path / "broken", "llama"))
+    (broken / "model.safetensors").write_bytes(b"damaged")
+    assert "LlamaForCausalLM through AutoModelForCausalLM" in refused("bench", broken, "--plan", plan)
+
+
+def test_an_unknown_device_is_refused(llama: str, plan: str) -> None:
+    assert "no device 'abacus'" in refused("bench", llama, "--plan", plan, "--device", "abacus")
+
+
+def test_what_is_no_plan_is_refused(llama: str, bert: str, plan: str, tmp_path: Path) -> None:
+    pickled = tmp_path / "plan.bin"
+    pickled.write_bytes(b"\x80\x04.")
+    for command in (["show"], ["eval", llama, "--plan"], ["generate", llama, "Hi", "--plan"]):
+        assert "pickle" in refused(*command, pickled)
+    Path(plan, FILE).write_text(Path(plan, FILE).read_text()[:40])
+    assert "damaged" in refused("show", plan)
+    assert "No plan at" in refused("show", tmp_path)
+
+
+def test_a_plan_for_another_model_is_refused_with_the_difference(bert: str, plan: str) -> None:
+    for command in (["eval", bert], ["bench", bert, "--prompt-tokens", 8]):
+        assert "model_type is 'llama', and this model's is 'bert'" in refused(*command, "--plan", plan)
+
+
+def test_eval_and_bench_print_tables_or_json_and_save_on_demand(llama: str, plan: str) -> None:
+    before = Path(plan, FILE).read_text()
+    sizes = ("--blocks", 2, "--sequence-length", 32)
+    assert "Perplexity" in run("eval", llama, "--plan", plan, *sizes).stdout
+    assert Path(plan, FILE).read_text() == before
+    quality = json.loads(run("eval", llama, "--plan", plan, *sizes, "--save", "--json").stdout)
+    assert quality["tokens"] == 64
+    assert quality["perplexity_slim"] != quality["perplexity_dense"]
+    sizes = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1)
+    assert "KV cache" in run("bench", llama, "--plan", plan, *sizes).stdout
+    speed = json.loads(run("bench", llama, "--plan", plan, *sizes, "--save", "--json").stdout)
+    assert speed["slim"]["cache_bytes"] * 4 == speed["dense"]["cache_bytes"] * 3
+    saved = Plan.from_pretrained(plan)
+    assert saved.measured == {"quality": quality, "speed": speed}
+    assert saved.methods == (DROP,)
+    shown = run("show", plan).stdout
+    assert "Perplexity" in shown
+    assert "KV cache" in shown
+
+
+def test_eval_reads_only_held_out_text_where_the_plan_was_chosen_by_the_same_source(
+    llama: str, tmp_path: Path
+) -> None:
+    source = load_texts(None)[1]
+    Plan([DROP], provenance={"data": source}).save_pretrained(tmp_path)
+    quality = json.loads(run("eval", llama, "--plan", tmp_path, "--blocks", 1, "--json").stdout)
+    assert quality["data"] == f"the held-out part of {source}"
+
+
+def test_held_out_text_and_calibration_text_have_nothing_in_common() -> None:
+    for texts in (load_texts(None)[0], ["a b c d e f g h i j"], [str(i % 7) for i in range(40)], ["one"] * 3):
+        kept, held_out = split_texts(texts)
+        assert kept
+        assert not set(kept) & set(held_out)
+
+
+def test_show_prints_the_plan_as_table_json_and_page(plan: str, tmp_path: Path) -> None:
+    assert "attention 1" in run("show", plan).stdout
+    result = run("show", plan, "--json", "--html", tmp_path / "pages" / "plan.html")
+    assert json.loads(result.stdout) == json.loads(Path(plan, FILE).read_text())
+    page = (tmp_path / "pages" / "plan.html").read_text(encoding="utf-8")
+    assert "attention 1: dropped" in page
+    assert "MLP 2: dropped" in page
+    assert [path.name for path in (tmp_path / "pages").iterdir()] == ["plan.html"]
+
+
+def test_generate_prints_what_the_patched_model_says(llama: str, plan: str) -> None:
+    arguments = ("generate", llama, "the end of it", "--max-new-tokens", 12)
+    model, tokenizer = load_model(llama), tiny_tokenizer()
+    ids = torch.tensor([tokenizer("the end of it")["input_ids"]])
+    expected = []
+    for methods in ([], [Plan.from_pretrained(plan)]):
+        if methods:
+            slimformer.patch(model, *methods)
+        new = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        expected.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert run(*arguments).stdout.strip() == expected[0]
+    assert run(*arguments, "--plan", plan).stdout.strip() == expected[1]
+    assert (
+        run("generate", llama, "-", "--max-new-tokens", 12, typed="the end of it").stdout.strip()
+        == expected[0]
+    )
+
+
+def test_generate_refuses_an_encoder_and_an_empty_prompt(llama: str, bert: str) -> None:
+    assert "cannot generate" in refused("generate", bert, "Hi")
+    assert "no token" in refused("generate", llama, "")
+
+
+def test_demo_goes_the_whole_way_on_a_given_model(llama: str, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    arguments = ("demo", llama, "-o", folder, "--drop", 1)
+    result = run(*arguments)
+    for expected in ("Perplexity", "Decode, per token", "dense:", "slim:"):
+        assert expected in result.stdout
+    assert sorted(path.name for path in folder.iterdir()) == ["plan.html", FILE]
+    measured = Plan.from_pretrained(folder).measured
+    assert measured["quality"]["data"].startswith("the held-out part of")
+    assert "--force" in refused(*arguments)
+    document = json.loads(run(*arguments, "--force", "--json").stdout)
+    assert set(document["generated"]) == {"dense", "slim"}
+
+
+def test_without_a_connection_the_demo_asks_for_a_model_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(SlimformerError, match="slimformer demo MODEL"):
+        demo_model(tmp_path)
+    assert list(tmp_path.iterdir()) == []
