@@ -15,9 +15,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 lint: setup
-	$(BIN)/ruff check src kernels tests
-	$(BIN)/ruff format --check src kernels tests
-	$(BIN)/mypy src kernels
+	$(BIN)/ruff check src kernels tests benchmarks
+	$(BIN)/ruff format --check src kernels tests benchmarks
+	$(BIN)/mypy src kernels benchmarks
 
 test: lint
 	$(BIN)/python -m pytest

@@ -1,9 +1,35 @@
 """Make transformer models cheaper to run without retraining them."""
 
-from slimformer.calibration.calibrate import calibrate
-from slimformer.methods.layer_drop import LayerDrop
-from slimformer.patching import patch, patched, status, unpatch
-from slimformer.plan import Plan
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimformer.calibration.calibrate import calibrate
+    from slimformer.methods.layer_drop import LayerDrop
+    from slimformer.patching import patch, patched, status, unpatch
+    from slimformer.plan import Plan
 
 __version__ = "0.1.0"
 __all__ = ["LayerDrop", "Plan", "calibrate", "patch", "patched", "status", "unpatch"]
+
+# Imported at first use: torch takes seconds, and `slimformer --help` needs none of it.
+_HOMES = {
+    "LayerDrop": "slimformer.methods.layer_drop",
+    "Plan": "slimformer.plan",
+    "calibrate": "slimformer.calibration.calibrate",
+    **dict.fromkeys(("patch", "patched", "status", "unpatch"), "slimformer.patching"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -163,8 +163,13 @@ def _greedy(
             return _some(steps, stop)
         steps.append(step)
     while not stop.reached(steps):
-        taken = {(step.kind, step.layer) for step in steps}
-        alive = [unit for unit in units if unit not in taken]
+        taken = [(step.kind, step.layer) for step in steps]
+        gone = [sublayer for unit in taken for sublayer in sublayers_of(*unit)]
+        alive = [
+            unit
+            for unit in units
+            if unit not in taken and may_drop(search.anatomy, [*gone, *sublayers_of(*unit)])
+        ]
         if not alive:
             stop.give_up(steps)
             break

@@ -70,25 +70,19 @@ class Search:
         """Judge every candidate on top of the earlier `steps`, and take the best.
 
         Raises:
-            CalibrationError: If no candidate may be dropped, or the divergence is not a number.
+            CalibrationError: If the divergence is not a number.
         """
         before = [sublayer for step in steps for sublayer in sublayers_of(step.kind, step.layer)]
         dropped = fit_together(self.anatomy, self.fitted, before, self.replace, self.taps)
-        allowed = [unit for unit in candidates if may_drop(self.anatomy, [*before, *sublayers_of(*unit)])]
-        if not allowed:
-            raise CalibrationError(
-                f"After {len(steps)} removals nothing more may be dropped: at least one attention must stay to count "
-                "positions by. Ask for fewer."
-            )
-        wanted = [sublayer for unit in allowed for sublayer in sublayers_of(*unit)]
+        wanted = [sublayer for unit in candidates for sublayer in sublayers_of(*unit)]
         fitted = fit_each(self.anatomy, self.fitted, wanted, dropped, self.replace, self.taps)
         inputs = self._layer_inputs(dropped)
         judged: list[tuple[float, Unit, int]] = []
-        for kind, layer in allowed:
+        for kind, layer in candidates:
             own = {sublayer: fitted[sublayer] for sublayer in sublayers_of(kind, layer)}
             value = self._judge({**dropped, **own}, layer, [states[layer] for states in inputs])
             judged.append((value, kind, layer))
-            self.advance(len(allowed))
+            self.advance(len(candidates))
         value, kind, layer = min(judged)
         return Step(kind, layer, value)
 
