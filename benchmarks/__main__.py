@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -26,6 +27,8 @@ _SECONDS_BETWEEN_WRITES = 5.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0 only if all that was asked for was done."""
+    # `timeout` ends a run in this way; what was measured is then still written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     registry.load()
     options = _parser().parse_args(arguments)
     if options.command == "list":

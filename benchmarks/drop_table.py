@@ -90,7 +90,7 @@ def _load(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     if path is None:
         if not settings.smoke:
             raise MissingInput("it needs --model, the folder of a causal language model")
-        return _tiny_model(), _tiny_tokenizer()
+        return _tiny_model(), tiny_tokenizer()
     folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
@@ -120,12 +120,14 @@ def _tiny_model() -> PreTrainedModel:
     return LlamaForCausalLM(config).eval()
 
 
-def _tiny_tokenizer() -> PreTrainedTokenizerBase:
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
     """One token per printable character."""
     words = ["<unk>", *string.printable]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", model_max_length=512
+    )
 
 
 @table("drop_table", source="drop_table")

@@ -16,7 +16,15 @@ Value = TypeVar("Value")
 Run = Callable[["Settings"], Iterator[Measurement]]
 Render = Callable[[dict[str, Any]], str]
 
-MODULES = ("mlp_rows", "row_kernels", "attention_backends", "layer_drop", "layer_drop_compiled", "drop_table")
+MODULES = (
+    "mlp_rows",
+    "row_kernels",
+    "attention_backends",
+    "layer_drop",
+    "layer_drop_compiled",
+    "drop_table",
+    "encoder_drop",
+)
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,7 +151,9 @@ class FilterState(CacheLayerMixin):
         if self.state is None or isinstance(self.seen, Tensor):
             return
         length, keep = self.state.shape[1], self.taps - 1
-        remove = abs(tokens_to_remove)
+        # Some callers pass a tensor. A positive number is the length to keep, as it was before transformers 5.18.
+        wanted = int(tokens_to_remove)
+        remove = -wanted if wanted <= 0 else max(int(self.seen) - wanted, 0)
         if length - remove < keep:
             raise PlanError(
                 f"Cannot crop {remove} tokens: the filter of a dropped attention keeps {keep} inputs, and "
@@ -191,6 +193,15 @@ class FilterState(CacheLayerMixin):
             self.state = self.state.repeat_interleave(repeats, dim=0)
 
 
+def leave_slot_empty(cache: Cache | None, slot: int) -> None:
+    """Mark the slot of an attention that does not run, so that cropping the cache passes it by.
+
+    Static caches cannot be cropped, and writing to their list of slots would end up in compiled graphs.
+    """
+    if cache is not None and not getattr(cache, "is_compileable", False):
+        filter_state(cache, slot, taps=1)
+
+
 def filter_state(cache: Cache | None, slot: int, taps: int) -> FilterState | None:
     """The filter state in `slot` of `cache`, put there if need be; `None` without a cache."""
     if cache is None:
@@ -204,3 +215,10 @@ def filter_state(cache: Cache | None, slot: int, taps: int) -> FilterState | Non
         layer = FilterState(layer, taps)
         cache.layers[slot] = layer
     return layer
+
+
+def layer_cache(kwargs: Mapping[str, Any]) -> Cache | None:
+    """The cache among a layer's arguments."""
+    # GPT-NeoX still has the older name.
+    found: Cache | None = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    return found

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, positional_names
+from slimformer.cache import layer_cache, leave_slot_empty
 
 # What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition.
 Replacement = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
@@ -59,6 +60,7 @@ class LayerExecutor:
         structure: The row of the structure table that says what the parts are.
         sublayers: The plan of each sublayer.
         replacements: What stands in for sublayers that compute nothing.
+        slot: The cache slot of the layer's attention, where it does not run and its replacement keeps no state there.
     """
 
     layer: nn.Module
@@ -67,6 +69,7 @@ class LayerExecutor:
         default_factory=lambda: {kind: SublayerPlan() for kind in KINDS}
     )
     replacements: dict[Kind, Replacement] = field(default_factory=dict)
+    slot: int | None = None
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -99,6 +102,8 @@ class LayerExecutor:
         parts, plan, layer = self.structure.parts(kind), self.sublayers[kind], self.layer
         if not plan.compute:
             replacement = self.replacements.get(kind)
+            if kind == "attention" and self.slot is not None:
+                leave_slot_empty(layer_cache(kwargs), self.slot)
             return (None if replacement is None else replacement(x, self.normed(kind, x), kwargs)), None
         module, h, weights = getattr(layer, parts.module), self.normed(kind, x), None
         if kind == "attention":

@@ -16,6 +16,7 @@ from slimformer.cache import compact_slots
 from slimformer.errors import PlanError
 from slimformer.executor import LayerExecutor, TokenPolicy
 from slimformer.plan import FILE, Plan
+from slimformer.replacements import keeps_state
 
 Model = TypeVar("Model")
 _ATTRIBUTE = "_slimformer"
@@ -168,6 +169,8 @@ def _apply(model: nn.Module, methods: tuple[TokenPolicy, ...]) -> None:
         ledger.set(model, _ATTRIBUTE, Patch(methods, executors, ledger))
         for index, executor in executors.items():
             _replace(executor, anatomy.causal, slots[index], ledger)
+            if anatomy.causal and not keeps_state(executor.replacements.get("attention")):
+                executor.slot = slots[index]
             ledger.set_forward(anatomy.layers[index], executor.forward)
         for layer, slot in zip(anatomy.layers, slots, strict=True):
             core = attention_core(layer, anatomy.structure)

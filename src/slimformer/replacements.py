@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimformer.anatomy import Kind
-from slimformer.cache import FilterState, filter_state
+from slimformer.cache import FilterState, filter_state, layer_cache
 from slimformer.errors import UnsupportedModelError
 
 Replace = Literal["nothing", "mean", "filter"]
@@ -83,9 +83,12 @@ class LinearFilter:
     def _state(self, kwargs: dict[str, Any]) -> FilterState | None:
         if not self.causal:
             return None
-        # GPT-NeoX still has the older name.
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-        return filter_state(cache, self.slot, self.taps)
+        return filter_state(layer_cache(kwargs), self.slot, self.taps)
+
+
+def keeps_state(replacement: object) -> bool:
+    """Whether a replacement remembers earlier inputs in the cache slot of the attention."""
+    return isinstance(replacement, LinearFilter) and replacement.causal and replacement.taps > 1
 
 
 def taps_of(kind: Kind, taps: int) -> int:

@@ -1,0 +1,141 @@
+"""What people hold a model in, load it with and quantise it by works with a patched one; plans travel as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, Transformer
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import AutoModelForCausalLM, pipeline
+
+import slimformer
+from slimformer import LayerDrop, Plan
+from slimformer.errors import PlanError
+from slimformer.plan import FILE, WEIGHTS, fingerprint
+from tiny_checkpoints import tiny_checkpoint, tiny_tokenizer
+from tiny_models import tiny_model
+
+DROP = LayerDrop(attention=[1], mlp=[2])
+IDS = torch.arange(3, 15)[None]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def with_filter(bias: float = 0.1) -> LayerDrop:
+    generator = torch.Generator().manual_seed(2)
+    weights = {"attention.1.weight": torch.randn(32, 64, generator=generator) * 0.1,
+               "attention.1.bias": torch.full((32,), bias)}  # fmt: skip
+    return LayerDrop(attention=[1], replace="filter", taps=2, weights=weights)
+
+
+def test_a_sentence_transformer_is_patched_in_place(tmp_path: Path) -> None:
+    transformer = Transformer(tiny_checkpoint(tmp_path, "bert"))
+    model = SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu")
+    dense = model.encode(["a cat", "a longer text of some words"])
+    assert slimformer.patch(model, DROP) is model
+    assert slimformer.status(model) == {1: ["attention"], 2: ["mlp"]}
+    assert abs(model.encode(["a cat", "a longer text of some words"]) - dense).max() > 1e-4
+    slimformer.unpatch(model)
+    assert (model.encode(["a cat", "a longer text of some words"]) == dense).all()
+
+
+def test_a_pipeline_is_patched_in_place() -> None:
+    extract = pipeline("feature-extraction", model=tiny_model("bert"), tokenizer=tiny_tokenizer())
+    dense = torch.tensor(extract("a cat"))
+    with slimformer.patched(extract, DROP):
+        assert (torch.tensor(extract("a cat")) - dense).abs().max() > 1e-4
+    assert torch.equal(torch.tensor(extract("a cat")), dense)
+
+
+def test_a_model_loaded_with_a_device_map_keeps_working(tmp_path: Path) -> None:
+    plain = tiny_model("llama")
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(tmp_path, "llama"), device_map="auto")
+    before = logits(model)
+    with slimformer.patched(plain, DROP), slimformer.patched(model, DROP):
+        torch.testing.assert_close(logits(model).cpu(), logits(plain))
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("first", ["patch", "quantize"])
+def test_eight_bit_weights_may_come_before_or_after_the_patch(first: str) -> None:
+    # torchao's 4-bit layouts need kernels that CPUs lack for layers as small as these.
+    model, other = tiny_model("llama"), tiny_model("llama")
+    quantize_(other, Int8WeightOnlyConfig())
+    dense = logits(other)
+    slimformer.patch(other, DROP)
+    if first == "patch":
+        slimformer.patch(model, DROP)
+        quantize_(model, Int8WeightOnlyConfig())
+    else:
+        quantize_(model, Int8WeightOnlyConfig())
+        slimformer.patch(model, DROP)
+    torch.testing.assert_close(logits(model), logits(other), atol=1e-5, rtol=1e-5)
+    assert (logits(model) - dense).abs().max() > 1e-4
+    assert torch.equal(logits(slimformer.unpatch(model)), dense)
+
+
+def test_a_filter_stays_in_floating_point_beside_eight_bit_weights() -> None:
+    model = tiny_model("llama")
+    quantize_(model, Int8WeightOnlyConfig())
+    slimformer.patch(model, with_filter())
+    assert torch.isfinite(logits(model)).all()
+    assert model.model.layers[1].slimformer_attention_weight.dtype == torch.float32
+
+
+def test_a_plan_beside_the_checkpoint_is_found(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(PlanError, match="no plan lies beside the checkpoint"):
+        slimformer.patch(model)
+    Plan([DROP], fingerprint(model)).save_pretrained(folder)
+    slimformer.patch(model)
+    assert slimformer.status(model) == {1: ["attention"], 2: ["mlp"]}
+    for given in (folder, Path(folder), Path(folder) / FILE):
+        assert slimformer.status(slimformer.patch(model, given)) == {1: ["attention"], 2: ["mlp"]}
+
+
+def test_filters_survive_the_disk_bit_by_bit(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    plan = Plan([DROP, with_filter()], fingerprint(model))
+    plan.save_pretrained(tmp_path)
+    read = Plan.from_pretrained(tmp_path)
+    assert all(torch.equal(value, read.tensors()[name]) for name, value in plan.tensors().items())
+    with slimformer.patched(model, plan):
+        expected = logits(model)
+    with slimformer.patched(model, read):
+        assert torch.equal(logits(model), expected)
+
+
+def test_damaged_or_foreign_weights_are_refused(tmp_path: Path) -> None:
+    Plan([with_filter()]).save_pretrained(tmp_path / "one")
+    Plan([with_filter(bias=0.2)]).save_pretrained(tmp_path / "two")
+    file = tmp_path / "one" / WEIGHTS
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], (tmp_path / "two" / WEIGHTS).read_bytes()):
+        file.write_bytes(content)
+        with pytest.raises(PlanError, match="damaged"):
+            Plan.from_pretrained(tmp_path / "one")
+    file.unlink()
+    with pytest.raises(PlanError, match="cannot be read"):
+        Plan.from_pretrained(tmp_path / "one")
+
+
+def test_a_full_disk_keeps_the_old_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = Plan([with_filter()])
+    old.save_pretrained(tmp_path)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(PlanError, match="No space left"):
+            Plan([with_filter(bias=0.2)]).save_pretrained(tmp_path)
+    assert torch.equal(Plan.from_pretrained(tmp_path).tensors()["0.attention.1.bias"], torch.full((32,), 0.1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, WEIGHTS]
