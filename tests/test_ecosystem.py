@@ -8,7 +8,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, pipeline
 
 import slimformer
@@ -62,18 +62,18 @@ def test_a_model_loaded_with_a_device_map_keeps_working(tmp_path: Path) -> None:
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("config", [Int8WeightOnlyConfig(), Int4WeightOnlyConfig()], ids=["8 bits", "4 bits"])
 @pytest.mark.parametrize("first", ["patch", "quantize"])
-def test_eight_bit_weights_may_come_before_or_after_the_patch(first: str) -> None:
-    # torchao's 4-bit layouts need kernels that CPUs lack for layers as small as these.
+def test_quantised_weights_may_come_before_or_after_the_patch(first: str, config: object) -> None:
     model, other = tiny_model("llama"), tiny_model("llama")
-    quantize_(other, Int8WeightOnlyConfig())
+    quantize_(other, config)
     dense = logits(other)
     slimformer.patch(other, DROP)
     if first == "patch":
         slimformer.patch(model, DROP)
-        quantize_(model, Int8WeightOnlyConfig())
+        quantize_(model, config)
     else:
-        quantize_(model, Int8WeightOnlyConfig())
+        quantize_(model, config)
         slimformer.patch(model, DROP)
     torch.testing.assert_close(logits(model), logits(other), atol=1e-5, rtol=1e-5)
     assert (logits(model) - dense).abs().max() > 1e-4

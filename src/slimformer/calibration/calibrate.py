@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from slimformer import __version__
 from slimformer.anatomy import Anatomy, find_anatomy, transformer_of
 from slimformer.calibration.budgets import BUDGETS, BudgetName
 from slimformer.calibration.calibration_text import CalibrationText, read_text
@@ -257,12 +258,10 @@ def _provenance(
     steps: Sequence[Step],
     search: Search | None,
 ) -> dict[str, Any]:
-    import slimformer  # noqa: PLC0415  (its __init__ imports this module)
-
     device = text.anatomy.stack.device
     return {
         "versions": {
-            "slimformer": slimformer.__version__,
+            "slimformer": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

@@ -169,7 +169,7 @@ def _open(
     """A name for the source, and its texts."""
     if source is None:
         _logger.info(
-            "No calibration text was given: using the Python language reference (pydoc_data.topics). "
+            "No text was given: using the Python language reference (pydoc_data.topics). "
             "Text like that of your own application calibrates better."
         )
         return (
