@@ -188,5 +188,20 @@ def _replace(executor: LayerExecutor, causal: bool, slot: int, ledger: Ledger) -
             continue
         like = next((p for p in layer.parameters() if p.is_floating_point()), None)
         for name, value in plan.weights.items():
-            ledger.add_buffer(layer, name, value if like is None else value.to(like.device, like.dtype))
+            if like is not None:
+                value = value.to(_computing_device(layer, like), like.dtype)
+            ledger.add_buffer(layer, name, value)
         executor.replacements[kind] = plan.replacement(layer, causal, slot)
+
+
+def _computing_device(layer: nn.Module, like: Tensor) -> Any:
+    """Where a layer computes: by accelerate's hooks if they keep its weights elsewhere and `like` on no device."""
+    if like.device.type != "meta":
+        return like.device
+    for module in layer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for single in (hook, *getattr(hook, "hooks", ())):
+            device = getattr(single, "execution_device", None)
+            if device is not None:
+                return device
+    return "cpu"

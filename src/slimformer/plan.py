@@ -129,7 +129,7 @@ class Plan:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the plan into `folder`, creating it.
 
-        The files are written beside the old ones and then renamed, so a full disk or an interruption loses nothing.
+        The files are written beside the old ones and then renamed, so a full disk or a failed write loses nothing.
 
         Raises:
             PlanError: If the folder cannot be written, or is a file.
@@ -143,8 +143,7 @@ class Plan:
                 content["weights_sha256"] = hashlib.sha256(weights).hexdigest()
                 _write_beside(target / WEIGHTS, weights, written)
             _write_beside(target / FILE, (json.dumps(content, indent=2) + "\n").encode(), written)
-            for temporary, final in written:
-                os.replace(temporary, final)
+            _replace_all(written)
             if not tensors:
                 (target / WEIGHTS).unlink(missing_ok=True)
         except OSError as error:
@@ -238,6 +237,23 @@ def _write_beside(final: Path, content: bytes, written: list[tuple[str, str]]) -
         os.fsync(file.fileno())
     # mkstemp makes files that only their owner reads; a plan is like any other file.
     os.chmod(temporary, 0o644)
+
+
+def _replace_all(written: list[tuple[str, str]]) -> None:
+    """Rename all or none: what stood there before is put back if one fails."""
+    old: dict[str, bytes | None] = {}
+    try:
+        for temporary, final in written:
+            file = Path(final)
+            old[final] = file.read_bytes() if file.exists() else None
+            os.replace(temporary, final)
+    except OSError:
+        for final, content in old.items():
+            if content is None:
+                Path(final).unlink(missing_ok=True)
+            else:
+                Path(final).write_bytes(content)
+        raise
 
 
 def _download(repo_id: str, options: dict[str, Any]) -> Path:
