@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,16 +102,19 @@ def _measure(benchmark: Benchmark, settings: Settings, out: Path | None, minutes
     start = last_write = time.monotonic()
     complete = False
 
+    def document() -> dict[str, Any]:
+        return results.document(
+            benchmark.name,
+            settings.device,
+            measurements,
+            smoke=settings.smoke,
+            complete=complete,
+            seconds=time.monotonic() - start,
+        )
+
     def write() -> None:
         if out is not None and measurements:
-            content = results.document(
-                benchmark.name,
-                settings.device,
-                measurements,
-                smoke=settings.smoke,
-                complete=complete,
-                seconds=time.monotonic() - start,
-            )
+            content = document()
             results.validate(content)
             results.write(content, out)
 
@@ -131,14 +135,7 @@ def _measure(benchmark: Benchmark, settings: Settings, out: Path | None, minutes
                 complete = True
     finally:
         write()
-    content = results.document(
-        benchmark.name,
-        settings.device,
-        measurements,
-        smoke=settings.smoke,
-        complete=complete,
-        seconds=time.monotonic() - start,
-    )
+    content = document()
     for table in registry.TABLES.values():
         if table.source == benchmark.name:
             print(f"\n{tables.render(table, content)}\n")

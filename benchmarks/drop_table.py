@@ -138,8 +138,6 @@ def perplexities(content: dict[str, Any]) -> str:
     for (count,) in sorted(tables.points(content, "removed", where=lambda p: p["removed"] > 0)):
         found = [tables.find(content, name, removed=count) for name in METHODS]
         values = [None if one is None else one["values"]["perplexity"] for one in found]
-        best = min((value for value in values if value is not None), default=None)
-        cells = ["–" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values]
-        rows.append([str(count), *cells])
+        rows.append([str(count), *tables.best_in_bold(values, 2, min)])
     label = "–" if dense is None else f"{dense['values']['perplexity']:.2f}"
     return tables.markdown([f"Attentions removed (dense {label})", *METHODS], rows)

@@ -99,8 +99,6 @@ def correlations(content: dict[str, Any]) -> str:
     for (count,) in sorted(tables.points(content, "removed", where=lambda p: p["removed"] > 0)):
         found = [tables.find(content, name, removed=count) for name in METHODS]
         values = [None if one is None else one["values"]["spearman"] for one in found]
-        best = max((value for value in values if value is not None), default=None)
-        cells = ["–" if v is None else f"**{v:.1f}**" if v == best else f"{v:.1f}" for v in values]
-        rows.append([str(count), *cells])
+        rows.append([str(count), *tables.best_in_bold(values, 1, max)])
     label = "–" if dense is None else f"{dense['values']['spearman']:.1f}"
     return tables.markdown([f"Attentions removed (dense {label})", *METHODS], rows)

@@ -192,15 +192,25 @@ def test_buffers_leave_with_the_patch_and_move_with_the_model() -> None:
     assert torch.equal(logits(model, ids()), before)
 
 
-def test_compiles_without_graph_breaks_with_a_static_cache() -> None:
+@pytest.mark.parametrize("cached", ["whole", "dynamic", "static"])
+@pytest.mark.parametrize("replace", ["nothing", "mean", "filter"])
+def test_compiles_without_graph_breaks_with_every_cache(replace: str, cached: str) -> None:
+    torch.compiler.reset()
     model = tiny_model("llama")
-    slimformer.patch(model, filters(model, attention=[1]))
-    tokens, cache = ids(2, 9), StaticCache(model.config, max_cache_len=32)
-    logits(model, tokens[:, :8], past_key_values=cache, use_cache=True)
+    drop = LayerDrop(attention=[0, 2]) if replace == "nothing" else filters(model, replace, attention=[0, 2])
+    slimformer.patch(model, drop)
+    tokens = ids(2, 12)
     expected = logits(model, tokens, use_cache=False)[:, -1]
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    step = logits(compiled, tokens[:, 8:], past_key_values=cache, use_cache=True)
-    torch.testing.assert_close(step[:, 0], expected, atol=1e-4, rtol=0)
+    if cached == "whole":  # the model makes its own cache inside the graph
+        last = logits(compiled, tokens)
+    else:
+        static = cached == "static"
+        cache = StaticCache(model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+        logits(model if static else compiled, tokens[:, :10], past_key_values=cache, use_cache=True)
+        for index in (10, 11):
+            last = logits(compiled, tokens[:, index : index + 1], past_key_values=cache, use_cache=True)
+    torch.testing.assert_close(last[:, -1], expected, atol=1e-4, rtol=0)
 
 
 def test_replacements_without_fitting_are_refused() -> None:
