@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from benchmarks import tables
 from benchmarks.compare import Case, compare, relative_error
-from benchmarks.llama_8b import DENSE, SLIM, SUBLAYERS, DenseAndSlim, held, saved
+from benchmarks.llamas import DENSE, SLIM, SUBLAYERS, DenseAndSlim, held, rewinder, saved
 from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort, Regime
@@ -81,7 +81,7 @@ def _decode(settings: Settings, models: DenseAndSlim, batch: int, prompt: int) -
     for name, model in ((DENSE, models.dense), (SLIM, models.slim)):
         model(input_ids=ids, past_key_values=caches[name], use_cache=True, logits_to_keep=1)
     models.sublayers(h[:, :-1], models.rotary(0, prompt), None, caches[SUBLAYERS])
-    rewind = {name: _rewinder(cache) for name, cache in caches.items()}
+    rewind = {name: rewinder(cache) for name, cache in caches.items()}
 
     def step(which: LlamaForCausalLM, cache: DynamicCache) -> Callable[[], Tensor]:
         return lambda: which(input_ids=token, past_key_values=cache, use_cache=True).logits
@@ -107,8 +107,8 @@ def _decode(settings: Settings, models: DenseAndSlim, batch: int, prompt: int) -
         yield from compare(
             settings, parameters, cases, regime=regime, baseline=DENSE, values=saved, effort=effort
         )
-    for rewinder in rewind.values():
-        rewinder()
+    for take_back in rewind.values():
+        take_back()
     sizes = held({name: cache_bytes(caches[name]) for name in (DENSE, SLIM)})
     for name, values in sizes.items():
         yield Measurement({"phase": "cache, dynamic", "batch": batch, "tokens": prompt}, name, values=values)
@@ -138,17 +138,6 @@ def _case(
         return relative_error(call(), reference)
 
     return Case(call, check, tolerance, prepare, yardstick=DENSE)
-
-
-def _rewinder(cache: DynamicCache) -> Callable[[], None]:
-    """Takes the newest tokens out again: an update makes new tensors and leaves these as they are."""
-    filled = [(layer, layer.keys, layer.values) for layer in cache.layers if layer.is_initialized]
-
-    def rewind() -> None:
-        for layer, keys, values in filled:
-            layer.keys, layer.values = keys, values
-
-    return rewind
 
 
 @table("layer_drop", source="layer_drop")

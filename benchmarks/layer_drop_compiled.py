@@ -12,7 +12,7 @@ from transformers import StaticCache
 
 from benchmarks.compare import Case, compare, relative_error
 from benchmarks.layer_drop import BATCHES, PROMPT, layer_drop_table
-from benchmarks.llama_8b import DENSE, SLIM, SUBLAYERS, DenseAndSlim, held, saved
+from benchmarks.llamas import DENSE, SLIM, SUBLAYERS, DenseAndSlim, held, saved
 from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort, Regime

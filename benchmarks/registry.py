@@ -24,6 +24,8 @@ MODULES = (
     "layer_drop_compiled",
     "drop_table",
     "encoder_drop",
+    "lossless",
+    "executor_rows",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+import slimformer
 
 COMMON = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
           "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
@@ -26,3 +30,10 @@ def tiny_model(name: str, **overrides: object) -> PreTrainedModel:
     config = AutoConfig.for_model(name, **{**COMMON, **own, **overrides})
     factory = AutoModelForCausalLM if name in DECODERS else AutoModel
     return factory.from_config(config).eval()
+
+
+def dropped(model: Any) -> dict[int, list[str]]:
+    """The sublayers of a patched model that do not run."""
+    rows = slimformer.status(model)
+    gone = {index: [kind for kind in of if of[kind] == "dropped"] for index, of in rows.items()}
+    return {index: kinds for index, kinds in gone.items() if kinds}

@@ -3,22 +3,28 @@
 The package stands on its own: it needs PyTorch, and uses Triton where it is installed and a GPU is at hand.
 """
 
+from .add_norm import add_layer_norm, add_rms_norm
 from .add_rows import add_rows_
 from .add_rows_norm import add_rows_layer_norm_, add_rows_rms_norm_
 from .arguments import set_debug
+from .attention_rows import attention_rows
 from .chunked_head import chunked_cross_entropy, chunked_kl
 from .errors import KernelArgumentError
 from .glu import geglu, geglu_packed, swiglu, swiglu_packed
 from .layer_norm_rows import layer_norm_rows
 from .pooled_scores import PooledScores, pooled_scores
 from .rms_norm_rows import rms_norm_rows
+from .rotary import rotary_
 
 __all__ = [
     "KernelArgumentError",
     "PooledScores",
+    "add_layer_norm",
+    "add_rms_norm",
     "add_rows_",
     "add_rows_layer_norm_",
     "add_rows_rms_norm_",
+    "attention_rows",
     "chunked_cross_entropy",
     "chunked_kl",
     "geglu",
@@ -26,6 +32,7 @@ __all__ = [
     "layer_norm_rows",
     "pooled_scores",
     "rms_norm_rows",
+    "rotary_",
     "set_debug",
     "swiglu",
     "swiglu_packed",

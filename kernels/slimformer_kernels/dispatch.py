@@ -32,6 +32,22 @@ def jit(kernel: Callable[..., Any]) -> Any:
     return triton.jit(kernel) if HAS_TRITON else kernel
 
 
+class KernelOp:
+    """A launch function that is also the registered operator ``slimformer_kernels::<name>``.
+
+    A direct call launches: going through the dispatcher costs several times what the launch itself does, and
+    small models wait for the CPU. Wherever something watches the operators (``torch.compile``, export, fake
+    tensors) the registered operator is called, so that it is seen.
+    """
+
+    def __init__(self, launch: Callable[..., Any], registered: Any):
+        self.launch, self.registered = launch, registered
+        self.__doc__ = launch.__doc__
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.registered(*arguments) if watched() else self.launch(*arguments)
+
+
 def kernel_op(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
     """Register a launch function as the operator ``slimformer_kernels::<name>``.
 
@@ -40,15 +56,23 @@ def kernel_op(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[Callable
     """
     if not HAS_TRITON:
         return lambda launch: launch
-    return torch.library.triton_op(f"slimformer_kernels::{name}", mutates_args=mutates)
+    register = torch.library.triton_op(f"slimformer_kernels::{name}", mutates_args=mutates)
+    return lambda launch: KernelOp(launch, register(launch))
+
+
+def watched() -> bool:
+    """Say whether operators are being traced or replaced rather than run."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """``torch.library.wrap_triton`` that lets an interpreted kernel pass (older PyTorch refuses those).
+    """``torch.library.wrap_triton`` where a kernel is traced; elsewhere the kernel itself.
 
-    The name is PyTorch's on purpose: its compile cache finds the kernels of an operator by that name.
+    Older PyTorch refuses to wrap an interpreted kernel. The name is PyTorch's on purpose: its compile cache
+    finds the kernels of an operator by that name.
     """
-    return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.runtime.JITFunction) else kernel
+    traced = watched() and isinstance(kernel, triton.runtime.JITFunction)
+    return torch.library.wrap_triton(kernel) if traced else kernel
 
 
 def runs_kernel(x: Tensor, *others: Tensor | None) -> bool:

@@ -254,17 +254,20 @@ def find_anatomy(model: Any) -> Anatomy:
     )
 
 
-def check_structure(anatomy: Anatomy, run: Any) -> None:
+def check_structure(anatomy: Anatomy, call: tuple[Tensor, dict[str, Any]] | None, run: Any) -> None:
     """Check on eight tokens that a layer computes what its parts suggest.
 
     Names can match while the arithmetic differs (a residual multiplier, a layer scale), so one layer of each class
-    runs both ways: by its own `forward` and by `run(layer, x, kwargs)`. Skipped where weights are not in memory
-    (meta device), since there is nothing to compute with.
+    runs both ways: by its own `forward` and by `run(layer, x, kwargs)`.
+
+    Args:
+        anatomy: The model's.
+        call: Input and arguments of the first layer, from `first_layer_call`; None skips the check.
+        run: What is to be compared.
 
     Raises:
         UnsupportedModelError: If the two outputs differ by more than rounding.
     """
-    call = _first_layer_call(anatomy)
     if call is None:
         return
     hidden, kwargs = call
@@ -292,7 +295,12 @@ class _Captured(Exception):
     """Carries the first layer's arguments out of the stack."""
 
 
-def _first_layer_call(anatomy: Anatomy) -> tuple[Tensor, dict[str, Any]] | None:
+def first_layer_call(anatomy: Anatomy) -> tuple[Tensor, dict[str, Any]] | None:
+    """What the first layer gets for eight tokens: a residual `[1, 8, hidden]`, with noise, and its other arguments.
+
+    Returns:
+        None where weights are not in memory (meta device), since there is nothing to compute with.
+    """
     first = anatomy.layers[0]
     embedding = anatomy.stack.get_input_embeddings()
     weight = next((p for p in embedding.parameters() if not p.is_meta), None)

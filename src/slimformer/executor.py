@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, positional_names
+from slimformer.attention import for_attention
 from slimformer.cache import layer_cache, leave_slot_empty
+from slimformer.row_sublayers import RowSublayers, Run, Update
+from slimformer.rows import RowSelector, intersection
+from slimformer.stream import Stream
 
 # What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition.
 Replacement = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
-# Arguments of cross-attention, which no supported structure has; an attention must not see them.
-_NOT_FOR_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask", "hidden_states")
 
 
 @dataclass
@@ -31,11 +33,29 @@ class SublayerPlan:
         replacement: Makes what is added instead where none is, given the layer, whether the model is a decoder,
             and the cache slot of the layer's attention.
         weights: What the replacement reads, put on the layer as buffers that its `state_dict` leaves out.
+        rows: Name the rows to compute; those that all of them keep are. None of them means all rows.
+        compact_keys: Whether rows that an attention does not compute supply no keys and values either.
+        staying: Name the rows that stay in the stream from this layer on; no later layer computes the others. Read
+            from the plan of the layer's attention, before which the others leave.
     """
 
     compute: bool = True
     replacement: Callable[[nn.Module, bool, int], Replacement] | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: tuple[RowSelector, ...] = ()
+    compact_keys: bool = False
+    staying: tuple[RowSelector, ...] = ()
+
+    def __and__(self, other: SublayerPlan) -> SublayerPlan:
+        """Both decisions: what one drops is dropped, and rows are those that both keep."""
+        if not (self.compute and other.compute):
+            gone = self if not self.compute else other
+            return SublayerPlan(False, gone.replacement, gone.weights, staying=self.staying + other.staying)
+        return SublayerPlan(
+            rows=self.rows + other.rows,
+            compact_keys=self.compact_keys or other.compact_keys,
+            staying=self.staying + other.staying,
+        )
 
 
 @runtime_checkable
@@ -61,6 +81,10 @@ class LayerExecutor:
         sublayers: The plan of each sublayer.
         replacements: What stands in for sublayers that compute nothing.
         slot: The cache slot of the layer's attention, where it does not run and its replacement keeps no state there.
+        by_rows: Runs sublayers for chosen rows and with kernels; None where every row is computed by the modules.
+        dense: The forward that the layer had, for calls in which it does the same faster.
+        last: Whether rows that left the stream come back behind this layer.
+        observed: Says whether something reads what runs between the layers, so that no row may leave.
     """
 
     layer: nn.Module
@@ -70,6 +94,10 @@ class LayerExecutor:
     )
     replacements: dict[Kind, Replacement] = field(default_factory=dict)
     slot: int | None = None
+    by_rows: RowSublayers | None = None
+    dense: Callable[..., Any] | None = None
+    last: bool = False
+    observed: Callable[[], bool] = lambda: False
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -80,6 +108,15 @@ class LayerExecutor:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the layer's `forward`, with the same arguments and the same kind of result."""
+        if self.by_rows is not None:
+            given = {**kwargs, **dict(zip(self.names[: len(args)], args, strict=True))}
+            stream, x = self._entered(Stream.of(hidden_states, self.by_rows.causal, given), hidden_states)
+            if self.chooses:
+                stream.past = self.by_rows.cached_tokens(given)
+            if self.chooses or stream.held is not None or self.by_rows.pays(x):
+                return self._by_rows(x, stream, given)
+            if self.dense is not None:
+                return self.dense(hidden_states, *args, **kwargs)
         kwargs.update(zip(self.names[: len(args)], args, strict=True))
         attention, weights = self.addition("attention", hidden_states, kwargs)
         if self.parallel:
@@ -90,9 +127,7 @@ class LayerExecutor:
             hidden_states = self.residual("attention", hidden_states, attention)
             mlp, _ = self.addition("mlp", hidden_states, kwargs)
             output = self.residual("mlp", hidden_states, mlp)
-        if not self.returns_tuple:
-            return output
-        return (output, weights) if kwargs.get("output_attentions") else (output,)
+        return self._returned(output, weights, kwargs)
 
     def addition(self, kind: Kind, x: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """What the sublayer adds to the residual `x` `[batch, tokens, hidden]`, and attention weights if any.
@@ -107,8 +142,7 @@ class LayerExecutor:
             return (None if replacement is None else replacement(x, self.normed(kind, x), kwargs)), None
         module, h, weights = getattr(layer, parts.module), self.normed(kind, x), None
         if kind == "attention":
-            given = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_ATTENTION}
-            output = module(h, **given)
+            output = module(h, **for_attention(kwargs))
             y, weights = (
                 (output[0], output[1] if len(output) > 1 else None)
                 if isinstance(output, tuple)
@@ -149,3 +183,64 @@ class LayerExecutor:
         if parts.outer_norm is not None:
             return getattr(self.layer, parts.outer_norm)(y + x)
         return x + y
+
+    def computes(self, kind: Kind) -> str:
+        """Which rows a sublayer computes, in two words."""
+        plan = self.sublayers[kind]
+        if not plan.compute:
+            return "dropped"
+        if plan.rows:
+            return "chosen rows"
+        attends = self.by_rows is not None and self.by_rows.attention is not None
+        return "text rows" if not self.returns_tuple and (kind == "mlp" or attends) else "all rows"
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a policy names rows in this layer."""
+        return any(plan.rows for plan in self.sublayers.values())
+
+    def _entered(self, stream: Stream, hidden: Tensor) -> tuple[Stream, Tensor]:
+        """The stream without the rows that leave before this layer, and its residual."""
+        staying = self.sublayers["attention"].staying
+        if not staying or torch.is_grad_enabled() or self.layer.training or self.observed():
+            return stream, hidden
+        x = hidden.reshape(-1, hidden.shape[-1])
+        for choose in staying:
+            stream, x = stream.without(choose(stream, x), x)
+        return stream, hidden if stream.held is None else x[None]
+
+    def _by_rows(self, hidden: Tensor, stream: Stream, kwargs: dict[str, Any]) -> Any:
+        """The layer on chosen rows; `hidden` is `[batch, tokens, hidden]`, or `[1, held, hidden]` when rows left."""
+        by_rows, x = self.by_rows, hidden.reshape(-1, hidden.shape[-1])
+        if by_rows is None:
+            return None
+        run = by_rows.begin(x, stream, kwargs)
+        attention = self._update(run, "attention", x)
+        if self.parallel:
+            mlp = self._update(run, "mlp", x)
+            x = run.added(run.added(x, attention), mlp)
+        else:
+            fuse = self.sublayers["mlp"].compute and not self.sublayers["mlp"].rows
+            x, h = run.added_and_normed(x, attention, "mlp") if fuse else (run.added(x, attention), None)
+            x = run.added(x, self._update(run, "mlp", x, h))
+        if self.last:
+            output = stream.restored(x).view(stream.batch, stream.tokens, -1)
+        else:
+            output = stream.attach(x.view(hidden.shape))
+        return self._returned(output, run.weights, kwargs)
+
+    def _update(self, run: Run, kind: Kind, x: Tensor, normed: Tensor | None = None) -> Update | None:
+        plan = self.sublayers[kind]
+        if not plan.compute:
+            if kind == "attention" and self.slot is not None:
+                leave_slot_empty(layer_cache(run.kwargs), self.slot)
+            return run.replaced(kind, x, self.replacements.get(kind))
+        rows = intersection(plan.rows, run.stream, x)
+        if kind == "mlp":
+            return run.mlp(x, rows, normed)
+        return run.attention(x, rows, plan.compact_keys)
+
+    def _returned(self, output: Tensor, weights: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        if not self.returns_tuple:
+            return output
+        return (output, weights) if kwargs.get("output_attentions") else (output,)

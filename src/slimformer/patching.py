@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,15 +12,28 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from slimformer.anatomy import attention_core, check_structure, find_anatomy, transformer_of
+from slimformer.anatomy import (
+    KINDS,
+    Anatomy,
+    Kind,
+    attention_core,
+    check_structure,
+    find_anatomy,
+    first_layer_call,
+    transformer_of,
+)
 from slimformer.cache import compact_slots
 from slimformer.errors import PlanError
 from slimformer.executor import LayerExecutor, TokenPolicy
+from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import FILE, Plan
 from slimformer.replacements import keeps_state
+from slimformer.row_sublayers import row_sublayers
+from slimformer.stream import is_observed
 
 Model = TypeVar("Model")
 _ATTRIBUTE = "_slimformer"
+_logger = logging.getLogger("slimformer")
 
 
 @dataclass
@@ -34,10 +48,13 @@ class Ledger:
         self.undone_by.append(partial(setattr, target, name, old) if had else partial(delattr, target, name))
         setattr(target, name, value)
 
-    def set_forward(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
-        """Set a layer's `forward`, inside the hooks that accelerate wraps around it."""
+    def set_forward(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Set a layer's `forward`, inside the hooks that accelerate wraps around it; returns the one it had."""
         # accelerate's hooks wrap the forward they saved here; theirs must stay outermost.
-        self.set(layer, "_old_forward" if "_old_forward" in vars(layer) else "forward", forward)
+        name = "_old_forward" if "_old_forward" in vars(layer) else "forward"
+        had: Callable[..., Any] = getattr(layer, name)
+        self.set(layer, name, forward)
+        return had
 
     def add_buffer(self, layer: nn.Module, name: str, value: Tensor) -> None:
         """Put a tensor on a layer that moves with it and that its `state_dict` leaves out."""
@@ -62,17 +79,20 @@ class Patch:
 def patch(model: Model, *methods: TokenPolicy | str | os.PathLike[str]) -> Model:
     """Apply methods to a model, in place. A model that is patched already is unpatched first.
 
+    What loses nothing is always applied: no padding is computed, and on a GPU norms, rotations, activations and
+    residual additions run as fused kernels.
+
     Args:
         model: A transformers model, or a SentenceTransformer or Pipeline that holds one.
         methods: What to apply: methods, plans, or where a plan is (folder, file or Hub id). They compose by
             intersection: a sublayer computes what all of them keep. With none, the plan that lies beside the
-            checkpoint is applied.
+            checkpoint is applied, and without one only what loses nothing.
 
     Returns:
         The same object.
 
     Raises:
-        PlanError: If there is nothing to apply, or a method does not fit the model, which is left as it was.
+        PlanError: If a method does not fit the model, which is left as it was.
         UnsupportedModelError: If the model's structure is not known.
 
     Example:
@@ -81,13 +101,13 @@ def patch(model: Model, *methods: TokenPolicy | str | os.PathLike[str]) -> Model
         >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
         ...                      num_attention_heads=2, num_key_value_heads=2)
         >>> model = slimformer.patch(LlamaForCausalLM(config), slimformer.LayerDrop(attention=[0, 2]))
-        >>> slimformer.status(model)
-        {0: ['attention'], 2: ['attention']}
+        >>> slimformer.status(model)[2]
+        {'attention': 'dropped', 'mlp': 'text rows'}
         >>> slimformer.status(slimformer.unpatch(model))
         {}
     """
     inner = transformer_of(model)
-    chosen = tuple(_method(given) for given in methods) or (_plan_beside_checkpoint(inner),)
+    chosen = tuple(_method(given) for given in methods) or _plan_beside_checkpoint(inner)
     previous = vars(inner).get(_ATTRIBUTE)
     unpatch(inner)
     try:
@@ -117,13 +137,17 @@ def patched(model: Model, *methods: TokenPolicy | str | os.PathLike[str]) -> Ite
         unpatch(model)
 
 
-def status(model: Any) -> dict[int, list[str]]:
-    """Which sublayers do not run: layer index to sublayer names. Empty for an unpatched model."""
+def status(model: Any) -> dict[int, dict[Kind, str]]:
+    """What every patched layer computes: layer index to sublayer to rows. Empty for an unpatched model.
+
+    `"dropped"`: nothing, or what a replacement leaves. `"chosen rows"`: those that policies name. `"text rows"`: all
+    but padding. `"all rows"`: padding too, by the model's own code, where the sublayer is none that can do without.
+    """
     current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
     if current is None:
         return {}
     return {
-        index: [kind for kind, plan in executor.sublayers.items() if not plan.compute]
+        index: {kind: executor.computes(kind) for kind in KINDS}
         for index, executor in sorted(current.executors.items())
     }
 
@@ -138,31 +162,27 @@ def _method(given: TokenPolicy | str | os.PathLike[str]) -> TokenPolicy:
     return given
 
 
-def _plan_beside_checkpoint(model: nn.Module) -> TokenPolicy:
+def _plan_beside_checkpoint(model: nn.Module) -> tuple[TokenPolicy, ...]:
     checkpoint = getattr(getattr(model, "config", None), "name_or_path", "")
     if checkpoint and os.path.isfile(os.path.join(checkpoint, FILE)):
-        return Plan.from_pretrained(checkpoint)
-    raise PlanError(
-        "No method was given, and no plan lies beside the checkpoint. Name at least one, such as "
-        "slimformer.LayerDrop(attention=[5]), or make a plan with slimformer.calibrate(model, tokenizer, drop=4)."
+        return (Plan.from_pretrained(checkpoint),)
+    _logger.info(
+        "No plan lies beside the checkpoint, so only what loses nothing is applied. "
+        "slimformer.calibrate(model, tokenizer, drop=4) makes one that is faster still."
     )
+    return ()
 
 
 def _apply(model: nn.Module, methods: tuple[TokenPolicy, ...]) -> None:
     anatomy = find_anatomy(model)
-    executors: dict[int, LayerExecutor] = {}
-    for method in methods:
-        for (index, kind), plan in method.sublayer_plans(anatomy).items():
-            layer = anatomy.layers[index]
-            executor = executors.setdefault(index, LayerExecutor(layer, anatomy.structure))
-            if executor.sublayers[kind].compute:
-                executor.sublayers[kind] = plan
+    executors = _executors(anatomy, (*methods, Unpadding()))
     dropped = [index for index, executor in executors.items() if not executor.sublayers["attention"].compute]
     slots = list(range(len(anatomy.layers)))
     if anatomy.causal:
         slots = compact_slots(anatomy.layer_types, dropped)
+    call = first_layer_call(anatomy)
     check_structure(
-        anatomy, lambda layer, x, kwargs: LayerExecutor(layer, anatomy.structure).forward(x, **kwargs)
+        anatomy, call, lambda layer, x, kwargs: LayerExecutor(layer, anatomy.structure).forward(x, **kwargs)
     )
     ledger = Ledger()
     try:
@@ -171,7 +191,10 @@ def _apply(model: nn.Module, methods: tuple[TokenPolicy, ...]) -> None:
             _replace(executor, anatomy.causal, slots[index], ledger)
             if anatomy.causal and not keeps_state(executor.replacements.get("attention")):
                 executor.slot = slots[index]
-            ledger.set_forward(anatomy.layers[index], executor.forward)
+            executor.by_rows = row_sublayers(anatomy, anatomy.layers[index], call)
+            had = ledger.set_forward(anatomy.layers[index], executor.forward)
+            if all(plan.compute for plan in executor.sublayers.values()):
+                executor.dense = had
         for layer, slot in zip(anatomy.layers, slots, strict=True):
             core = attention_core(layer, anatomy.structure)
             if getattr(core, "layer_idx", slot) != slot:
@@ -179,6 +202,29 @@ def _apply(model: nn.Module, methods: tuple[TokenPolicy, ...]) -> None:
     except BaseException:
         ledger.undo()
         raise
+
+
+def _executors(anatomy: Anatomy, methods: tuple[TokenPolicy, ...]) -> dict[int, LayerExecutor]:
+    """One executor for every layer that some method touches, with the decisions of all methods."""
+    executors: dict[int, LayerExecutor] = {}
+
+    def executor_of(index: int) -> LayerExecutor:
+        return executors.setdefault(index, LayerExecutor(anatomy.layers[index], anatomy.structure))
+
+    for method in methods:
+        for (index, kind), plan in method.sublayer_plans(anatomy).items():
+            executor = executor_of(index)
+            executor.sublayers[kind] = executor.sublayers[kind] & plan
+    first = min((i for i, e in executors.items() if e.sublayers["attention"].staying), default=None)
+    if first is not None:
+        # Layers above get a stream that has lost rows.
+        for index in range(first, len(anatomy.layers)):
+            executor_of(index)
+    for index, executor in executors.items():
+        executor.last = index == len(anatomy.layers) - 1
+        # A stack whose layers return tuples collects hidden states in its own loop.
+        executor.observed = partial(is_observed, anatomy.layers, executor.returns_tuple)
+    return executors
 
 
 def _replace(executor: LayerExecutor, causal: bool, slot: int, ledger: Ledger) -> None:

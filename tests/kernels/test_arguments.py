@@ -45,6 +45,18 @@ WRONG = {
     "x is expanded": (lambda: kernels.add_rows_(W.expand(6, 4), ROWS, Y), "share memory.*row stride 0"),
     "fused: y has another length": (lambda: kernels.add_rows_rms_norm_(X, None, Y, W, 1e-6), r"\(6, 4\)"),
     "fused: weight": (lambda: kernels.add_rows_layer_norm_(X, ROWS, Y, W[:2]), r"weight.*\(2,\)"),
+    "add_norm: y has another length": (
+        lambda: kernels.add_rms_norm(X, Y, W, 1e-6),
+        r"y.*\(2, 4\).*\(6, 4\)",
+    ),
+    "add_norm: y has another dtype": (lambda: kernels.add_layer_norm(X, X.half(), W), "different dtypes"),
+    "add_norm: y is transposed": (
+        lambda: kernels.add_layer_norm(X, torch.zeros(4, 6).T, W),
+        "last dimension of y",
+    ),
+    "add_norm: weight": (lambda: kernels.add_rms_norm(X, X, W[:2], 1e-6), r"weight.*\(2,\)"),
+    "add_norm: bias": (lambda: kernels.add_layer_norm(X, X, W, W[:3]), r"bias.*\(3,\)"),
+    "add_norm: eps is zero": (lambda: kernels.add_rms_norm(X, X, W, 0.0), "eps must be positive"),
     "up has another shape": (lambda: kernels.swiglu(X, X[:5]), r"up.*\(5, 4\).*\(6, 4\)"),
     "up has another dtype": (lambda: kernels.swiglu(X, X.half()), "different dtypes"),
     "gate is transposed": (lambda: kernels.swiglu(X.T, X.T), "last dimension of gate"),

@@ -8,10 +8,26 @@ import torch
 import slimformer_kernels as kernels
 
 ROWS = torch.tensor([0, 2, 3, 7])
+ANGLES = torch.linspace(0.1, 3.0, 20, dtype=torch.float64).view(5, 4)
+SEQUENCES = {
+    "positions": torch.tensor([1, 2, 4, 3, 6]),
+    "query_offsets": torch.tensor([0, 3, 5]),
+    "key_ranges": torch.tensor([[1, 5], [3, 7]]),
+    "longest": 3,
+}
 
 
 def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+
+def rotated(query, key):
+    """Both rotated in place, on copies: a leaf that needs a gradient may not change."""
+    query, key = query.clone(), key.clone()
+    cos, sin = ANGLES.cos(), ANGLES.sin()
+    kernels.rotary_(query, key, cos, sin, rows=torch.arange(5).flip(0))
+    kernels.rotary_(query, None, cos, sin, interleaved=True)
+    return torch.cat([query, key], dim=1)
 
 
 CALLS = {
@@ -34,6 +50,25 @@ CALLS = {
     "add_rows_layer_norm_": lambda: (
         lambda x, y, w: kernels.add_rows_layer_norm_(x.clone(), None, y, w),
         (draw(4, 6), draw(4, 6), draw(6)),
+    ),
+    "add_rms_norm": lambda: (
+        lambda x, y, w: torch.cat(kernels.add_rms_norm(x, y, w, 1e-5)),
+        (draw(4, 6), draw(4, 6), draw(6)),
+    ),
+    "add_layer_norm": lambda: (
+        lambda x, y, w, b: torch.cat(kernels.add_layer_norm(x, y, w, b)),
+        (draw(4, 6), draw(4, 6), draw(6), draw(6)),
+    ),
+    "rotary_": lambda: (rotated, (draw(5, 3, 6), draw(5, 1, 6))),
+    "attention_rows": lambda: (
+        lambda q, k, v: kernels.attention_rows(q, k, v, **SEQUENCES, causal=True, scale=0.4),
+        (draw(5, 4, 6), draw(2, 7, 2, 6), draw(2, 7, 2, 6)),
+    ),
+    "attention_rows, packed": lambda: (
+        lambda q, k, v: kernels.attention_rows(
+            q, k, v, **SEQUENCES, causal=False, scale=0.4, window=3, softcap=2.0
+        ),
+        (draw(5, 4, 6), draw(1, 7, 2, 6), draw(1, 7, 2, 6)),
     ),
     "swiglu": lambda: (kernels.swiglu, (draw(5, 6), draw(5, 6))),
     "geglu": lambda: (kernels.geglu, (draw(5, 6), draw(5, 6))),
@@ -87,6 +122,20 @@ def test_in_place_update_is_seen_outside_the_compiled_graph():
     expected = kernels.add_rows_(x.clone(), ROWS, y)
     torch.compile(kernels.add_rows_, fullgraph=True, backend="aot_eager")(x, ROWS, y)
     assert torch.equal(x, expected)
+
+
+def test_rotation_in_place_is_seen_outside_the_compiled_graph():
+    torch.compiler.reset()
+    packed = torch.randn(5, 24, dtype=torch.float64)
+
+    def rotate(packed):
+        query, key = packed[:, :16].unflatten(1, (2, 8)), packed[:, 16:].unflatten(1, (1, 8))
+        kernels.rotary_(query, key, ANGLES.cos(), ANGLES.sin())
+
+    expected = packed.clone()
+    rotate(expected)
+    torch.compile(rotate, fullgraph=True, backend="aot_eager")(packed)
+    torch.testing.assert_close(packed, expected)
 
 
 def test_a_row_count_that_the_compiler_does_not_know_is_one_graph():

@@ -23,6 +23,12 @@ x, rows = torch.randn(6, 8), torch.tensor([1, 4])
 kernels.add_rows_rms_norm_(x, rows, torch.ones(2, 8), torch.ones(8), 1e-6)
 kernels.layer_norm_rows(x, rows, torch.ones(8))
 kernels.swiglu_packed(x)
+kernels.add_layer_norm(x, x, torch.ones(8))
+kernels.rotary_(torch.randn(6, 2, 8), None, x, x)
+kernels.attention_rows(
+    torch.randn(4, 2, 8), torch.randn(1, 5, 1, 8), torch.randn(1, 5, 1, 8), positions=torch.arange(4),
+    query_offsets=torch.tensor([0, 4]), key_ranges=torch.tensor([[0, 5]]), longest=4, causal=True, scale=1.0,
+)
 kernels.pooled_scores(torch.randn(1, 2, 9, 4), torch.randn(1, 1, 9, 4), block=4)
 kernels.chunked_cross_entropy(x, torch.randn(11, 8), torch.zeros(6, dtype=torch.long))
 compiled = torch.compile(kernels.rms_norm_rows, fullgraph=True, backend="eager")
@@ -46,6 +52,7 @@ def test_everything_runs_silently_without_triton():
 def test_kernels_in_the_interpreter_where_triton_was_imported_first(interpreted):
     if not HAS_TRITON or torch.cuda.is_available() or interpreted:
         pytest.skip("the kernel tests of this folder run in this process, or Triton is not installed")
-    files = [str(HERE / "test_row_kernels.py"), str(HERE / "test_pooled_scores.py")]
+    names = ("test_row_kernels", "test_pooled_scores", "test_rotary", "test_attention_rows")
+    files = [str(HERE / f"{name}.py") for name in names]
     done = run("-m", "pytest", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout

@@ -81,6 +81,21 @@ def test_fused_functions_are_the_two_calls(dtype):
 
 
 @HALF
+def test_out_of_place_add_and_norm_are_the_two_steps(dtype):
+    x, y = torch.randn(2, 11, 8).to(dtype)
+    weight, bias = torch.randn(2, 8).to(dtype)
+    before = x.clone()
+    for offset in (0.0, 1.0):
+        total, normed = kernels.add_rms_norm(x, y, weight, 1e-6, offset=offset)
+        assert torch.equal(total, x + y)
+        assert torch.equal(normed, kernels.rms_norm_rows(x + y, None, weight, 1e-6, offset=offset))
+    total, normed = kernels.add_layer_norm(x, y, weight, bias, 1e-6)
+    assert torch.equal(total, x + y)
+    torch.testing.assert_close(normed, F.layer_norm(x + y, (8,), weight, bias, 1e-6))
+    assert torch.equal(x, before)
+
+
+@HALF
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (0, 6)])
 def test_glu_is_activation_times_up(dtype, shape):
     gate, up = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)

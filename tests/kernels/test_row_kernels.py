@@ -5,6 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from slimformer_kernels.add_norm import (
+    add_layer_norm_op,
+    add_layer_norm_reference,
+    add_rms_norm_op,
+    add_rms_norm_reference,
+)
 from slimformer_kernels.add_rows import add_rows_op, add_rows_reference
 from slimformer_kernels.add_rows_norm import add_rows_layer_norm_op, add_rows_rms_norm_op
 from slimformer_kernels.glu import glu_op, glu_reference
@@ -95,6 +101,30 @@ def test_fused_add_and_norm_matches_the_two_steps(shape, kind, device, dtype, po
         check_close(got, layer_norm_rows_reference(expected, rows, weight, shift, EPS))
 
 
+@shapes
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+@pytest.mark.parametrize("empty", [False, True], ids=["full", "empty"])
+def test_add_norm_matches_its_reference(shape, strided, empty, device, dtype, poisoned, check_close):
+    x, _, y, weight, bias = setting(shape, "all", device, dtype, strided=strided)
+    if empty:
+        x, y = x[:0], y[:0]
+    before = x.clone(), y.clone()
+    for order in RMS_KINDS:
+        with poisoned():
+            got = add_rms_norm_op(x, y, weight, EPS, *order)
+        for ours, expected in zip(got, add_rms_norm_reference(x, y, weight, EPS, *order), strict=True):
+            check_close(ours, expected)
+            assert ours.is_contiguous()
+    for shift in (bias, None):
+        with poisoned():
+            got = add_layer_norm_op(x, y, weight, shift, EPS)
+        for ours, expected in zip(got, add_layer_norm_reference(x, y, weight, shift, EPS), strict=True):
+            check_close(ours, expected)
+            assert ours.is_contiguous()
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+
+
 def test_strided_rows_and_strided_indices_are_read_in_place(device, dtype, poisoned, check_close):
     x, _, y, weight, bias = setting((20, 24), "some", device, dtype, strided=True)
     rows = torch.arange(20, device=device)[::2]
@@ -158,5 +188,7 @@ def test_operators_declare_what_they_change(device, interpreted):
         (add_rows_rms_norm_op, (x, rows, y, weight, EPS, 1.0, True)),
         (add_rows_layer_norm_op, (x, None, x.clone(), weight, None, EPS)),
         (glu_op, (x, x.clone(), "silu")),
+        (add_rms_norm_op, (x, x.clone(), weight, EPS, 1.0, True)),
+        (add_layer_norm_op, (x, x.clone(), weight, bias, EPS)),
     ]:
-        torch.library.opcheck(op, args, **tests)
+        torch.library.opcheck(op.registered, args, **tests)

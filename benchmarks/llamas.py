@@ -1,10 +1,10 @@
-"""A random-weight model of Llama-3.1-8B's shape, dense and without half of its attentions, on the same weights."""
+"""Random-weight Llama models of known shapes, and several on the same weights."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,69 @@ from benchmarks.registry import Settings
 from slimformer import LayerDrop
 
 DENSE, SLIM, SUBLAYERS = "dense", "16 attentions dropped", "those 16 attention sublayers alone"
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 Rotary = tuple[Tensor, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def llama_8b(settings: Settings) -> LlamaForCausalLM:
+    """Random weights of Llama-3.1-8B's shape."""
+    sizes = {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    }
+    return llama(settings, settings.pick(sizes, TINY), tie_word_embeddings=False)
+
+
+def smollm2_135m(settings: Settings) -> LlamaForCausalLM:
+    """Random weights of SmolLM2-135M's shape."""
+    sizes = {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+    }
+    return llama(settings, settings.pick(sizes, TINY), tie_word_embeddings=True)
+
+
+def llama(settings: Settings, sizes: Mapping[str, int], *, tie_word_embeddings: bool) -> LlamaForCausalLM:
+    """A random model of these sizes, in evaluation mode."""
+    config = LlamaConfig(
+        **sizes,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    with settings.device:
+        model = LlamaForCausalLM._from_config(config, dtype=settings.dtype, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def with_shared_weights(model: Model) -> Model:
+    """Another model on the same weights, so that neither has to be patched between two timed calls."""
+    # The memo makes the copy share every tensor and have modules of its own.
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 class DenseAndSlim:
-    """Two models on one set of weights, so that neither has to be patched between two timed calls.
+    """The 8B shape, dense and without half of its attentions, on the same weights.
 
     Attributes:
         dense: The unpatched model.
@@ -30,37 +88,10 @@ class DenseAndSlim:
     """
 
     def __init__(self, settings: Settings):
-        sizes = {
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-        }
-        tiny = {
-            **dict.fromkeys(sizes, 64),
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        }
-        config = LlamaConfig(
-            **settings.pick(sizes, tiny),
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-            tie_word_embeddings=False,
-        )
-        with settings.device:
-            self.dense = LlamaForCausalLM._from_config(
-                config, dtype=settings.dtype, attn_implementation="sdpa"
-            )
-        self.dense.eval().requires_grad_(False)
-        layers = config.num_hidden_layers
+        self.dense = llama_8b(settings)
+        layers = len(self.dense.model.layers)
         self.dropped = range(layers // 4, 3 * layers // 4)
-        # The memo makes the copy share every tensor and have modules of its own.
-        tensors = (*self.dense.parameters(), *self.dense.buffers())
-        self.slim = copy.deepcopy(self.dense, {id(tensor): tensor for tensor in tensors})
+        self.slim = with_shared_weights(self.dense)
         slimformer.patch(self.slim, LayerDrop(attention=self.dropped))
         self.sublayers = Sublayers(self.dense.model.layers[index] for index in self.dropped)
 
@@ -136,3 +167,14 @@ def _attention(layer: Any, h: Tensor, rotary: Rotary, mask: Tensor | None, cache
     )
     out: Tensor = h + attention[0]
     return out
+
+
+def rewinder(cache: DynamicCache) -> Callable[[], None]:
+    """Takes the newest tokens out again: an update makes new tensors and leaves these as they are."""
+    filled = [(layer, layer.keys, layer.values) for layer in cache.layers if layer.is_initialized]
+
+    def rewind() -> None:
+        for layer, keys, values in filled:
+            layer.keys, layer.values = keys, values
+
+    return rewind

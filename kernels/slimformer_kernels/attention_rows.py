@@ -1,0 +1,705 @@
+"""Attention of selected queries over all keys, without ever holding the score matrix."""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import (
+    check_device,
+    check_dtype,
+    check_floating,
+    check_last_stride,
+    check_positive,
+    check_shape,
+    debugging,
+)
+from .dispatch import jit, kernel_op, runs_kernel, tl, wrap_triton
+from .errors import KernelArgumentError
+
+# Above this head width the tiles of queries, keys and values no longer fit into shared memory side by side.
+_WIDEST_HEAD = 256
+# The reference holds at most this many scores at a time: 256 MiB in float32.
+_REFERENCE_SCORES = 2**26
+# Queries per call of the reference where a mask is needed: later ones see more keys than earlier ones.
+_REFERENCE_QUERIES = 256
+
+
+class _Blocks(NamedTuple):
+    """The piece of work of one program: ``queries`` against ``keys`` at a time, by ``warps`` warps."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# By bytes of an element and padded head width. Two warp groups of Hopper share the queries at a width of 128;
+# float32 multiplies out of registers, and larger blocks would spill.
+_BLOCKS = {
+    (2, 64): _Blocks(128, 64, 4, 3),
+    (2, 128): _Blocks(128, 64, 8, 3),
+    (2, 256): _Blocks(64, 32, 4, 3),
+    (4, 64): _Blocks(32, 32, 4, 2),
+    (4, 128): _Blocks(32, 16, 4, 2),
+    (4, 256): _Blocks(32, 16, 8, 2),
+}
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    positions: Tensor,
+    query_offsets: Tensor,
+    key_ranges: Tensor,
+    longest: int,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of compact queries, any subset of each sequence's tokens, over all keys of their sequence.
+
+    Computes ``softmax(query . key * scale) . value`` over the keys that a query sees (FlashAttention-2,
+    arXiv 2307.08691). With p the position of the query and j that of the key, both counted along dimension 1
+    of ``key``, key j is seen when it lies in the sequence's ``[start, end)`` of ``key_ranges`` and
+
+    - causal: ``j <= p``, and with a window ``j > p - window``;
+    - bidirectional: anything, and with a window ``|j - p| <= window``.
+
+    These are the inequalities of transformers' ``sliding_window_overlay`` and
+    ``sliding_window_bidirectional_overlay``.
+
+    Args:
+        query: ``[queries, heads, head_dim]``, the queries of all sequences behind each other; any strides,
+            last dimension contiguous.
+        key: ``[batch, keys, kv_heads, head_dim]``; any strides, last dimension contiguous, so that a
+            transposed view of a cache is read in place; ``heads`` is a multiple of ``kv_heads``. A first
+            dimension of 1 with a larger batch means that all sequences lie behind each other in dimension 1.
+        value: the same shape and dtype as ``key``.
+        positions: ``[queries]`` int64 or int32, the index along dimension 1 of ``key`` of each query's own
+            token; ascending within a sequence.
+        query_offsets: ``[batch + 1]`` int64 or int32; sequence b owns the queries from ``query_offsets[b]`` to
+            ``query_offsets[b + 1]``.
+        key_ranges: ``[batch, 2]`` int64 or int32; sequence b's keys are ``key_ranges[b, 0]`` up to, without,
+            ``key_ranges[b, 1]`` along dimension 1. Padding on either side lies outside.
+        longest: upper bound on the number of queries of one sequence, known to the host.
+        causal: whether a query sees only the keys up to its own position.
+        scale: factor on the products, positive.
+        window: width of a sliding window in tokens, positive; None for none.
+        softcap: cap c on the scaled products, which become ``c * tanh(product / c)`` (Gemma 2); None for none.
+
+    Returns:
+        ``[queries, heads, head_dim]`` in ``query.dtype``, contiguous. A query that sees no key gets zeros.
+        Differentiable through the reference: the kernel runs only where no gradient is needed.
+
+    Raises:
+        KernelArgumentError: a shape, dtype, device, stride or number does not fit; with ``set_debug(True)``
+            also when offsets, ranges or positions point outside.
+
+    Example:
+        >>> query, key = torch.zeros(2, 1, 1), torch.zeros(1, 4, 1, 1)
+        >>> value = torch.tensor([1.0, 3.0, 5.0, 7.0]).view(1, 4, 1, 1)
+        >>> attention_rows(query, key, value, positions=torch.tensor([1, 3]),
+        ...                query_offsets=torch.tensor([0, 2]), key_ranges=torch.tensor([[0, 4]]),
+        ...                longest=2, causal=True, scale=1.0).flatten()
+        tensor([2., 4.])
+    """
+    _check(query, key, value, positions, query_offsets, key_ranges, longest, causal)
+    check_positive("scale", scale)
+    if window is not None:
+        check_positive("window", window)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    rules = (positions, query_offsets, key_ranges, longest, causal, scale, window, softcap)
+    if runs_kernel(query, key, value) and query.shape[2] <= _WIDEST_HEAD:
+        return attention_rows_op(query, key, value, *rules)
+    return attention_rows_reference(query, key, value, *rules)
+
+
+def attention_rows_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_offsets: Tensor,
+    key_ranges: Tensor,
+    longest: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """``attention_rows`` in plain PyTorch: runs without Triton, and the kernel is tested against it.
+
+    It reads offsets and ranges on the host; under ``torch.compile`` one masked product stands in for that.
+    """
+    batch = key_ranges.shape[0]
+    counts = query_offsets.diff()
+    # Which keys a query sees is one range: all of the rules are bounds on the key's position.
+    ranges = key_ranges.repeat_interleave(counts, 0, output_size=query.shape[0]).long()
+    low, high = _seen(positions.long(), ranges[:, 0], ranges[:, 1], causal, window)
+    if torch.compiler.is_compiling():
+        return _in_one_graph(query, key, value, counts, low, high, scale, softcap)
+    if query.shape[0] == 0:
+        return query.contiguous()
+    lengths = counts.tolist()
+    if key.shape[0] == batch and min(lengths) == max(lengths):
+        # Sequences of one length, as without selection and in decoding, go together.
+        shape = (batch, lengths[0])
+        out = _attend(
+            query.unflatten(0, shape), key, value, low.view(shape), high.view(shape), scale, softcap
+        )
+        return out.flatten(0, 1)
+    outs, start = [], 0
+    for b, length in enumerate(lengths):
+        if length:
+            own, home = slice(start, start + length), 0 if key.shape[0] == 1 else b
+            parts = (query[None, own], key[home, None], value[home, None], low[None, own], high[None, own])
+            outs.append(_attend(*parts, scale, softcap)[0])
+        start += length
+    return torch.cat(outs)
+
+
+def _seen(
+    positions: Tensor, start: Tensor, end: Tensor, causal: bool, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The range of keys that each query sees: from the first tensor up to, without, the second."""
+    low, high = start, end
+    if causal:
+        high = torch.minimum(high, positions + 1)
+    elif window is not None:
+        high = torch.minimum(high, positions + window + 1)
+    if window is not None:
+        low = torch.maximum(low, positions - window + (1 if causal else 0))
+    return low, torch.maximum(high, low)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, low: Tensor, high: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention of ``[batch, m, heads, head_dim]`` queries over the keys from ``low`` to ``high [batch, m]``."""
+    batch, count, heads, _ = query.shape
+    first, last = int(low.min()), int(high.max())
+    same = int(low.max()) == first and softcap is None and last > first
+    if same and int(high.min()) == last:
+        return _weighted(query, key[:, first:last], value[:, first:last], None, False, scale, None)
+    own = torch.arange(first + 1, first + count + 1, device=high.device)
+    if same and last == first + count and bool((high == own).all()):
+        return _weighted(query, key[:, first:last], value[:, first:last], None, True, scale, None)
+    step = max(1, min(_REFERENCE_QUERIES, _REFERENCE_SCORES // (batch * heads * max(last - first, 1))))
+    outs = []
+    for part, lower, upper in zip(query.split(step, 1), low.split(step, 1), high.split(step, 1), strict=True):
+        first, last = int(lower.min()), int(upper.max())
+        keys = torch.arange(first, last, device=query.device)
+        mask = (keys >= lower[..., None]) & (keys < upper[..., None])
+        outs.append(_weighted(part, key[:, first:last], value[:, first:last], mask, False, scale, softcap))
+    return torch.cat(outs, dim=1)
+
+
+def _weighted(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """``[batch, m, heads, head_dim]`` queries over ``[batch, n, kv_heads, head_dim]`` keys.
+
+    ``mask [batch, m, n]`` is True where a query sees a key.
+    """
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    blind = None
+    if mask is not None:
+        # A row without any key would be 0 / 0: let it see all, and take zeros instead of what it saw.
+        blind = ~mask.any(-1, keepdim=True)
+        mask, blind = (mask | blind)[:, None], blind[:, None]
+    if softcap is None:
+        # A branch: while tracing, head counts may be symbols, whose comparison is no bool to SDPA.
+        grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+        out = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=causal, scale=scale, **grouped
+        )
+    else:
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        compute = torch.promote_types(query.dtype, torch.float32)
+        scores = softcap * torch.tanh((query @ key.mT).to(compute) * (scale / softcap))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        out = scores.softmax(-1).to(value.dtype) @ value
+    if blind is not None:
+        out = out.masked_fill(blind, 0.0)
+    return out.transpose(1, 2)
+
+
+def _in_one_graph(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """The reference without reading a value on the host: every query meets the keys of every sequence."""
+    keys = torch.arange(key.shape[1], device=query.device)
+    mask = ((keys >= low[:, None]) & (keys < high[:, None]))[None]
+    if key.shape[0] > 1:
+        sequences = torch.arange(key.shape[0], device=query.device)
+        owner = sequences.repeat_interleave(counts, output_size=query.shape[0])
+        mask = mask & (owner == sequences[:, None])[..., None]
+    queries = query.expand(key.shape[0], *query.shape)
+    # A query is blind, hence zero, in all sequences but its own.
+    return _weighted(queries, key, value, mask, False, scale, softcap).sum(0)
+
+
+@kernel_op("attention_rows")
+def attention_rows_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_offsets: Tensor,
+    key_ranges: Tensor,
+    longest: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Launch the kernel; the arguments have been checked."""
+    heads, width, kv_heads = int(query.shape[1]), int(query.shape[2]), int(key.shape[2])
+    blocks = _blocks(query, longest)
+    # One program to spare: an empty launch needs no branch on the number of queries.
+    grid = (longest // blocks.queries + 1, heads, key_ranges.shape[0])
+    out = query.new_empty(query.shape)
+    # All sequences behind each other: none of them lies a batch stride away.
+    packed = key.shape[0] == 1
+    with torch.cuda.device_of(query):
+        wrap_triton(_attention_rows_kernel)[grid](
+            query,
+            key,
+            value,
+            positions,
+            query_offsets,
+            key_ranges,
+            out,
+            width,
+            query.stride(0),
+            query.stride(1),
+            0 if packed else key.stride(0),
+            key.stride(1),
+            key.stride(2),
+            0 if packed else value.stride(0),
+            value.stride(1),
+            value.stride(2),
+            positions.stride(0),
+            query_offsets.stride(0),
+            key_ranges.stride(0),
+            key_ranges.stride(1),
+            0 if window is None else window,
+            0.0 if softcap is None else scale / softcap,
+            # exp2 in the kernel: log2(e) goes into the factor.
+            (scale if softcap is None else softcap) * math.log2(math.e),
+            CAUSAL=causal,
+            HAS_WINDOW=window is not None,
+            HAS_SOFTCAP=softcap is not None,
+            HEADS=heads,
+            GROUP=heads // kv_heads,
+            BLOCK_QUERIES=blocks.queries,
+            BLOCK_KEYS=blocks.keys,
+            BLOCK_WIDTH=_block_width(width),
+            EVEN_WIDTH=_block_width(width) == width,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+    return out
+
+
+def _block_width(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _blocks(query: Tensor, longest: int) -> _Blocks:
+    """The blocks for a dtype and head width; fewer queries for decoding, fewer stages for a smaller GPU."""
+    width, size = _block_width(int(query.shape[2])), query.element_size()
+    blocks = _BLOCKS[size, max(width, 64)]
+    if longest <= 16:
+        blocks = blocks._replace(queries=16, warps=4)
+    elif longest <= 64 < blocks.queries:
+        blocks = blocks._replace(queries=64, warps=4)
+    if query.is_cuda:
+        room = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        while blocks.stages > 1 and width * size * (blocks.queries + 2 * blocks.keys * blocks.stages) > room:
+            blocks = blocks._replace(stages=blocks.stages - 1)
+    return blocks
+
+
+@jit
+def _attention_rows_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    positions_ptr,
+    offsets_ptr,
+    ranges_ptr,
+    out_ptr,
+    width,
+    query_stride_token,
+    query_stride_head,
+    key_stride_batch,
+    key_stride_token,
+    key_stride_head,
+    value_stride_batch,
+    value_stride_token,
+    value_stride_head,
+    positions_stride,
+    offsets_stride,
+    ranges_stride_batch,
+    ranges_stride_side,
+    window,
+    tanh_scale,
+    log2_scale,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    EVEN_WIDTH: tl.constexpr,
+):
+    # Neighbouring programs are blocks of one head, so that its keys are read from L2.
+    block = tl.program_id(0)
+    if CAUSAL:
+        # Late queries see the most keys: they start first.
+        block = tl.num_programs(0) - 1 - block
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    begin = tl.load(offsets_ptr + batch * offsets_stride).to(tl.int64)
+    count = tl.load(offsets_ptr + (batch + 1) * offsets_stride).to(tl.int64) - begin
+    if block.to(tl.int64) * BLOCK_QUERIES < count:
+        own = block.to(tl.int64) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+        # Beyond the sequence the last query is repeated, so that nothing below has to know.
+        row = begin + tl.minimum(own, count - 1)
+        columns = tl.arange(0, BLOCK_WIDTH)
+        query_tile = query_ptr + (row * query_stride_token + head * query_stride_head)[:, None]
+        if EVEN_WIDTH:
+            query = tl.load(query_tile + columns[None, :])
+        else:
+            query = tl.load(query_tile + columns[None, :], mask=(columns < width)[None, :], other=0.0)
+
+        # Which keys a query sees is one range [low, high): all of the rules are bounds on the key's index.
+        position = tl.load(positions_ptr + row * positions_stride).to(tl.int32)
+        start = tl.load(ranges_ptr + batch * ranges_stride_batch).to(tl.int32)
+        end = tl.load(ranges_ptr + batch * ranges_stride_batch + ranges_stride_side).to(tl.int32)
+        if CAUSAL:
+            high = tl.minimum(position + 1, end)
+            if HAS_WINDOW:
+                low = tl.maximum(position + 1 - window, start)
+        elif HAS_WINDOW:
+            high = tl.minimum(position + 1 + window, end)
+            low = tl.maximum(position - window, start)
+        if CAUSAL or HAS_WINDOW:
+            last = tl.max(high, axis=0)
+            last_for_all = tl.min(high, axis=0)
+        else:
+            high = tl.zeros((BLOCK_QUERIES,), dtype=tl.int32) + end
+            last = end
+            last_for_all = end
+        if HAS_WINDOW:
+            first = tl.min(low, axis=0)
+            first_for_all = tl.max(low, axis=0)
+        else:
+            low = tl.zeros((BLOCK_QUERIES,), dtype=tl.int32) + start
+            first = start
+            first_for_all = start
+
+        # The loops over whole tiles that every query sees, [inner, outer), need no mask.
+        inner = first
+        if HAS_WINDOW:
+            inner = first + (first_for_all - first + BLOCK_KEYS - 1) // BLOCK_KEYS * BLOCK_KEYS
+            # Far apart queries: all of the tiles go into the first loop.
+            inner = tl.minimum(
+                inner, first + (tl.maximum(last - first, 0) + BLOCK_KEYS - 1) // BLOCK_KEYS * BLOCK_KEYS
+            )
+        outer = inner + tl.maximum(last_for_all - inner, 0) // BLOCK_KEYS * BLOCK_KEYS
+
+        key_head = key_ptr + batch * key_stride_batch + head // GROUP * key_stride_head
+        value_head = value_ptr + batch * value_stride_batch + head // GROUP * value_stride_head
+        total = tl.zeros((BLOCK_QUERIES, BLOCK_WIDTH), dtype=tl.float32)
+        weight = tl.zeros((BLOCK_QUERIES,), dtype=tl.float32)
+        peak = tl.full((BLOCK_QUERIES,), float("-inf"), dtype=tl.float32)
+        if HAS_WINDOW:
+            total, weight, peak = _attend_tiles(
+                total,
+                weight,
+                peak,
+                query,
+                key_head,
+                value_head,
+                key_stride_token,
+                value_stride_token,
+                first,
+                inner,
+                low,
+                high,
+                end,
+                width,
+                tanh_scale,
+                log2_scale,
+                True,
+                True,
+                HAS_SOFTCAP,
+                EVEN_WIDTH,
+                BLOCK_KEYS,
+                BLOCK_WIDTH,
+            )
+        total, weight, peak = _attend_tiles(
+            total,
+            weight,
+            peak,
+            query,
+            key_head,
+            value_head,
+            key_stride_token,
+            value_stride_token,
+            inner,
+            outer,
+            low,
+            high,
+            end,
+            width,
+            tanh_scale,
+            log2_scale,
+            False,
+            False,
+            HAS_SOFTCAP,
+            EVEN_WIDTH,
+            BLOCK_KEYS,
+            BLOCK_WIDTH,
+        )
+        total, weight, peak = _attend_tiles(
+            total,
+            weight,
+            peak,
+            query,
+            key_head,
+            value_head,
+            key_stride_token,
+            value_stride_token,
+            outer,
+            last,
+            low,
+            high,
+            end,
+            width,
+            tanh_scale,
+            log2_scale,
+            True,
+            HAS_WINDOW,
+            HAS_SOFTCAP,
+            EVEN_WIDTH,
+            BLOCK_KEYS,
+            BLOCK_WIDTH,
+        )
+        # A query that saw no key has weight and total zero.
+        total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
+        target = out_ptr + (((begin + own) * HEADS + head) * width)[:, None] + columns[None, :]
+        inside = (own < count)[:, None] & (columns < width)[None, :]
+        tl.store(target, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _attend_tiles(
+    total,
+    weight,
+    peak,
+    query,
+    key_head,
+    value_head,
+    key_stride,
+    value_stride,
+    first,
+    last,
+    low,
+    high,
+    end,
+    width,
+    tanh_scale,
+    log2_scale,
+    MASKED: tl.constexpr,
+    MASKED_LOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EVEN_WIDTH: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Online softmax over the keys from ``first`` to ``last``; a tile that all queries see needs no mask."""
+    columns = tl.arange(0, BLOCK_WIDTH)
+    for tile in range(first, last, BLOCK_KEYS):
+        index = tile + tl.arange(0, BLOCK_KEYS)
+        # int64: keys x kv_heads x head_dim passes 2**31 at 512k tokens of 4096.
+        offsets = index.to(tl.int64)
+        key_tile = key_head + (offsets * key_stride)[:, None] + columns[None, :]
+        value_tile = value_head + (offsets * value_stride)[:, None] + columns[None, :]
+        if MASKED:
+            inside = (index < end)[:, None] & (columns < width)[None, :]
+            key = tl.load(key_tile, mask=inside, other=0.0)
+        elif EVEN_WIDTH:
+            key = tl.load(key_tile)
+        else:
+            key = tl.load(key_tile, mask=(columns < width)[None, :], other=0.0)
+        # "ieee": TF32 would cost float32 inputs half their digits; half precision ignores it.
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if HAS_SOFTCAP:
+            # tanh(u) = 1 - 2 / (1 + exp(2u)), with 2 * log2(e) = 2.8853900817779268.
+            scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (tanh_scale * 2.8853900817779268)))
+        if MASKED:
+            seen = index[None, :] < high[:, None]
+            if MASKED_LOW:
+                seen = seen & (index[None, :] >= low[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1) * log2_scale)
+        base = new_peak
+        if MASKED:
+            # Nothing seen yet: -inf minus -inf would be NaN.
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(scores * log2_scale - base[:, None])
+        fade = tl.exp2(peak - base)
+        weight = weight * fade + tl.sum(weights, axis=1)
+        total = total * fade[:, None]
+        if MASKED:
+            value = tl.load(value_tile, mask=inside, other=0.0)
+        elif EVEN_WIDTH:
+            value = tl.load(value_tile)
+        else:
+            value = tl.load(value_tile, mask=(columns < width)[None, :], other=0.0)
+        total = tl.dot(weights.to(value.dtype), value, total, input_precision="ieee")
+        peak = new_peak
+    return total, weight, peak
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_offsets: Tensor,
+    key_ranges: Tensor,
+    longest: int,
+    causal: bool,
+) -> None:
+    for name, x, dims, shape in (
+        ("query", query, 3, "[queries, heads, head_dim]"),
+        ("key", key, 4, "[batch or 1, keys, kv_heads, head_dim]"),
+    ):
+        check_floating(name, x)
+        if x.dim() != dims or 0 in x.shape[1:]:
+            raise KernelArgumentError.of(
+                f"{name} has the wrong dimensions",
+                got=f"shape {tuple(x.shape)}",
+                allowed=f"{shape}, at least one key, head and channel",
+                remedy="lay the queries of all sequences behind each other and transpose keys and values",
+            )
+    check_last_stride("query", query)
+    for name, x in (("key", key), ("value", value)):
+        check_dtype(name, x, query, "query")
+        check_device(name, x, query, "query")
+        check_last_stride(name, x)
+    check_shape("value", value, key.shape, "the shape of key")
+    if key.shape[3] != query.shape[2]:
+        raise KernelArgumentError.of(
+            "the heads of query and key differ in width",
+            got=f"{query.shape[2]} and {key.shape[3]}",
+            allowed="one head_dim",
+            remedy="pass the tensors as the attention layer holds them",
+        )
+    if query.shape[1] % key.shape[2]:
+        raise KernelArgumentError.of(
+            "the heads of query must be a multiple of the heads of key",
+            got=f"{query.shape[1]} and {key.shape[2]}",
+            allowed="heads = group * kv_heads",
+            remedy="pass the tensors as the attention layer holds them",
+        )
+    for name, x in (("positions", positions), ("query_offsets", query_offsets), ("key_ranges", key_ranges)):
+        if x.dtype not in (torch.int64, torch.int32):
+            raise KernelArgumentError.of(
+                f"{name} must hold integers",
+                got=x.dtype,
+                allowed="int64 or int32",
+                remedy=f"call {name}.long()",
+            )
+        check_device(name, x, query, "query")
+    check_shape("positions", positions, (query.shape[0],), "[queries]")
+    if key_ranges.dim() != 2 or key_ranges.shape[0] == 0 or key_ranges.shape[1] != 2:
+        raise KernelArgumentError.of(
+            "key_ranges must hold a start and an end per sequence",
+            got=f"shape {tuple(key_ranges.shape)}",
+            allowed="[batch, 2], at least one sequence",
+            remedy="stack the first index and the one past the last",
+        )
+    batch = key_ranges.shape[0]
+    check_shape("query_offsets", query_offsets, (batch + 1,), "[batch + 1] of key_ranges")
+    if key.shape[0] not in (1, batch):
+        raise KernelArgumentError.of(
+            "key does not fit key_ranges",
+            got=f"{key.shape[0]} sequences of keys and {batch} ranges",
+            allowed=f"{batch} sequences, or 1 that holds all of them behind each other",
+            remedy="pass one range per sequence",
+        )
+    if longest < 0:
+        raise KernelArgumentError.of(
+            "longest must not be negative",
+            got=longest,
+            allowed="an upper bound on the queries of one sequence",
+            remedy="pass the number of queries",
+        )
+    if debugging():
+        _check_values(query, key, positions, query_offsets, key_ranges, longest)
+
+
+def _check_values(
+    query: Tensor, key: Tensor, positions: Tensor, query_offsets: Tensor, key_ranges: Tensor, longest: int
+) -> None:
+    counts = query_offsets.diff()
+    if int(query_offsets[0]) != 0 or int(query_offsets[-1]) != query.shape[0] or bool((counts < 0).any()):
+        raise KernelArgumentError.of(
+            "query_offsets must ascend from 0 to the number of queries",
+            got=f"{int(query_offsets[0])} to {int(query_offsets[-1])}",
+            allowed=f"0 to {query.shape[0]}",
+            remedy="take the cumulated counts of queries, with a zero in front",
+        )
+    if int(counts.max()) > longest:
+        raise KernelArgumentError.of(
+            "longest is less than the queries of a sequence",
+            got=longest,
+            allowed=f"at least {int(counts.max())}",
+            remedy="pass an upper bound, the padded length for one",
+        )
+    if int(key_ranges.min()) < 0 or int(key_ranges.max()) > key.shape[1]:
+        raise KernelArgumentError.of(
+            "key_ranges points outside key",
+            got=f"{int(key_ranges.min())} to {int(key_ranges.max())}",
+            allowed=f"0 to {key.shape[1]}",
+            remedy="count along dimension 1 of key",
+        )
+    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < key.shape[1]:
+        raise KernelArgumentError.of(
+            "positions points outside key",
+            got=f"{int(positions.min())} to {int(positions.max())}",
+            allowed=f"0 to {key.shape[1] - 1}",
+            remedy="count along dimension 1 of key",
+        )

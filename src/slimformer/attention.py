@@ -1,0 +1,368 @@
+"""Attention for some of the rows: queries of chosen tokens, keys and values of all that are in the stream.
+
+A table says where an attention module keeps its projections. What stands in no row of it, or computes something else
+with the same names, keeps its own `forward`, for all tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from slimformer.anatomy import positional_names
+from slimformer.attention_backend import fastest_backend
+from slimformer.cache import layer_cache
+from slimformer.row_norms import RowNorms
+from slimformer.rows import Rows
+from slimformer.stream import Stream
+from slimformer_kernels import attention_rows, rotary_
+from slimformer_kernels.rotary import rotary_reference
+
+# Arguments of cross-attention; an attention must not see them.
+_NOT_FOR_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask", "hidden_states")
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Attribute names, inside an attention module, of its linear layers.
+
+    Attributes:
+        query: The query's layer, or the one that makes all three.
+        key: The key's layer; None where one layer makes all three.
+        value: The value's layer; None likewise.
+        output: The layer behind the heads; None where the surrounding module has it.
+        norms: The norms of queries and keys, where there are any.
+        packed: How one layer lays out all three: behind each other, or head by head.
+        dropout: What follows the output layer.
+        other: Children that compute nothing in evaluation.
+    """
+
+    query: str
+    key: str | None = None
+    value: str | None = None
+    output: str | None = None
+    norms: tuple[str, str] | None = None
+    packed: Literal["stacked", "by head"] = "stacked"
+    dropout: str | None = None
+    other: tuple[str, ...] = ()
+
+    def children(self) -> set[str]:
+        """Names of the children that the row describes."""
+        names = (
+            self.query,
+            self.key,
+            self.value,
+            self.output,
+            self.dropout,
+            *(self.norms or ()),
+            *self.other,
+        )
+        return {name for name in names if name is not None}
+
+
+PROJECTIONS: tuple[Projections, ...] = (
+    Projections("q_proj", "k_proj", "v_proj", "o_proj"),
+    Projections("q_proj", "k_proj", "v_proj", "o_proj", norms=("q_norm", "k_norm")),
+    Projections("q_proj", "k_proj", "v_proj", "dense"),
+    Projections("q_proj", "k_proj", "v_proj", "dense", norms=("q_layernorm", "k_layernorm")),
+    Projections("qkv_proj", output="o_proj"),
+    Projections("query_key_value", output="dense", packed="by head"),
+    Projections("c_attn", output="c_proj", dropout="resid_dropout", other=("attn_dropout",)),
+    Projections("query", "key", "value", other=("dropout",)),
+    Projections("q_lin", "k_lin", "v_lin", "out_lin", other=("dropout",)),
+    Projections("Wqkv", output="Wo", dropout="out_drop"),
+)
+
+
+def match_projections(core: nn.Module) -> Projections | None:
+    """The row whose names are exactly the children of an attention module, or None."""
+    children = {name for name, _ in core.named_children()}
+    return next((row for row in PROJECTIONS if row.children() == children), None)
+
+
+@dataclass
+class RowAttention:
+    """Runs an attention module's layers on the rows that are asked for.
+
+    Attributes:
+        core: The module that calls the attention function.
+        projections: The row of the table that it matches.
+        interleaved: Whether rotation pairs neighbouring channels, rather than the two halves.
+    """
+
+    core: nn.Module
+    projections: Projections
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        config = getattr(self.core, "config", None)
+        self.norms = RowNorms(self.core, self.projections.norms or ())
+        sizes = ("head_dim", "attention_head_size", "head_size")
+        self.head_dim = next(int(getattr(self.core, name)) for name in sizes if hasattr(self.core, name))
+        self.scale = float(getattr(self.core, "scaling", self.head_dim**-0.5))
+        self.window: int | None = getattr(
+            self.core, "sliding_window", getattr(config, "sliding_window", None)
+        )
+        self.softcap: float | None = getattr(self.core, "attn_logit_softcapping", None)
+        self.names = set(positional_names(self.core)) | {"use_cache", "hidden_states"}
+        functions = type(self.core).forward
+        while hasattr(functions, "__wrapped__"):
+            functions = functions.__wrapped__
+        self.eager = functions.__globals__.get("eager_attention_forward")
+
+    def can_choose_rows(self, stream: Stream, kwargs: dict[str, Any]) -> bool:
+        """Whether the arguments of this call say which keys a chosen query sees."""
+        cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
+        if getattr(cache, "is_compileable", False) or kwargs.get("output_attentions"):
+            return False
+        if self.core.training or kwargs.get("cu_seq_lens_q") is not None:
+            return False
+        if mask is None:
+            # Flash attention finds the texts of a packed row by itself.
+            return "flash" not in str(self._implementation()) or stream.tokens == 1
+        return stream.key_ranges(mask, self.window) is not None
+
+    def whole(
+        self, h: Tensor, stream: Stream, kwargs: dict[str, Any], kernels: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """All rows of a stream that has lost none, through the model's own attention function.
+
+        Args:
+            h: The normed residual `[batch * tokens, hidden]`.
+            stream: What the rows are.
+            kwargs: The layer's arguments.
+            kernels: Whether to run kernels where there are any.
+
+        Returns:
+            `[batch * tokens, hidden]`, or `[batch * tokens, heads * head_dim]` where the output layer lies outside,
+            and the attention weights if the function gives any.
+        """
+        q, k, v = self._project(h, h, None, None, stream, kwargs, kernels)
+        shape = (stream.batch, stream.tokens, -1, self.head_dim)
+        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
+        cache = self.cache_of(kwargs)
+        if cache is not None:
+            k, v = cache.update(k, v, self.core.layer_idx)
+        mask = kwargs.get("attention_mask")
+        rest = {name: value for name, value in kwargs.items() if name not in self.names}
+        implementation = self._implementation()
+        function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager)
+        fastest = (
+            fastest_backend(q, k, mask) if implementation == "sdpa" and kernels else contextlib.nullcontext()
+        )
+        with fastest:
+            output, weights = function(
+                self.core,
+                q,
+                k,
+                v,
+                mask,
+                dropout=0.0,
+                scaling=self.scale,
+                sliding_window=self.window,
+                softcap=self.softcap,
+                **rest,
+            )
+        return self._output(output.reshape(h.shape[0], -1)), weights
+
+    def chosen(
+        self,
+        h_query: Tensor,
+        h_key: Tensor,
+        rows: Rows | None,
+        stream: Stream,
+        kwargs: dict[str, Any],
+        *,
+        kernels: bool,
+        compact_keys: bool = False,
+    ) -> Tensor:
+        """Chosen rows, or all rows of a stream that has lost some.
+
+        Args:
+            h_query: The normed residual of the chosen rows `[kept, hidden]`.
+            h_key: That of the rows which supply keys and values: the whole stream's, or the chosen ones'.
+            rows: The chosen rows of the stream; None for all.
+            stream: What the rows are.
+            kwargs: The layer's arguments.
+            kernels: Whether to run kernels where there are any.
+            compact_keys: Whether only the chosen rows supply keys and values.
+
+        Returns:
+            As `whole`, for the chosen rows.
+        """
+        key_rows = rows if compact_keys else None
+        q, k, v = self._project(h_query, h_key, rows, key_rows, stream, kwargs, kernels)
+        cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
+        if cache is None and (compact_keys or stream.held is not None):
+            # Every sequence's keys lie behind those of the sequence before.
+            offsets = stream.offsets(key_rows)
+            ranges, keys, values = torch.stack([offsets[:-1], offsets[1:]], 1), k[None], v[None]
+            positions = rows.index if rows is not None and not compact_keys else _count(q, stream)
+        else:
+            shape = (stream.batch, stream.tokens, -1, self.head_dim)
+            keys, values = (stream.padded(t).view(shape) for t in (k, v))
+            if cache is not None:
+                keys, values = cache.update(keys.transpose(1, 2), values.transpose(1, 2), self.core.layer_idx)
+                keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+            total = keys.shape[1]
+            known = None if mask is None else stream.key_ranges(mask, self.window)
+            # Made on the device: a copy from the host could not be captured in a CUDA graph.
+            everything = (torch.arange(2, device=q.device) * total).expand(stream.batch, 2)
+            ranges = everything if known is None else known
+            token = stream.token_of(None if rows is None else rows.index)
+            if token is None:
+                token = _count(q, stream)
+            positions = token % stream.tokens + (total - stream.tokens)
+        output = attention_rows(
+            q,
+            keys,
+            values,
+            positions=positions,
+            query_offsets=stream.offsets(rows),
+            key_ranges=ranges,
+            longest=stream.tokens if rows is None or rows.each is None else rows.each,
+            causal=stream.causal,
+            scale=self.scale,
+            # Encoders' kernels and masks count the distance that is still seen.
+            window=self.window if self.window is None or stream.causal else self.window - 1,
+            softcap=self.softcap,
+        )
+        return self._output(output.flatten(1))
+
+    def _project(
+        self,
+        h_query: Tensor,
+        h_key: Tensor,
+        rows: Rows | None,
+        key_rows: Rows | None,
+        stream: Stream,
+        kwargs: dict[str, Any],
+        kernels: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[rows, heads, head_dim]`, rotated to their original positions."""
+        p, core = self.projections, self.core
+        if p.key is None or p.value is None:
+            q, k, v = self._packed(h_query, h_key, rows, key_rows)
+        else:
+            names = ((p.query, h_query), (p.key, h_key), (p.value, h_key))
+            q, k, v = (getattr(core, name)(h[None])[0] for name, h in names)
+        if p.norms is not None:
+            q, k = (self._normed(name, t, kernels) for name, t in zip(p.norms, (q, k), strict=True))
+        q, k, v = (t.view(t.shape[0], -1, self.head_dim) for t in (q, k, v))
+        positions = kwargs.get("position_embeddings")
+        if positions is None:
+            return q, k, v
+        cos, sin = stream.rotary(positions)
+        query_token = stream.token_of(None if rows is None else rows.index)
+        key_token = stream.token_of(None if key_rows is None else key_rows.index)
+        if kernels:
+            if query_token is key_token:
+                rotary_(q, k, cos, sin, rows=query_token, interleaved=self.interleaved)
+            else:
+                rotary_(q, None, cos, sin, rows=query_token, interleaved=self.interleaved)
+                rotary_(k, None, cos, sin, rows=key_token, interleaved=self.interleaved)
+            return q, k, v
+        q = rotary_reference(q, cos, sin, query_token, self.interleaved)
+        return q, rotary_reference(k, cos, sin, key_token, self.interleaved), v
+
+    def _packed(
+        self, h_query: Tensor, h_key: Tensor, rows: Rows | None, key_rows: Rows | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The three from one layer `[rows, heads * head_dim]`."""
+        layer = getattr(self.core, self.projections.query)
+        groups = int(getattr(self.core, "num_key_value_groups", 1))
+        if self.projections.packed == "by head":
+            by_head = layer(h_key[None])[0].view(h_key.shape[0], -1, 3, self.head_dim)
+            q, k, v = (by_head[:, :, part].flatten(1) for part in range(3))
+            return (q if rows is key_rows or rows is None else q.index_select(0, rows.index)), k, v
+        if rows is not key_rows and type(layer) is nn.Linear:
+            # Rows of a weight are a view of it: keys of all tokens and queries of some cost no more than that.
+            width = layer.out_features * groups // (groups + 2)
+            bias = layer.bias
+            q = nn.functional.linear(h_query, layer.weight[:width], None if bias is None else bias[:width])
+            rest = nn.functional.linear(h_key, layer.weight[width:], None if bias is None else bias[width:])
+            k, v = rest.chunk(2, dim=-1)
+            return q, k, v
+        packed = layer(h_key[None])[0]
+        width = packed.shape[-1] * groups // (groups + 2)
+        q, k, v = packed.split([width, (packed.shape[-1] - width) // 2, (packed.shape[-1] - width) // 2], -1)
+        if rows is not key_rows and rows is not None:
+            q = q.index_select(0, rows.index)
+        return q, k, v
+
+    def _normed(self, name: str, x: Tensor, kernels: bool) -> Tensor:
+        """A norm over each head, or over all of them at once, as its weight's size says."""
+        weight = getattr(getattr(self.core, name), "weight", None)
+        width = x.shape[-1] if weight is None else int(weight.numel())
+        return self.norms(name, x.reshape(-1, width), None, kernels).view(x.shape)
+
+    def _output(self, heads: Tensor) -> Tensor:
+        p = self.projections
+        if p.output is None:
+            return heads
+        y: Tensor = getattr(self.core, p.output)(heads[None])
+        if p.dropout is not None:
+            y = getattr(self.core, p.dropout)(y)
+        return y[0]
+
+    def _implementation(self) -> Any:
+        return getattr(getattr(self.core, "config", None), "_attn_implementation", None)
+
+    @staticmethod
+    def cache_of(kwargs: dict[str, Any]) -> Cache | None:
+        """The key-value cache among the layer's arguments."""
+        cache = layer_cache(kwargs)
+        return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def for_attention(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The layer's arguments without those of cross-attention, which no supported structure has."""
+    return {name: value for name, value in kwargs.items() if name not in _NOT_FOR_ATTENTION}
+
+
+@torch.no_grad()
+def examine(core: nn.Module, hidden: Tensor, kwargs: dict[str, Any], causal: bool) -> RowAttention | None:
+    """The projections of an attention module, checked on a short call; None if it computes anything else.
+
+    Args:
+        core: The module that calls the attention function.
+        hidden: An input `[batch, tokens, hidden]`.
+        kwargs: The arguments of its layer.
+        causal: Whether the model is a decoder.
+    """
+    projections = match_projections(core)
+    if projections is None or any(p.is_meta for p in core.parameters()) or hasattr(core, "_hf_hook"):
+        return None
+    training = core.training
+    core.train(False)
+    try:
+        expected = core(hidden, **for_attention(kwargs))[0]
+        for interleaved in (False, True):
+            found = RowAttention(core, projections, interleaved)
+            stream = Stream.of(hidden, causal, kwargs)
+            actual, _ = found.whole(hidden.reshape(-1, hidden.shape[-1]), stream, kwargs, kernels=False)
+            error = (actual - expected.reshape(actual.shape)).float().norm() / expected.float().norm()
+            if bool(error <= (1e-5 if expected.dtype == torch.float32 else 1e-2)):
+                return found
+    except (RuntimeError, ValueError, TypeError, StopIteration):
+        # Another layout of the same names: the module keeps its own forward, for all tokens.
+        return None
+    finally:
+        core.train(training)
+    return None
+
+
+def _count(q: Tensor, stream: Stream) -> Tensor:
+    """0 to the number of queries, made once per stream."""
+    key = ("count", q.shape[0])
+    if key not in stream.known:
+        stream.known[key] = torch.arange(q.shape[0], device=q.device)
+    found: Tensor = stream.known[key]
+    return found

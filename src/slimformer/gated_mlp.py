@@ -1,0 +1,112 @@
+"""MLPs whose hidden layer is an activation times a gate: the product in one pass, where a kernel can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimformer_kernels import geglu, swiglu
+
+
+@dataclass(frozen=True)
+class GatedParts:
+    """Attribute names, inside an MLP, of its layers.
+
+    Attributes:
+        gate: The layer whose output goes through the activation, or the one that makes it and `up`, gate first.
+        up: The layer of what is multiplied; None where one layer makes both.
+        down: The layer behind.
+        activation: The activation.
+        other: Children that compute nothing in evaluation.
+    """
+
+    gate: str
+    up: str | None
+    down: str
+    activation: str
+    other: tuple[str, ...] = ()
+
+    def children(self) -> set[str]:
+        """Names of the children that the row describes."""
+        names = (self.gate, self.up, self.down, self.activation, *self.other)
+        return {name for name in names if name is not None}
+
+
+GATED: tuple[GatedParts, ...] = (
+    GatedParts("gate_proj", "up_proj", "down_proj", "act_fn"),
+    GatedParts("gate_up_proj", None, "down_proj", "activation_fn"),
+    GatedParts("Wi", None, "Wo", "act", other=("drop",)),
+)
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """Runs a gated MLP's layers around the fused product.
+
+    Attributes:
+        module: The MLP, whose layers are looked up in every call.
+        parts: The row of the table that it matches.
+        product: The activation of the first times the second.
+    """
+
+    module: nn.Module
+    parts: GatedParts
+    product: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """`[rows, hidden]` to `[rows, hidden]`."""
+        gate = getattr(self.module, self.parts.gate)(h)
+        if self.parts.up is None:
+            gate, up = gate.chunk(2, dim=-1)
+        else:
+            up = getattr(self.module, self.parts.up)(h)
+        y: Tensor = getattr(self.module, self.parts.down)(self.product(gate, up))
+        return y
+
+
+@torch.no_grad()
+def examine(module: nn.Module) -> GatedMlp | None:
+    """The fused form of an MLP, checked against the module itself; None if it is not a gated one."""
+    children = {name for name, _ in module.named_children()}
+    parts = next((row for row in GATED if row.children() == children), None)
+    weight = next(module.parameters(), None)
+    if parts is None or weight is None or any(p.is_meta for p in module.parameters()):
+        return None
+    product = _product(getattr(module, parts.activation))
+    if product is None:
+        return None
+    fused = GatedMlp(module, parts, product)
+    width = getattr(getattr(module, parts.gate), "in_features", None)
+    if width is None:
+        return None
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    x = x.to(weight.dtype if weight.is_floating_point() else torch.float32)
+    training = module.training
+    module.train(False)
+    try:
+        expected, actual = module(x[None])[0], fused(x)
+    except RuntimeError:
+        # Quantised layers may want another input; they keep their own forward.
+        return None
+    finally:
+        module.train(training)
+    error = (actual.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)
+    return fused if bool(error <= (1e-5 if x.dtype == torch.float32 else 1e-2)) else None
+
+
+def _product(activation: object) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The fused product for an activation, recognised by what it computes."""
+    if not callable(activation):
+        return None
+    x = torch.linspace(-8.0, 8.0, 257)
+    known: tuple[tuple[Tensor, Callable[[Tensor, Tensor], Tensor]], ...] = (
+        (F.silu(x), swiglu),
+        (F.gelu(x, approximate="tanh"), geglu),
+        (F.gelu(x), lambda gate, up: geglu(gate, up, approximate="none")),
+    )
+    actual = activation(x)
+    return next((product for expected, product in known if (actual - expected).abs().max() < 1e-6), None)

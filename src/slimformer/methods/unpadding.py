@@ -1,0 +1,39 @@
+"""Compute no padding: the rows that are not text leave the stream before the first layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from slimformer.anatomy import Anatomy, Kind
+from slimformer.executor import SublayerPlan
+from slimformer.rows import Rows
+from slimformer.stream import Stream
+
+
+@dataclass(frozen=True)
+class Unpadding:
+    """The lossless plan: every layer runs under the executor, with its kernels, and padding is not computed.
+
+    Outputs at real tokens are those of the unpatched model up to rounding; at padding they are the embeddings.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> import slimformer
+        >>> config = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                     num_attention_heads=2)
+        >>> model = slimformer.patch(BertModel(config), Unpadding())
+    """
+
+    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+        """All rows that are text, in every layer."""
+        plans: dict[tuple[int, Kind], SublayerPlan] = {
+            (index, "attention"): SublayerPlan() for index in range(len(anatomy.layers))
+        }
+        plans[0, "attention"] = SublayerPlan(staying=(_text,))
+        return plans
+
+
+def _text(stream: Stream, x: Tensor) -> Rows | None:
+    return stream.real()

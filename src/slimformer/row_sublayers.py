@@ -1,0 +1,306 @@
+"""The two sublayers of a layer for chosen rows: norm with gather, linear layers, residual addition with scatter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimformer.anatomy import Anatomy, Kind, Structure, attention_core
+from slimformer.attention import RowAttention, for_attention
+from slimformer.attention import examine as examine_attention
+from slimformer.cache import layer_cache
+from slimformer.errors import PlanError
+from slimformer.gated_mlp import GatedMlp
+from slimformer.gated_mlp import examine as examine_mlp
+from slimformer.row_norms import RowNorms
+from slimformer.rows import Rows
+from slimformer.stream import Stream
+from slimformer_kernels import add_rows_
+from slimformer_kernels.dispatch import HAS_TRITON
+
+# Above this part of all rows, and below this number of rows in the stream, computing all of them and using some is
+# no slower (see the mlp_rows and executor_rows benchmarks).
+DENSE_ABOVE = 0.95
+DENSE_BELOW_ROWS = 16
+# Below this many rows, launching a kernel from Python costs as much as the few small ones of the model's own code.
+KERNELS_FROM_ROWS = 256
+
+
+@dataclass
+class Update:
+    """What a sublayer does to the residual.
+
+    Attributes:
+        value: What is added to the rows, or their new residual `[kept, hidden]`; `[hidden]` serves all rows.
+        rows: Which rows; None for all.
+        masked: Whether `value` has all rows, of which only those in `rows` count.
+        replaces: Whether `value` is the new residual, as in post-norm layers.
+    """
+
+    value: Tensor
+    rows: Rows | None = None
+    masked: bool = False
+    replaces: bool = False
+
+
+@dataclass
+class RowSublayers:
+    """What is known about a layer's modules, found once when the model is patched.
+
+    Attributes:
+        layer: The layer, whose parts are looked up anew in every call.
+        structure: The row of the structure table that says what the parts are.
+        causal: Whether the model is a decoder.
+        attention: Runs the attention for chosen rows; None where its module fits no row of the table.
+        gated: The fused form of the MLP, if it is a gated one.
+    """
+
+    layer: nn.Module
+    structure: Structure
+    causal: bool
+    attention: RowAttention | None = None
+    gated: GatedMlp | None = None
+    norms: RowNorms = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts = (self.structure.attention, self.structure.mlp)
+        names = {name for p in parts for name in (p.norm_before, p.norm_after, p.outer_norm)}
+        self.norms = RowNorms(self.layer, tuple(sorted(name for name in names if name is not None)))
+
+    def pays(self, hidden: Tensor) -> bool:
+        """Whether kernels make a layer faster that computes all rows of `hidden` `[batch, tokens, hidden]`."""
+        return hidden.shape[0] * hidden.shape[1] >= KERNELS_FROM_ROWS and uses_kernels(hidden, self.layer)
+
+    def cached_tokens(self, kwargs: dict[str, Any]) -> int | Tensor:
+        """How many tokens this layer's slot of the cache holds."""
+        cache, slot = (
+            layer_cache(kwargs),
+            getattr(attention_core(self.layer, self.structure), "layer_idx", None),
+        )
+        return 0 if cache is None or slot is None else cache.get_seq_length(slot)
+
+    def begin(self, x: Tensor, stream: Stream, kwargs: dict[str, Any]) -> Run:
+        """One call of the layer on the residual `x` `[rows, hidden]`."""
+        kernels = x.shape[0] >= KERNELS_FROM_ROWS and uses_kernels(x, self.layer)
+        return Run(self, stream, kwargs, kernels)
+
+
+def row_sublayers(
+    anatomy: Anatomy, layer: nn.Module, call: tuple[Tensor, dict[str, Any]] | None
+) -> RowSublayers:
+    """Examine a layer's modules.
+
+    Args:
+        anatomy: The model's.
+        layer: One of its layers.
+        call: Input and arguments of a short call, to check them on; without one every module keeps its forward.
+    """
+    structure, attention, gated = anatomy.structure, None, None
+    if call is not None:
+        attention = examine_attention(attention_core(layer, structure), *call, causal=anatomy.causal)
+        gated = examine_mlp(getattr(layer, structure.mlp.module))
+    return RowSublayers(layer, structure, anatomy.causal, attention, gated)
+
+
+def uses_kernels(x: Tensor, layer: nn.Module) -> bool:
+    """Whether a call on `x` runs kernels, which know no gradients and no dropout; a compiled graph has its own."""
+    if not x.is_cuda or layer.training or torch.is_grad_enabled():
+        return False
+    return HAS_TRITON and not torch.compiler.is_compiling()
+
+
+@dataclass
+class Run:
+    """One call of a layer.
+
+    Attributes:
+        of: What is known about the layer.
+        stream: What the rows of the residual are.
+        kwargs: The layer's arguments.
+        kernels: Whether kernels run.
+        owned: Whether the residual was made in this call, so that it may be written to.
+        weights: The attention weights, where the model's attention function gives any.
+    """
+
+    of: RowSublayers
+    stream: Stream
+    kwargs: dict[str, Any]
+    kernels: bool
+    owned: bool = False
+    weights: Tensor | None = None
+
+    def mlp(self, x: Tensor, rows: Rows | None, normed: Tensor | None = None) -> Update:
+        """The MLP of the chosen rows of the residual `x` `[rows, hidden]`, which may come normed already."""
+        parts, layer = self.of.structure.mlp, self.of.layer
+        rows, masked = self._worth_choosing(rows)
+        index = None if rows is None or masked else rows.index
+        h = self._normed("mlp", x, index) if normed is None else normed
+        module = getattr(layer, parts.module)
+        if self.kernels and self.of.gated is not None and _untouched(module):
+            y = self.of.gated(h)
+        else:
+            y = module(h[None])
+            y = (y[0] if isinstance(y, tuple) else y)[0]
+        if parts.projection is not None:
+            y = getattr(layer, parts.projection)(y[None], self._picked(x, index)[None])[0]
+        return self._finished("mlp", x, y, rows, masked)
+
+    def attention(self, x: Tensor, rows: Rows | None, compact_keys: bool) -> Update:
+        """The attention of the chosen rows of the residual `x` `[rows, hidden]`."""
+        stream, kwargs = self.stream, self.kwargs
+        core = attention_core(self.of.layer, self.of.structure)
+        by_rows = self.of.attention if _untouched(core) else None
+        masked = False
+        if compact_keys and rows is not None:
+            self._check_compact_keys(by_rows)
+        else:
+            rows, masked = self._worth_choosing(rows)
+        chosen = None if masked else rows
+        if chosen is None and stream.held is None:
+            if by_rows is None or not self.kernels:
+                return self._by_module(x, rows, masked)
+            y, self.weights = by_rows.whole(self._normed("attention", x, None), stream, kwargs, kernels=True)
+        elif by_rows is None or not by_rows.can_choose_rows(stream, kwargs):
+            return self._by_module(x, rows, masked=rows is not None)
+        else:
+            index = None if chosen is None else chosen.index
+            compact = compact_keys and chosen is not None
+            h_key = self._normed("attention", x, index if compact else None)
+            y = by_rows.chosen(
+                h_key if compact else self._picked(h_key, index),
+                h_key,
+                chosen,
+                stream,
+                kwargs,
+                kernels=self.kernels,
+                compact_keys=compact,
+            )
+        if self.of.structure.attention.whole:
+            # What BERT's attention module does behind the heads: output layer, residual and norm.
+            before = self._picked(x, None if chosen is None else chosen.index)
+            y = getattr(self.of.layer, self.of.structure.attention.module).output(y[None], before[None])[0]
+        return self._finished("attention", x, y, rows, masked)
+
+    def replaced(self, kind: Kind, x: Tensor, replacement: Callable[..., Tensor] | None) -> Update | None:
+        """What stands in for a sublayer that computes no rows."""
+        if replacement is None:
+            return None
+        stream = self.stream
+        full = stream.padded(x).view(stream.batch, stream.tokens, -1)
+        normed = stream.padded(self._normed(kind, x, None)).view_as(full)
+        value = replacement(full, normed, self.kwargs)
+        if value.dim() > 1:
+            value = value.expand_as(full).reshape(-1, x.shape[-1])
+            value = self._picked(value, None if stream.held is None else stream.held.index)
+        return Update(value)
+
+    def added(self, x: Tensor, update: Update | None) -> Tensor:
+        """The residual `x` `[rows, hidden]` after an update."""
+        if update is None:
+            return x
+        value, rows = update.value, update.rows
+        if rows is None:
+            if not update.replaces:
+                value = x.add_(value) if self._writes() else x + value
+        elif update.masked:
+            keep = rows.mask[:, None]
+            value = torch.where(keep, value, x) if update.replaces else x + torch.where(keep, value, 0.0)
+        elif update.replaces:
+            value = x.index_copy(0, rows.index, value)
+        elif self._writes():
+            value = add_rows_(x, rows.index, value)
+        elif torch.is_grad_enabled():
+            value = x.index_add(0, rows.index, value)
+        else:
+            value = add_rows_(x.clone(), rows.index, value)
+        self.owned = True
+        return value
+
+    def added_and_normed(self, x: Tensor, update: Update | None, kind: Kind) -> tuple[Tensor, Tensor | None]:
+        """The residual after an update, and normed for the next sublayer if both can be done at once."""
+        norm = self.of.structure.parts(kind).norm_before
+        if update is None or norm is None or not self.kernels or update.rows is not None or update.replaces:
+            return self.added(x, update), None
+        if update.value.shape != x.shape:
+            return self.added(x, update), None
+        self.owned = True
+        return self.of.norms.after_addition(norm, x, update.value)
+
+    def _by_module(self, x: Tensor, rows: Rows | None, masked: bool) -> Update:
+        """All tokens of the batch through the attention module, whatever rows count."""
+        stream, parts, layer = self.stream, self.of.structure.attention, self.of.layer
+        # The layer's own modules see the stream as it was, with zeros for tokens that have left.
+        h = stream.padded(self._normed("attention", x, None)).view(stream.batch, stream.tokens, -1)
+        output = getattr(layer, parts.module)(h, **for_attention(self.kwargs))
+        y = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, tuple) and len(output) > 1:
+            self.weights = output[1]
+        held = None if stream.held is None else stream.held.index
+        y = self._picked(y.reshape(-1, y.shape[-1]), held)
+        return self._finished("attention", x, y, rows, masked)
+
+    def _finished(self, kind: Kind, x: Tensor, y: Tensor, rows: Rows | None, masked: bool) -> Update:
+        """Norms and dropout behind the module, and for a post-norm sublayer the new residual."""
+        parts, layer = self.of.structure.parts(kind), self.of.layer
+        if parts.norm_after is not None:
+            y = self.of.norms(parts.norm_after, y, None, self.kernels)
+        if parts.dropout is not None:
+            y = getattr(layer, parts.dropout)(y)
+        if parts.outer_norm is not None:
+            before = self._picked(x, None if rows is None or masked else rows.index)
+            if self.kernels:
+                y = self.of.norms.after_addition(parts.outer_norm, y, before)[1]
+            else:
+                y = getattr(layer, parts.outer_norm)(y + before)
+        return Update(y, rows, masked, parts.post_norm)
+
+    def _normed(self, kind: Kind, x: Tensor, index: Tensor | None) -> Tensor:
+        norm = self.of.structure.parts(kind).norm_before
+        if norm is None:
+            return self._picked(x, index)
+        return self.of.norms(norm, x, index, self.kernels)
+
+    @staticmethod
+    def _picked(x: Tensor, index: Tensor | None) -> Tensor:
+        return x if index is None else x.index_select(0, index)
+
+    def _worth_choosing(self, rows: Rows | None) -> tuple[Rows | None, bool]:
+        """The rows, and whether all are to be computed although only those count."""
+        if rows is None:
+            return None, False
+        if rows.total < DENSE_BELOW_ROWS or (torch.compiler.is_compiling() and rows.known_count is None):
+            return rows, True
+        count = rows.index.shape[0]
+        return (None, False) if count == rows.total else (rows, count > DENSE_ABOVE * rows.total)
+
+    def _writes(self) -> bool:
+        """Whether the residual is this call's own and no gradient needs what it was."""
+        return self.owned and not torch.is_grad_enabled()
+
+    def _check_compact_keys(self, by_rows: RowAttention | None) -> None:
+        possible = by_rows is not None and by_rows.can_choose_rows(self.stream, self.kwargs)
+        if by_rows is None or not possible or by_rows.window is not None:
+            raise PlanError(
+                f"{type(self.of.layer).__name__} cannot leave rows out of its keys in this call: its attention must "
+                "be one whose projections are known, without a sliding window, in evaluation mode, with padding at "
+                "the ends only and without output_attentions. Use dense keys."
+            )
+        if by_rows.cache_of(self.kwargs) is not None:
+            raise PlanError(
+                "Rows that supply no keys cannot be left out of a key-value cache, which later steps read by "
+                "position. Pass use_cache=False, or use dense keys."
+            )
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether calling a module's layers one by one does the same as calling it: no hooks, no forward of its own."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in vars(module)
+        or hasattr(module, "_hf_hook")
+    )

@@ -1,0 +1,95 @@
+"""Which rows of the residual stream a sublayer computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from slimformer.errors import PlanError
+
+if TYPE_CHECKING:
+    from slimformer.stream import Stream
+
+
+@dataclass(eq=False)
+class Rows:
+    """A choice of rows of a stream `[rows, hidden]`, as sorted indices or as a mask, each made from the other.
+
+    A mask says nothing about how many rows it keeps until the device is asked; indices have a known number.
+
+    Attributes:
+        total: How many rows the stream has.
+        given_index: `[kept]` int64, strictly ascending; None if a mask was given.
+        given_mask: bool `[total]`; None if indices were given.
+        each: How many rows every sequence keeps, where that is the same number for all.
+        derived: What was computed from these rows for the layers that share them.
+
+    Example:
+        >>> import torch
+        >>> Rows(4, given_mask=torch.tensor([True, False, True, True])).index
+        tensor([0, 2, 3])
+        >>> Rows(4, given_index=torch.tensor([1])).mask
+        tensor([False,  True, False, False])
+    """
+
+    total: int
+    given_index: Tensor | None = None
+    given_mask: Tensor | None = None
+    each: int | None = None
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """Sorted row indices; for a mask this waits for the device."""
+        if self.given_index is not None:
+            return self.given_index
+        return self.mask.nonzero().squeeze(1)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Whether each row is kept, bool `[total]`."""
+        if self.given_mask is not None:
+            return self.given_mask
+        mask = torch.zeros(self.total, dtype=torch.bool, device=self.index.device)
+        return mask.index_fill(0, self.index, True)
+
+    @property
+    def known_count(self) -> int | None:
+        """How many rows are kept, if that can be said without waiting for the device."""
+        index = self.given_index if self.given_index is not None else self.__dict__.get("index")
+        return None if index is None else index.shape[0]
+
+    def __and__(self, other: Rows) -> Rows:
+        """The rows that both keep."""
+        if self is other:
+            return self
+        return Rows(self.total, given_mask=self.mask & other.mask)
+
+
+# Names the rows a sublayer computes, given the stream and its residual `[rows, hidden]`; None for all of them.
+RowSelector = Callable[["Stream", Tensor], Rows | None]
+
+
+def intersection(selectors: tuple[RowSelector, ...], stream: Stream, x: Tensor) -> Rows | None:
+    """The rows that every selector keeps, or None if all keep everything.
+
+    Raises:
+        PlanError: If a selector answers for another number of rows than the stream has.
+    """
+    chosen: Rows | None = None
+    for selector in selectors:
+        rows = selector(stream, x)
+        if rows is None:
+            continue
+        if rows.total != x.shape[0]:
+            raise PlanError(
+                f"A row selector answered for {rows.total} rows, and the stream has {x.shape[0]}. It must choose "
+                "among the rows of the stream that it is given."
+            )
+        chosen = rows if chosen is None else chosen & rows
+    return chosen

@@ -1,0 +1,253 @@
+"""The residual stream: which tokens of the batch its rows are, where each stands, and which keys it may see."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.output_capturing import _active_collector
+
+from slimformer.cache import layer_cache
+from slimformer.rows import Rows
+
+_TAG = "_slimformer_stream"
+_RECORDING = "transformers.utils.output_capturing"
+
+
+@dataclass(eq=False)
+class Stream:
+    """What the executors of one forward pass know about the residual that runs through them.
+
+    It travels on the tensor itself, so that nothing is shared between calls, threads or models. A stream holds all
+    tokens of the batch, `[batch, tokens, hidden]`, until one layer lets some leave for good; from then on the tensor
+    is `[1, held, hidden]`, and the last layer puts it back among the rows that left.
+
+    Attributes:
+        batch: Sequences.
+        tokens: Tokens of each, padding included.
+        causal: Whether tokens see only the past.
+        device: Where the residual lies.
+        held: The tokens that are still in the stream, out of `batch * tokens`; None for all.
+        full: The residual `[batch * tokens, hidden]` as it was when tokens left.
+        known: What was derived from masks and position embeddings, by the identity of the tensor.
+        arguments: What the layer got beside the residual.
+        past: How many tokens the layer's cache held before this call.
+    """
+
+    batch: int
+    tokens: int
+    causal: bool
+    device: torch.device
+    held: Rows | None = None
+    full: Tensor | None = None
+    known: dict[Any, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    past: int | Tensor = 0
+
+    @staticmethod
+    def of(hidden: Tensor, causal: bool, arguments: Mapping[str, Any]) -> Stream:
+        """The stream that a layer's input `[batch, tokens, hidden]` belongs to."""
+        # Tensors in a compiled graph carry no attributes of ours.
+        found = None if torch.compiler.is_compiling() else getattr(hidden, _TAG, None)
+        if found is None:
+            found = Stream(hidden.shape[0], hidden.shape[1], causal, hidden.device)
+        found.arguments = arguments
+        return found
+
+    def attach(self, hidden: Tensor) -> Tensor:
+        """Put this stream on the tensor that goes to the next layer."""
+        if not torch.compiler.is_compiling():
+            setattr(hidden, _TAG, self)
+        return hidden
+
+    def without(self, rows: Rows | None, x: Tensor) -> tuple[Stream, Tensor]:
+        """Let all rows but `rows` leave the stream `x` `[rows, hidden]` for good."""
+        if rows is None:
+            return self, x
+        full = self.full
+        if self.held is not None:
+            index = self.held.index.index_select(0, rows.index)
+            full = self.restored(x)
+        else:
+            index, full = rows.index, x
+        held = Rows(self.batch * self.tokens, given_index=index)
+        smaller = dataclasses.replace(self, held=held, full=full)
+        return smaller, x.index_select(0, rows.index)
+
+    def restored(self, x: Tensor) -> Tensor:
+        """The rows `x` `[held, hidden]` among those that left, `[batch * tokens, hidden]`."""
+        if self.held is None or self.full is None:
+            return x
+        return self.full.index_copy(0, self.held.index, x)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """`x` `[held, ...]` at its places in `[batch * tokens, ...]`, zeros elsewhere."""
+        if self.held is None:
+            return x
+        return x.new_zeros((self.batch * self.tokens, *x.shape[1:])).index_copy_(0, self.held.index, x)
+
+    def token_of(self, index: Tensor | None) -> Tensor | None:
+        """Which of the `batch * tokens` tokens each row is; None for every token in order."""
+        if self.held is None:
+            return index
+        return self.held.index if index is None else self.held.index.index_select(0, index)
+
+    def offsets(self, rows: Rows | None) -> Tensor:
+        """Where every sequence's part of the chosen rows starts and ends, int64 `[batch + 1]`."""
+        where = self.derived(rows)
+        if "offsets" not in where:
+            sequences = torch.arange(self.batch + 1, device=self.device)
+            each = self.tokens if rows is None else rows.each
+            if each is not None and self.held is None:
+                where["offsets"] = sequences * each
+            else:
+                index = self.held.index if rows is None and self.held is not None else None
+                token = self.token_of(rows.index) if rows is not None else index
+                if token is not None:
+                    where["offsets"] = torch.searchsorted(token, sequences * self.tokens)
+        found: Tensor = where["offsets"]
+        return found
+
+    def derived(self, rows: Rows | None) -> dict[Any, Any]:
+        """Where what is computed from a choice of rows is kept, with the rows themselves."""
+        if rows is not None:
+            return rows.derived
+        return self.known if self.held is None else self.held.derived
+
+    def positions(self) -> Tensor:
+        """The position of every row's token in its text, int64 `[rows]`: the model's position ids, if it has any."""
+        ids = self.arguments.get("position_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != self.tokens:
+            ids = torch.arange(self.tokens, device=self.device)[None] + self.past
+            ranges = self.key_ranges(self.arguments.get("attention_mask"), None)
+            if ranges is not None:
+                ids = ids - ranges[:, :1]
+        ids = ids.expand(self.batch, self.tokens).reshape(-1)
+        return ids if self.held is None else ids.index_select(0, self.held.index)
+
+    def real(self) -> Rows | None:
+        """The tokens that are not padding, by the layer's attention mask; None if nothing more can leave.
+
+        A token that may not attend to itself is padding, in the masks of every attention implementation.
+        """
+        mask = self.arguments.get("attention_mask")
+        if (
+            self.held is not None
+            or not isinstance(mask, Tensor)
+            or self.tokens == 1
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        if getattr(layer_cache(self.arguments), "is_compileable", False):
+            # In a static cache keys do not end with this call's tokens, and shapes are to stay as they are.
+            return None
+        if "real" not in self.known:
+            own = own_key(mask, self.batch, self.tokens)
+            everything = own is None or bool(own.all())
+            self.known["real"] = (
+                None if everything or own is None else Rows(own.numel(), given_mask=own.flatten())
+            )
+        found: Rows | None = self.known["real"]
+        return found
+
+    def key_ranges(self, mask: Any, window: int | None) -> Tensor | None:
+        """First and last key (exclusive) of every sequence, int64 `[batch, 2]`.
+
+        Returns:
+            None if the mask does more than causality, the window and padding explain: a mask of the user's own, or
+            of several texts packed into one row.
+        """
+        key = (id(mask), window)
+        if key not in self.known:
+            # The mask is kept beside the answer, so that its identity stays its own.
+            self.known[key] = (mask, key_ranges(mask, self.batch, self.tokens, self.causal, window))
+        found: Tensor | None = self.known[key][1]
+        return found
+
+    def rotary(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[batch * tokens, rotary]` from the layer's, `[1 or batch, tokens, rotary]`."""
+        cos, sin = position_embeddings
+        key = ("rotary", id(cos))
+        if key not in self.known:
+            shape = (self.batch, self.tokens, cos.shape[-1])
+            self.known[key] = (cos, *(t.expand(shape).reshape(-1, cos.shape[-1]) for t in (cos, sin)))
+        return self.known[key][1], self.known[key][2]
+
+
+def is_observed(layers: nn.ModuleList, by_the_stack: bool) -> bool:
+    """Whether something reads or changes what runs between the layers: hooks, or outputs that are being recorded.
+
+    Hooks with which transformers records outputs stay on the layers for good, and are asleep until it does.
+
+    Args:
+        layers: The model's layers.
+        by_the_stack: Whether the loop over the layers may do it.
+    """
+    if by_the_stack or _active_collector.get():
+        return True
+    for layer in layers:
+        hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+        if hasattr(layer, "_hf_hook") or any(hook.__module__ != _RECORDING for hook in hooks):
+            return True
+    return False
+
+
+def own_key(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
+    """Whether each token may attend to itself, bool `[batch, tokens]`; None if the mask has an unknown shape.
+
+    Keys end with this call's tokens, as in every cache that grows.
+    """
+    if mask.dim() == 2 and mask.shape[1] >= tokens:
+        return mask[:, mask.shape[1] - tokens :].bool().expand(batch, tokens)
+    if mask.dim() != 4 or mask.shape[2] not in (1, tokens) or mask.shape[3] < tokens:
+        return None
+    own = mask[:, 0].expand(-1, tokens, -1).diagonal(mask.shape[3] - tokens, 1, 2)
+    return (own if own.dtype == torch.bool else own == 0).expand(batch, tokens)
+
+
+def key_ranges(mask: Any, batch: int, tokens: int, causal: bool, window: int | None) -> Tensor | None:
+    """The ranges of real keys that, with causality and the window, explain a mask; None if nothing does.
+
+    Args:
+        mask: `[batch, keys]`, or `[batch, 1, tokens, keys]` as booleans or as additions.
+        batch: Sequences.
+        tokens: Queries, which are the last of the keys.
+        causal: Whether keys after a query are hidden from it.
+        window: Keys at this distance or further are hidden, both ways in an encoder; None for no limit.
+
+    Returns:
+        int64 `[batch, 2]`.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or (mask.dim() == 4 and mask.shape[1] != 1):
+        return None
+    keys = mask.shape[-1]
+    if keys < tokens:
+        return None
+    if mask.dim() == 2:
+        allowed, seen = None, mask.bool().expand(batch, keys)
+    else:
+        allowed = (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0).expand(batch, tokens, keys)
+        seen = allowed.any(1)
+    some = seen.any(1)
+    start = torch.where(some, seen.int().argmax(1), 0)
+    end = torch.where(some, keys - seen.flip(1).int().argmax(1), 0)
+    key = torch.arange(keys, device=mask.device)
+    inside = (key >= start[:, None]) & (key < end[:, None])
+    if allowed is None:
+        agrees = (inside == seen).all()
+    else:
+        query = torch.arange(keys - tokens, keys, device=mask.device)
+        distance = query[:, None] - key
+        expected = inside[:, None, :].expand(batch, tokens, keys)
+        if causal:
+            expected = expected & (distance >= 0)
+        if window is not None:
+            expected = expected & (distance.abs() < window)
+        # What padding tokens see does not matter.
+        padding = ~inside[:, keys - tokens :]
+        agrees = ((expected == allowed) | padding[..., None]).all()
+    return torch.stack([start, end], 1) if bool(agrees) else None
