@@ -166,17 +166,17 @@ def _case(
 
     def check() -> float:
         prepare()
-        actual = run()
+        actual = timed()
         prepare(DENSE)
         with torch.no_grad():
             return relative_error(actual, expected())
 
-    def run() -> Tensor:
+    def timed() -> Tensor:
         with torch.no_grad():
             return call()
 
     tolerance = float("inf") if name == DENSE else settings.tolerance
-    return Case(run, check, tolerance, prepare, None if name == DENSE else DENSE)
+    return Case(timed, check, tolerance, prepare, None if name == DENSE else DENSE)
 
 
 def _encoder(settings: Settings) -> Iterator[Measurement]:
