@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 import slimformer
 from benchmarks.compare import Medians
@@ -75,6 +77,50 @@ def with_shared_weights(model: Model) -> Model:
     # The memo makes the copy share every tensor and have modules of its own.
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def logits_in_float32(
+    model: LlamaForCausalLM,
+    ids: Tensor,
+    keeps: Callable[[int, str], Tensor | None] = lambda layer, kind: None,
+) -> Tensor:
+    """Logits of the last token in float32, layer by layer, every token computed and those that are kept used.
+
+    Thirty-two layers of random weights blow up every rounding, so that two right models in bfloat16 differ by more
+    than one wrong row would show: each is compared with this instead.
+
+    Args:
+        model: An unpatched model.
+        ids: `[batch, tokens]`.
+        keeps: Whether each token is computed in a sublayer, bool `[1, tokens, 1]`; None for all.
+    """
+    stack, positions = model.model, torch.arange(ids.shape[1], device=ids.device)[None]
+    with torch.no_grad():
+        h = stack.embed_tokens(ids).float()
+        rotary = stack.rotary_emb(h, position_ids=positions)
+        for index, layer in enumerate(stack.layers):
+            wide = copy.deepcopy(layer).float()
+            y = _attention_in_float32(wide.self_attn, wide.input_layernorm(h), rotary)
+            h = _kept(h, y, keeps(index, "attention"))
+            h = _kept(h, wide.mlp(wide.post_attention_layernorm(h)), keeps(index, "mlp"))
+        logits: Tensor = copy.deepcopy(model.lm_head).float()(copy.deepcopy(stack.norm).float()(h[:, -1:]))
+    return logits
+
+
+def _attention_in_float32(module: nn.Module, h: Tensor, rotary: Rotary) -> Tensor:
+    def heads(layer: nn.Module) -> Tensor:
+        return layer(h).view(*h.shape[:2], -1, module.head_dim).transpose(1, 2)
+
+    q, k = modeling_llama.apply_rotary_pos_emb(heads(module.q_proj), heads(module.k_proj), *rotary)
+    # A copy of the keys per query head: PyTorch would hold all scores otherwise.
+    k, v = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (k, heads(module.v_proj)))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    y: Tensor = module.o_proj(out.transpose(1, 2).flatten(2))
+    return y
+
+
+def _kept(h: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
+    return h + y if keep is None else torch.where(keep, h + y, h)
 
 
 class DenseAndSlim:

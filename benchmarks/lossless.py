@@ -4,7 +4,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.util
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,7 +21,7 @@ from transformers.models.llama import modeling_llama
 import slimformer
 from benchmarks import tables
 from benchmarks.compare import Case, compare, relative_error
-from benchmarks.llamas import llama_8b, rewinder, with_shared_weights
+from benchmarks.llamas import llama_8b, logits_in_float32, rewinder, with_shared_weights
 from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort, Regime
@@ -77,6 +81,7 @@ def _decoder(settings: Settings) -> Iterator[Measurement]:
     try:
         for tokens in settings.pick((4096, 16384), (24,)):
             yield from _prefill(settings, models, rotation, tokens)
+        yield from _new_lengths(settings, models, rotation, settings.pick(2048, 24))
         for batch in (1, 16):
             yield from _decode(settings, models, rotation, batch, settings.pick(PROMPT, 24))
     finally:
@@ -111,14 +116,52 @@ def _prefill(
         logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits
 
+    for model in models.values():
+        # So often that every attention backend is the one that stays.
+        for _ in range(settings.pick(16, 1)):
+            with torch.no_grad():
+                call(model)
     parameters: Parameters = {"model": "8B", "phase": "prefill", "batch": 1, "tokens": tokens}
+    modeling_llama.apply_rotary_pos_emb = rotation[DENSE]
+    expected = logits_in_float32(dense, ids)
     cases = {
-        name: _case(settings, partial(call, model), partial(call, dense), name, rotation)
+        name: _case(settings, partial(call, model), expected, name, rotation)
         for name, model in models.items()
     }
     effort = Effort(milliseconds=8_000.0, least=6, most=24)
     for regime in _REGIMES:
         yield from compare(settings, parameters, cases, regime=regime, baseline=DENSE, effort=effort)
+
+
+def _new_lengths(
+    settings: Settings,
+    models: dict[str, LlamaForCausalLM],
+    rotation: dict[str, Callable[..., Any]],
+    tokens: int,
+) -> Iterator[Measurement]:
+    """Prompts as they come: no two of one length."""
+    dense = models[DENSE]
+    ids = torch.randint(dense.config.vocab_size, (1, tokens), device=settings.device)
+    lengths = itertools.count(1)
+
+    def call(model: LlamaForCausalLM, shorter: int) -> Tensor:
+        logits: Tensor = model(input_ids=ids[:, shorter:], use_cache=False, logits_to_keep=1).logits
+        return logits
+
+    parameters: Parameters = {"model": "8B", "phase": "prefill, new lengths", "batch": 1, "tokens": tokens}
+    expected = logits_in_float32(dense, ids)
+    cases = {}
+    for name, model in models.items():
+        case = _case(settings, partial(call, model, 0), expected, name, rotation)
+        cases[name] = dataclasses.replace(
+            case, run=lambda m=model: _without_grad(call, m, next(lengths) % tokens)
+        )
+    yield from compare(settings, parameters, cases, regime="wall", baseline=DENSE)
+
+
+def _without_grad(call: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    with torch.no_grad():
+        return call(*arguments)
 
 
 def _decode(
@@ -140,8 +183,11 @@ def _decode(
 
     rewind = rewinder(cache)
     parameters: Parameters = {"model": "8B", "phase": "decode", "batch": batch, "tokens": prompt}
+    modeling_llama.apply_rotary_pos_emb = rotation[DENSE]
+    # One sequence stands for the batch: float32 is slow.
+    expected = logits_in_float32(dense, ids[:1])
     cases = {
-        name: _case(settings, partial(step, model), partial(step, dense), name, rotation, rewind)
+        name: _case(settings, partial(step, model), expected, name, rotation, rewind)
         for name, model in models.items()
     }
     effort = Effort(milliseconds=4_000.0, least=20, most=40)
@@ -152,31 +198,29 @@ def _decode(
 def _case(
     settings: Settings,
     call: Callable[[], Tensor],
-    expected: Callable[[], Tensor],
+    expected: Tensor,
     name: str,
     rotation: dict[str, Callable[..., Any]],
     rewind: Callable[[], None] | None = None,
 ) -> Case:
-    """A model's call, with the rotation it would find in transformers, checked against the unpatched model."""
+    """A model's call, with the rotation it would find in transformers, checked on the first sequence."""
 
-    def prepare(whose: str = name) -> None:
-        modeling_llama.apply_rotary_pos_emb = rotation.get(whose, rotation[DENSE])
+    def prepare() -> None:
+        modeling_llama.apply_rotary_pos_emb = rotation.get(name, rotation[DENSE])
         if rewind is not None:
             rewind()
-
-    def check() -> float:
-        prepare()
-        actual = timed()
-        prepare(DENSE)
-        with torch.no_grad():
-            return relative_error(actual, expected())
 
     def timed() -> Tensor:
         with torch.no_grad():
             return call()
 
-    tolerance = float("inf") if name == DENSE else settings.tolerance
-    return Case(timed, check, tolerance, prepare, None if name == DENSE else DENSE)
+    def check() -> float:
+        prepare()
+        return relative_error(timed()[:1], expected)
+
+    if name == DENSE:
+        return Case(timed, check, math.inf, prepare)
+    return Case(timed, check, settings.tolerance, prepare, DENSE)
 
 
 def _encoder(settings: Settings) -> Iterator[Measurement]:
@@ -201,8 +245,10 @@ def _encoder(settings: Settings) -> Iterator[Measurement]:
             state: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state
         return state
 
+    expected = call(copy.deepcopy(dense).float())[mask.bool()]
+
     def check(model: nn.Module) -> float:
-        return relative_error(call(model)[mask.bool()], call(dense)[mask.bool()])
+        return relative_error(call(model)[mask.bool()], expected)
 
     parameters: Parameters = {
         "model": "BERT-base",
@@ -212,8 +258,8 @@ def _encoder(settings: Settings) -> Iterator[Measurement]:
         "padding": round(1 - float(lengths.float().mean() / lengths.max()), 3),
     }
     cases = {
-        DENSE: Case(partial(call, dense), partial(check, dense), settings.tolerance),
-        LOSSLESS: Case(partial(call, slim), partial(check, slim), settings.tolerance),
+        DENSE: Case(partial(call, dense), partial(check, dense), math.inf),
+        LOSSLESS: Case(partial(call, slim), partial(check, slim), settings.tolerance, None, DENSE),
     }
     for regime in _REGIMES:
         yield from compare(settings, parameters, cases, regime=regime, baseline=DENSE)

@@ -381,6 +381,8 @@ def _attention_rows_kernel(
     BLOCK_WIDTH: tl.constexpr,
     EVEN_WIDTH: tl.constexpr,
 ):
+    # torch.compile passes numbers as float64, which would spread to every product.
+    tanh_scale, log2_scale = tl.cast(tanh_scale, tl.float32), tl.cast(log2_scale, tl.float32)
     # Neighbouring programs are blocks of one head, so that its keys are read from L2.
     block = tl.program_id(0)
     if CAUSAL:

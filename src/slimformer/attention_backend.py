@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ _FLASH, _CUDNN = 330e12, 600e12
 _HOPPER = 9
 # What a shape would have saved so far, in seconds, by shape.
 _saved: dict[Any, float] = defaultdict(float)
+# Shapes with which cuDNN has run.
+_planned: set[Any] = set()
+_WITHOUT_PLANS = partial(
+    sdpa_kernel, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+)
 
 
 def fastest_backend(query: Tensor, key: Tensor, mask: Any) -> contextlib.AbstractContextManager[Any]:
@@ -34,16 +40,20 @@ def fastest_backend(query: Tensor, key: Tensor, mask: Any) -> contextlib.Abstrac
 
     Returns:
         A context that changes nothing where PyTorch's own choice is as good: with a mask, for a single query, off a
-        Hopper GPU, in a compiled graph, or while a CUDA graph is captured.
+        Hopper GPU, or in a compiled graph.
     """
     if mask is not None or query.shape[2] == 1 or not query.is_cuda or torch.compiler.is_compiling():
         return contextlib.nullcontext()
     if torch.cuda.get_device_capability(query.device)[0] != _HOPPER or query.dtype == torch.float32:
         return contextlib.nullcontext()
     batch, heads, queries, head_dim = query.shape
-    shape = (query.device, query.dtype, query.shape, key.shape)
+    shape = (query.device, query.dtype, query.shape, query.stride(), key.shape)
+    if torch.cuda.is_current_stream_capturing():
+        # A plan cannot be built while a graph is captured.
+        return contextlib.nullcontext() if shape in _planned else _WITHOUT_PLANS()
     work = 2 * batch * heads * queries * key.shape[2] * head_dim
     _saved[shape] += work / _FLASH - work / _CUDNN
-    if _saved[shape] >= _PLAN_SECONDS or torch.cuda.is_current_stream_capturing():
-        return contextlib.nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    if _saved[shape] < _PLAN_SECONDS:
+        return _WITHOUT_PLANS()
+    _planned.add(shape)
+    return contextlib.nullcontext()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, positional_names
 from slimformer.attention import for_attention
 from slimformer.cache import layer_cache, leave_slot_empty
-from slimformer.row_sublayers import RowSublayers, Run, Update
+from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
 from slimformer.rows import RowSelector, intersection
 from slimformer.stream import Stream
 
@@ -83,6 +83,7 @@ class LayerExecutor:
         slot: The cache slot of the layer's attention, where it does not run and its replacement keeps no state there.
         by_rows: Runs sublayers for chosen rows and with kernels; None where every row is computed by the modules.
         dense: The forward that the layer had, for calls in which it does the same faster.
+        chooses: Whether a policy names rows in this layer.
         last: Whether rows that left the stream come back behind this layer.
         observed: Says whether something reads what runs between the layers, so that no row may leave.
     """
@@ -96,6 +97,7 @@ class LayerExecutor:
     slot: int | None = None
     by_rows: RowSublayers | None = None
     dense: Callable[..., Any] | None = None
+    chooses: bool = False
     last: bool = False
     observed: Callable[[], bool] = lambda: False
     names: tuple[str, ...] = ()
@@ -108,15 +110,15 @@ class LayerExecutor:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the layer's `forward`, with the same arguments and the same kind of result."""
-        if self.by_rows is not None:
+        if self.by_rows is not None and self._concerns_rows(hidden_states, args, kwargs):
             given = {**kwargs, **dict(zip(self.names[: len(args)], args, strict=True))}
             stream, x = self._entered(Stream.of(hidden_states, self.by_rows.causal, given), hidden_states)
             if self.chooses:
                 stream.past = self.by_rows.cached_tokens(given)
-            if self.chooses or stream.held is not None or self.by_rows.pays(x):
+            if self.chooses or stream.held is not None or uses_kernels(x, self.layer):
                 return self._by_rows(x, stream, given)
-            if self.dense is not None:
-                return self.dense(hidden_states, *args, **kwargs)
+        if self.dense is not None:
+            return self.dense(hidden_states, *args, **kwargs)
         kwargs.update(zip(self.names[: len(args)], args, strict=True))
         attention, weights = self.addition("attention", hidden_states, kwargs)
         if self.parallel:
@@ -194,10 +196,14 @@ class LayerExecutor:
         attends = self.by_rows is not None and self.by_rows.attention is not None
         return "text rows" if not self.returns_tuple and (kind == "mlp" or attends) else "all rows"
 
-    @property
-    def chooses(self) -> bool:
-        """Whether a policy names rows in this layer."""
-        return any(plan.rows for plan in self.sublayers.values())
+    def _concerns_rows(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call may do anything else than all rows by the model's own code; asked in every decode step."""
+        if self.chooses or Stream.has_lost_rows(hidden):
+            return True
+        if hidden.shape[1] == 1:
+            return False
+        padded = self.sublayers["attention"].staying and (args or kwargs.get("attention_mask") is not None)
+        return bool(padded) or uses_kernels(hidden, self.layer)
 
     def _entered(self, stream: Stream, hidden: Tensor) -> tuple[Stream, Tensor]:
         """The stream without the rows that leave before this layer, and its residual."""

@@ -221,6 +221,7 @@ def _executors(anatomy: Anatomy, methods: tuple[TokenPolicy, ...]) -> dict[int, 
         for index in range(first, len(anatomy.layers)):
             executor_of(index)
     for index, executor in executors.items():
+        executor.chooses = any(plan.rows for plan in executor.sublayers.values())
         executor.last = index == len(anatomy.layers) - 1
         # A stack whose layers return tuples collects hidden states in its own loop.
         executor.observed = partial(is_observed, anatomy.layers, executor.returns_tuple)

@@ -24,8 +24,8 @@ class Rows:
 
     Attributes:
         total: How many rows the stream has.
-        given_index: `[kept]` int64, strictly ascending; None if a mask was given.
-        given_mask: bool `[total]`; None if indices were given.
+        given_index: `[kept]` int64, strictly ascending; None if only a mask was given.
+        given_mask: bool `[total]`; None if only indices were given.
         each: How many rows every sequence keeps, where that is the same number for all.
         derived: What was computed from these rows for the layers that share them.
 

@@ -58,6 +58,19 @@ class Stream:
         found.arguments = arguments
         return found
 
+    @property
+    def rows(self) -> int:
+        """How many rows the residual has."""
+        return self.batch * self.tokens if self.held is None else self.held.index.shape[0]
+
+    @staticmethod
+    def has_lost_rows(hidden: Tensor) -> bool:
+        """Whether a layer's input belongs to a stream that some tokens have left."""
+        if torch.compiler.is_compiling():
+            return False
+        found = getattr(hidden, _TAG, None)
+        return found is not None and found.held is not None
+
     def attach(self, hidden: Tensor) -> Tensor:
         """Put this stream on the tensor that goes to the next layer."""
         if not torch.compiler.is_compiling():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -73,47 +74,76 @@ class RandomKeep:
                     f"allowed are 0 to {count - 1}."
                 )
         compact = self.keys == "compact"
+        sublayers = [(index, kind) for index in chosen for kind in self.kinds]
+        numbers = tuple(2 * index + KINDS.index(kind) for index, kind in sublayers)
         return {
             (index, kind): SublayerPlan(
-                rows=(_Chance(self, 2 * index + KINDS.index(kind)),),
-                compact_keys=compact and kind == "attention",
+                rows=(_Chance(self, numbers, place),), compact_keys=compact and kind == "attention"
             )
-            for index in chosen
-            for kind in self.kinds
+            for place, (index, kind) in enumerate(sublayers)
         }
 
 
 @dataclass(frozen=True)
 class _Chance:
-    """The row selector of one sublayer."""
+    """The row selector of one sublayer.
+
+    Attributes:
+        of: The method.
+        sublayers: The numbers of all sublayers that the method names.
+        place: Which of them this is.
+    """
 
     of: RandomKeep
-    sublayer: int
+    sublayers: tuple[int, ...]
+    place: int
 
     def __call__(self, stream: Stream, x: Tensor) -> Rows | None:
         """The rows of the residual `x` `[rows, hidden]` that the sublayer computes."""
-        if self.of.keep == 1.0:
+        equal = self.of.counts == "equal"
+        if self.of.keep == 1.0 or (equal and stream.tokens == 1):
             return None
-        chance = chances(stream.positions(), 1_000_003 * self.of.seed + self.sublayer)
-        if self.of.counts == "ragged":
-            return Rows(x.shape[0], given_mask=chance < self.of.keep)
-        if stream.tokens == 1:
-            return None
-        if stream.held is not None:
+        if equal and stream.held is not None:
             raise PlanError(
-                "RandomKeep(counts='equal') chooses among the padded tokens of a batch, and Unpadding took some out. "
-                "Use counts='ragged'."
+                "RandomKeep(counts='equal') chooses among the padded tokens of a batch, and padding has left the "
+                "stream. Use counts='ragged'."
             )
+        if torch.compiler.is_compiling():
+            # In one graph nothing is gained by choosing for others too.
+            number = self.sublayers[self.place] + 1_000_003 * self.of.seed
+            (mask, index, each), place = self._choose(stream, number), 0
+        else:
+            choices = stream.derived(None)
+            if self.of not in choices:
+                seeds = _on_device(self.sublayers, 1_000_003 * self.of.seed, stream.device)
+                choices[self.of] = self._choose(stream, seeds)
+            (mask, index, each), place = choices[self.of], self.place
+        return Rows(x.shape[0], None if index is None else index[place], mask[place], each)
+
+    def _choose(self, stream: Stream, seeds: int | Tensor) -> tuple[Tensor, Tensor | None, int | None]:
+        """For several sublayers at once: masks `[sublayers, rows]`, indices `[sublayers, kept]`, rows per sequence.
+
+        One by one, a small model would wait longer for the choices than for what is computed.
+        """
+        chance = chances(stream.positions(), seeds).view(-1, stream.rows)
+        if self.of.counts == "ragged":
+            return chance < self.of.keep, None, None
         each = max(round(self.of.keep * stream.tokens), 1)
-        best = (
-            chance.view(stream.batch, stream.tokens).topk(each, dim=1, largest=False).indices.sort(1).values
-        )
-        first = torch.arange(stream.batch, device=best.device)[:, None] * stream.tokens
-        return Rows(x.shape[0], given_index=(best + first).flatten(), each=each)
+        by_sequence = chance.view(-1, stream.batch, stream.tokens)
+        best = by_sequence.topk(each, dim=2, largest=False).indices.sort(2).values
+        first = torch.arange(stream.batch, device=stream.device)[:, None] * stream.tokens
+        index = (best + first).flatten(1)
+        return torch.zeros_like(chance, dtype=torch.bool).scatter_(1, index, True), index, each
 
 
-def chances(positions: Tensor, seed: int) -> Tensor:
-    """A number from 0 to 1 for every position, the same on every device.
+@lru_cache(maxsize=64)
+def _on_device(numbers: tuple[int, ...], plus: int, device: torch.device) -> Tensor:
+    """Seeds `[sublayers, 1]`, copied once: a copy from the host could not be captured in a CUDA graph."""
+    return (torch.tensor(numbers) + plus)[:, None].to(device)
+
+
+def chances(positions: Tensor, seed: int | Tensor) -> Tensor:
+    """A number from 0 to 1 for every position, the same on every device; seeds `[n, 1]` give `[n, positions]`.
 
     Example:
         >>> bool((chances(torch.arange(10000), 7) < 0.25).float().mean().sub(0.25).abs() < 0.02)
