@@ -324,7 +324,7 @@ def first_layer_call(anatomy: Anatomy) -> tuple[Tensor, dict[str, Any]] | None:
     finally:
         handle.remove()
     hidden = found.pop("hidden_states")
-    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(hidden)
     return hidden + noise * hidden.float().std().to(hidden.dtype), found
 
 

@@ -22,8 +22,8 @@ from slimformer.cache import layer_cache
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.stream import Stream
-from slimformer_kernels import attention_rows, rotary_
-from slimformer_kernels.rotary import rotary_reference
+from slimformer_kernels import attention_rows
+from slimformer_kernels.rotary import rotary_op, rotary_reference
 
 # Arguments of cross-attention; an attention must not see them.
 _NOT_FOR_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask", "hidden_states")
@@ -202,8 +202,7 @@ class RowAttention:
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
         if cache is None and (compact_keys or stream.held is not None):
             # Every sequence's keys lie behind those of the sequence before.
-            offsets = stream.offsets(key_rows)
-            ranges, keys, values = torch.stack([offsets[:-1], offsets[1:]], 1), k[None], v[None]
+            ranges, keys, values = stream.ranges(key_rows), k[None], v[None]
             positions = rows.index if rows is not None and not compact_keys else _count(q, stream)
         else:
             shape = (stream.batch, stream.tokens, -1, self.head_dim)
@@ -252,7 +251,7 @@ class RowAttention:
             q, k, v = self._packed(h_query, h_key, rows, key_rows)
         else:
             names = ((p.query, h_query), (p.key, h_key), (p.value, h_key))
-            q, k, v = (getattr(core, name)(h[None])[0] for name, h in names)
+            q, k, v = (getattr(core, name)(h) for name, h in names)
         if p.norms is not None:
             q, k = (self._normed(name, t, kernels) for name, t in zip(p.norms, (q, k), strict=True))
         q, k, v = (t.view(t.shape[0], -1, self.head_dim) for t in (q, k, v))
@@ -263,11 +262,12 @@ class RowAttention:
         query_token = stream.token_of(None if rows is None else rows.index)
         key_token = stream.token_of(None if key_rows is None else key_rows.index)
         if kernels:
+            # Without the checks of `rotary_`, which take three times as long as the launch.
             if query_token is key_token:
-                rotary_(q, k, cos, sin, rows=query_token, interleaved=self.interleaved)
+                rotary_op(q, k, cos, sin, query_token, self.interleaved)
             else:
-                rotary_(q, None, cos, sin, rows=query_token, interleaved=self.interleaved)
-                rotary_(k, None, cos, sin, rows=key_token, interleaved=self.interleaved)
+                rotary_op(q, None, cos, sin, query_token, self.interleaved)
+                rotary_op(k, None, cos, sin, key_token, self.interleaved)
             return q, k, v
         q = rotary_reference(q, cos, sin, query_token, self.interleaved)
         return q, rotary_reference(k, cos, sin, key_token, self.interleaved), v
@@ -279,7 +279,7 @@ class RowAttention:
         layer = getattr(self.core, self.projections.query)
         groups = int(getattr(self.core, "num_key_value_groups", 1))
         if self.projections.packed == "by head":
-            by_head = layer(h_key[None])[0].view(h_key.shape[0], -1, 3, self.head_dim)
+            by_head = layer(h_key).view(h_key.shape[0], -1, 3, self.head_dim)
             q, k, v = (by_head[:, :, part].flatten(1) for part in range(3))
             return (q if rows is key_rows or rows is None else q.index_select(0, rows.index)), k, v
         if rows is not key_rows and type(layer) is nn.Linear:
@@ -290,7 +290,7 @@ class RowAttention:
             rest = nn.functional.linear(h_key, layer.weight[width:], None if bias is None else bias[width:])
             k, v = rest.chunk(2, dim=-1)
             return q, k, v
-        packed = layer(h_key[None])[0]
+        packed = layer(h_key)
         width = packed.shape[-1] * groups // (groups + 2)
         q, k, v = packed.split([width, (packed.shape[-1] - width) // 2, (packed.shape[-1] - width) // 2], -1)
         if rows is not key_rows and rows is not None:
@@ -307,10 +307,8 @@ class RowAttention:
         p = self.projections
         if p.output is None:
             return heads
-        y: Tensor = getattr(self.core, p.output)(heads[None])
-        if p.dropout is not None:
-            y = getattr(self.core, p.dropout)(y)
-        return y[0]
+        y: Tensor = getattr(self.core, p.output)(heads)
+        return y if p.dropout is None else getattr(self.core, p.dropout)(y)
 
     def _implementation(self) -> Any:
         return getattr(getattr(self.core, "config", None), "_attn_implementation", None)

@@ -17,7 +17,7 @@ from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, positional_names
 from slimformer.attention import for_attention
 from slimformer.cache import layer_cache, leave_slot_empty
 from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
-from slimformer.rows import RowSelector, intersection
+from slimformer.rows import Rows, RowSelector, intersection
 from slimformer.stream import Stream
 
 # What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition.
@@ -110,12 +110,18 @@ class LayerExecutor:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the layer's `forward`, with the same arguments and the same kind of result."""
+        if self.dense is not None and hidden_states.shape[1] == 1 and not self.chooses:
+            # A decode step; a stream that lost rows has more than one.
+            return self.dense(hidden_states, *args, **kwargs)
         if self.by_rows is not None and self._concerns_rows(hidden_states, args, kwargs):
             given = {**kwargs, **dict(zip(self.names[: len(args)], args, strict=True))}
             stream, x = self._entered(Stream.of(hidden_states, self.by_rows.causal, given), hidden_states)
             if self.chooses:
                 stream.past = self.by_rows.cached_tokens(given)
-            if self.chooses or stream.held is not None or uses_kernels(x, self.layer):
+            kernels = uses_kernels(x, self.layer)
+            if self.chooses and x.is_cuda and not kernels and self._may_mask(stream):
+                return self._masked(x, stream, given)
+            if self.chooses or stream.held is not None or kernels:
                 return self._by_rows(x, stream, given)
         if self.dense is not None:
             return self.dense(hidden_states, *args, **kwargs)
@@ -164,7 +170,11 @@ class LayerExecutor:
     def normed(self, kind: Kind, x: Tensor) -> Tensor:
         """The sublayer's input: the residual behind the norm in front of it, if there is one."""
         norm = self.structure.parts(kind).norm_before
-        return x if norm is None else getattr(self.layer, norm)(x)
+        if norm is None:
+            return x
+        if self.by_rows is not None and x.is_cuda:
+            return self.by_rows.norms.fused(norm, x)
+        return getattr(self.layer, norm)(x)
 
     def difference(self, kind: Kind, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Residual after the sublayer minus residual `x` before it `[batch, tokens, hidden]`."""
@@ -197,7 +207,7 @@ class LayerExecutor:
         return "text rows" if not self.returns_tuple and (kind == "mlp" or attends) else "all rows"
 
     def _concerns_rows(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether this call may do anything else than all rows by the model's own code; asked in every decode step."""
+        """Whether this call may do anything else than all rows by the model's own code."""
         if self.chooses or Stream.has_lost_rows(hidden):
             return True
         if hidden.shape[1] == 1:
@@ -234,6 +244,41 @@ class LayerExecutor:
         else:
             output = stream.attach(x.view(hidden.shape))
         return self._returned(output, run.weights, kwargs)
+
+    def _may_mask(self, stream: Stream) -> bool:
+        compact = self.sublayers["attention"].compact_keys
+        return stream.held is None and not compact and not torch.compiler.is_compiling()
+
+    def _masked(self, x: Tensor, stream: Stream, kwargs: dict[str, Any]) -> Any:
+        """The layer on all rows, of which the chosen ones count.
+
+        For small models on a GPU, which wait for the CPU: gathering and scattering would be launches more, and this
+        has none that the layer's own forward does not have.
+        """
+        rows = self._chosen("attention", x, stream)
+        attention, weights = self.addition("attention", x, kwargs)
+        if self.parallel:
+            mlp_rows, (mlp, _) = self._chosen("mlp", x, stream), self.addition("mlp", x, kwargs)
+            x = self._masked_residual("attention", x, attention, rows)
+        else:
+            x = self._masked_residual("attention", x, attention, rows)
+            mlp_rows, (mlp, _) = self._chosen("mlp", x, stream), self.addition("mlp", x, kwargs)
+        output = self._masked_residual("mlp", x, mlp, mlp_rows)
+        return self._returned(output if self.last else stream.attach(output), weights, kwargs)
+
+    def _chosen(self, kind: Kind, x: Tensor, stream: Stream) -> Rows | None:
+        plan = self.sublayers[kind]
+        return intersection(plan.rows, stream, x.view(-1, x.shape[-1])) if plan.compute else None
+
+    def _masked_residual(self, kind: Kind, x: Tensor, y: Tensor | None, rows: Rows | None) -> Tensor:
+        """The residual `[batch, tokens, hidden]` after a sublayer at the chosen rows."""
+        if rows is None or y is None:
+            return self.residual(kind, x, y)
+        mask = rows.mask.view(*x.shape[:2], 1)
+        if self.structure.parts(kind).post_norm:
+            return torch.where(mask, self.residual(kind, x, y), x)
+        # One launch, as the addition alone would be.
+        return torch.addcmul(x, y, mask)
 
     def _update(self, run: Run, kind: Kind, x: Tensor, normed: Tensor | None = None) -> Update | None:
         plan = self.sublayers[kind]

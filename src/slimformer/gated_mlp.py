@@ -83,7 +83,8 @@ def examine(module: nn.Module) -> GatedMlp | None:
     width = getattr(getattr(module, parts.gate), "in_features", None)
     if width is None:
         return None
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, width, generator=generator, device="cpu").to(weight.device)
     x = x.to(weight.dtype if weight.is_floating_point() else torch.float32)
     training = module.training
     module.train(False)
@@ -102,7 +103,7 @@ def _product(activation: object) -> Callable[[Tensor, Tensor], Tensor] | None:
     """The fused product for an activation, recognised by what it computes."""
     if not callable(activation):
         return None
-    x = torch.linspace(-8.0, 8.0, 257)
+    x = torch.linspace(-8.0, 8.0, 257, device="cpu")
     known: tuple[tuple[Tensor, Callable[[Tensor, Tensor], Tensor]], ...] = (
         (F.silu(x), swiglu),
         (F.gelu(x, approximate="tanh"), geglu),

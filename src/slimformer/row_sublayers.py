@@ -20,7 +20,7 @@ from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.stream import Stream
 from slimformer_kernels import add_rows_
-from slimformer_kernels.dispatch import HAS_TRITON
+from slimformer_kernels.dispatch import HAS_TRITON, KERNEL_DTYPES
 
 # Above this part of all rows, and below this number of rows in the stream, computing all of them and using some is
 # no slower (see the mlp_rows and executor_rows benchmarks).
@@ -105,13 +105,14 @@ def row_sublayers(
 def uses_kernels(x: Tensor, layer: nn.Module) -> bool:
     """Whether a call on the residual `x` runs kernels, which know no gradients and no dropout.
 
-    A compiled graph has its own; where the CPU is what takes the time, only a CUDA graph profits from ours.
+    A compiled graph has its own; where the CPU is what takes the time, only a CUDA graph profits from ours. Graphs are
+    warmed up and captured off the default stream.
     """
     if not x.is_cuda or layer.training or not HAS_TRITON or torch.is_grad_enabled():
         return False
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.dtype not in KERNEL_DTYPES:
         return False
-    return x.numel() >= KERNELS_FROM_ELEMENTS or torch.cuda.is_current_stream_capturing()
+    return x.numel() >= KERNELS_FROM_ELEMENTS or torch.cuda.current_stream(x.device).cuda_stream != 0
 
 
 @dataclass
@@ -210,9 +211,7 @@ class Run:
         elif update.masked:
             keep = rows.mask[:, None]
             # One launch, as the addition alone would be.
-            value = (
-                torch.where(keep, value, x) if update.replaces else torch.addcmul(x, value, keep.to(x.dtype))
-            )
+            value = torch.where(keep, value, x) if update.replaces else torch.addcmul(x, value, keep)
         elif update.replaces:
             value = x.index_copy(0, rows.index, value)
         elif self._writes():
@@ -277,9 +276,6 @@ class Run:
         if rows is None:
             return None, False
         if rows.total < DENSE_BELOW_ROWS or (torch.compiler.is_compiling() and rows.known_count is None):
-            return rows, True
-        if self.stream.device.type == "cuda" and not self.kernels and not torch.compiler.is_compiling():
-            # Waiting for the CPU: gathering and scattering are launches too.
             return rows, True
         count = rows.index.shape[0]
         return (None, False) if count == rows.total else (rows, count > DENSE_ABOVE * rows.total)

@@ -78,8 +78,8 @@ class Stream:
         return hidden
 
     def without(self, rows: Rows | None, x: Tensor) -> tuple[Stream, Tensor]:
-        """Let all rows but `rows` leave the stream `x` `[rows, hidden]` for good."""
-        if rows is None:
+        """Let all rows but `rows` leave the stream `x` `[rows, hidden]` for good; at least two stay."""
+        if rows is None or rows.index.shape[0] < 2:
             return self, x
         full = self.full
         if self.held is not None:
@@ -123,6 +123,15 @@ class Stream:
                 if token is not None:
                     where["offsets"] = torch.searchsorted(token, sequences * self.tokens)
         found: Tensor = where["offsets"]
+        return found
+
+    def ranges(self, rows: Rows | None) -> Tensor:
+        """First and last (exclusive) of every sequence's part of the chosen rows, int64 `[batch, 2]`."""
+        where = self.derived(rows)
+        if "ranges" not in where:
+            offsets = self.offsets(rows)
+            where["ranges"] = torch.stack([offsets[:-1], offsets[1:]], 1)
+        found: Tensor = where["ranges"]
         return found
 
     def derived(self, rows: Rows | None) -> dict[Any, Any]:
