@@ -107,7 +107,7 @@ def logits_in_float32(
     return logits
 
 
-def _attention_in_float32(module: nn.Module, h: Tensor, rotary: Rotary) -> Tensor:
+def _attention_in_float32(module: modeling_llama.LlamaAttention, h: Tensor, rotary: Rotary) -> Tensor:
     def heads(layer: nn.Module) -> Tensor:
         return layer(h).view(*h.shape[:2], -1, module.head_dim).transpose(1, 2)
 

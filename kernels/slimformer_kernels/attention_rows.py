@@ -23,7 +23,7 @@ from .dispatch import jit, kernel_op, runs_kernel, tl, wrap_triton
 from .errors import KernelArgumentError
 
 # Above this head width the tiles of queries, keys and values no longer fit into shared memory side by side.
-_WIDEST_HEAD = 256
+WIDEST_HEAD = 256
 # The reference holds at most this many scores at a time: 256 MiB in float32.
 _REFERENCE_SCORES = 2**26
 # Queries per call of the reference where a mask is needed: later ones see more keys than earlier ones.
@@ -42,7 +42,7 @@ class _Blocks(NamedTuple):
 # By bytes of an element and padded head width. Two warp groups of Hopper share the queries at a width of 128;
 # float32 multiplies out of registers, and larger blocks would spill.
 _BLOCKS = {
-    (2, 64): _Blocks(128, 64, 4, 3),
+    (2, 64): _Blocks(128, 64, 8, 3),
     (2, 128): _Blocks(128, 64, 8, 3),
     (2, 256): _Blocks(64, 32, 4, 3),
     (4, 64): _Blocks(32, 32, 4, 2),
@@ -119,7 +119,7 @@ def attention_rows(
     if softcap is not None:
         check_positive("softcap", softcap)
     rules = (positions, query_offsets, key_ranges, longest, causal, scale, window, softcap)
-    if runs_kernel(query, key, value) and query.shape[2] <= _WIDEST_HEAD:
+    if runs_kernel(query, key, value) and query.shape[2] <= WIDEST_HEAD:
         return attention_rows_op(query, key, value, *rules)
     return attention_rows_reference(query, key, value, *rules)
 

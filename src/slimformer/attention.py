@@ -22,7 +22,8 @@ from slimformer.cache import layer_cache
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.stream import Stream
-from slimformer_kernels import attention_rows
+from slimformer_kernels.attention_rows import WIDEST_HEAD, attention_rows_op, attention_rows_reference
+from slimformer_kernels.dispatch import runs_kernel
 from slimformer_kernels.rotary import rotary_op, rotary_reference
 
 # Arguments of cross-attention; an attention must not see them.
@@ -219,20 +220,20 @@ class RowAttention:
             if token is None:
                 token = _count(q, stream)
             positions = token % stream.tokens + (total - stream.tokens)
-        output = attention_rows(
-            q,
-            keys,
-            values,
-            positions=positions,
-            query_offsets=stream.offsets(rows),
-            key_ranges=ranges,
-            longest=stream.tokens if rows is None or rows.each is None else rows.each,
-            causal=stream.causal,
-            scale=self.scale,
+        rules = (
+            positions,
+            stream.offsets(rows),
+            ranges,
+            stream.tokens if rows is None or rows.each is None else rows.each,
+            stream.causal,
+            self.scale,
             # Encoders' kernels and masks count the distance that is still seen.
-            window=self.window if self.window is None or stream.causal else self.window - 1,
-            softcap=self.softcap,
+            self.window if self.window is None or stream.causal else self.window - 1,
+            self.softcap,
         )
+        # Without the checks of `attention_rows`, which take as long as the launch.
+        fits = runs_kernel(q, keys, values) and self.head_dim <= WIDEST_HEAD
+        output = (attention_rows_op if fits else attention_rows_reference)(q, keys, values, *rules)
         return self._output(output.flatten(1))
 
     def _project(

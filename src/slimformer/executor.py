@@ -220,6 +220,9 @@ class LayerExecutor:
         staying = self.sublayers["attention"].staying
         if not staying or torch.is_grad_enabled() or self.layer.training or self.observed():
             return stream, hidden
+        if hidden.is_cuda and not uses_kernels(hidden, self.layer):
+            # What waits for the CPU gains nothing from fewer rows.
+            return stream, hidden
         x = hidden.reshape(-1, hidden.shape[-1])
         for choose in staying:
             stream, x = stream.without(choose(stream, x), x)

@@ -59,13 +59,30 @@ class GatedMlp:
 
     def __call__(self, h: Tensor) -> Tensor:
         """`[rows, hidden]` to `[rows, hidden]`."""
+        y: Tensor = getattr(self.module, self.parts.down)(self._inner(h))
+        return y
+
+    def add_to(self, x: Tensor, h: Tensor) -> bool:
+        """Add the MLP of `h` to the residual `x` `[rows, hidden]` in place, inside the last matrix product.
+
+        Returns:
+            False, with nothing done, where the last layer is no plain one.
+        """
+        down = getattr(self.module, self.parts.down)
+        if type(down) is not nn.Linear or down.bias is not None or down._forward_hooks:
+            return False
+        if "forward" in vars(down) or down._forward_pre_hooks or down.weight.dtype != x.dtype:
+            return False
+        x.addmm_(self._inner(h), down.weight.T)
+        return True
+
+    def _inner(self, h: Tensor) -> Tensor:
         gate = getattr(self.module, self.parts.gate)(h)
         if self.parts.up is None:
             gate, up = gate.chunk(2, dim=-1)
         else:
             up = getattr(self.module, self.parts.up)(h)
-        y: Tensor = getattr(self.module, self.parts.down)(self.product(gate, up))
-        return y
+        return self.product(gate, up)
 
 
 @torch.no_grad()

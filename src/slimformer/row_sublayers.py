@@ -31,6 +31,9 @@ DENSE_BELOW_ROWS = 16
 KERNELS_FROM_ELEMENTS = 2**22
 
 
+_BERT_OUTPUT = {"dense", "LayerNorm", "dropout"}
+
+
 @dataclass
 class Update:
     """What a sublayer does to the residual.
@@ -58,6 +61,8 @@ class RowSublayers:
         causal: Whether the model is a decoder.
         attention: Runs the attention for chosen rows; None where its module fits no row of the table.
         gated: The fused form of the MLP, if it is a gated one.
+        norms: The norms among the layer's children.
+        output_norms: The norms of output modules as BERT has them.
     """
 
     layer: nn.Module
@@ -66,11 +71,23 @@ class RowSublayers:
     attention: RowAttention | None = None
     gated: GatedMlp | None = None
     norms: RowNorms = field(init=False)
+    output_norms: dict[Kind, RowNorms] = field(init=False)
 
     def __post_init__(self) -> None:
         parts = (self.structure.attention, self.structure.mlp)
         names = {name for p in parts for name in (p.norm_before, p.norm_after, p.outer_norm)}
         self.norms = RowNorms(self.layer, tuple(sorted(name for name in names if name is not None)))
+        self.output_norms = {}
+        outputs: list[tuple[Kind, nn.Module | None]] = []
+        if self.structure.attention.whole:
+            module = getattr(self.layer, self.structure.attention.module)
+            outputs.append(("attention", getattr(module, "output", None)))
+        if self.structure.mlp.projection is not None:
+            outputs.append(("mlp", getattr(self.layer, self.structure.mlp.projection)))
+        for kind, output in outputs:
+            # BERT's: linear layer, dropout, norm of the sum with the residual.
+            if output is not None and {n for n, _ in output.named_children()} == _BERT_OUTPUT:
+                self.output_norms[kind] = RowNorms(output, ("LayerNorm",))
 
     def cached_tokens(self, kwargs: dict[str, Any]) -> int | Tensor:
         """How many tokens this layer's slot of the cache holds."""
@@ -143,12 +160,15 @@ class Run:
         h = self._normed("mlp", x, index) if normed is None else normed
         module = getattr(layer, parts.module)
         if self.kernels and self.of.gated is not None and _untouched(module):
+            alone = rows is None and self._writes() and parts.norm_after is None and not parts.post_norm
+            if alone and self.of.gated.add_to(x, h):
+                return Update(x, replaces=True)
             y = self.of.gated(h)
         else:
             y = module(h[None])
             y = (y[0] if isinstance(y, tuple) else y)[0]
         if parts.projection is not None:
-            y = getattr(layer, parts.projection)(y[None], self._picked(x, index)[None])[0]
+            y = self._projected("mlp", getattr(layer, parts.projection), y, self._picked(x, index))
         return self._finished("mlp", x, y, rows, masked)
 
     def attention(self, x: Tensor, rows: Rows | None, compact_keys: bool) -> Update:
@@ -184,8 +204,17 @@ class Run:
         if self.of.structure.attention.whole:
             # What BERT's attention module does behind the heads: output layer, residual and norm.
             before = self._picked(x, None if chosen is None else chosen.index)
-            y = getattr(self.of.layer, self.of.structure.attention.module).output(y[None], before[None])[0]
+            output = getattr(self.of.layer, self.of.structure.attention.module).output
+            y = self._projected("attention", output, y, before)
         return self._finished("attention", x, y, rows, masked)
+
+    def _projected(self, kind: Kind, output: nn.Module, y: Tensor, before: Tensor) -> Tensor:
+        """The output module of a post-norm layer: linear layer, residual addition and norm."""
+        norms = self.of.output_norms.get(kind)
+        if self.kernels and norms is not None and _untouched(output):
+            return norms.after_addition("LayerNorm", output.get_submodule("dense")(y), before)[1]
+        projected: Tensor = output(y[None], before[None])[0]
+        return projected
 
     def replaced(self, kind: Kind, x: Tensor, replacement: Callable[..., Tensor] | None) -> Update | None:
         """What stands in for a sublayer that computes no rows."""
