@@ -30,9 +30,18 @@ Keep = Mapping[tuple[int, Kind], Tensor]
 
 
 def small(name: str, **overrides: object) -> PreTrainedModel:
-    """The tiny model, with sliding windows shorter than the texts."""
+    """The tiny model with weights under which every sublayer, bias and norm counts, and with short sliding windows."""
     own = {"local_attention": 12} if name == "modernbert" else {}
-    return tiny_model(name, **{**own, **overrides})
+    model = tiny_model(name, **{**own, **overrides})
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in find_anatomy(model).layers.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.dim() == 1:
+                weight.add_(noise * 0.2)
+            else:
+                weight.copy_(noise * weight.shape[-1] ** -0.5)
+    return model
 
 
 def batch(name: str, layout: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ with the same names, keeps its own `forward`, for all tokens.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from slimformer.attention_backend import fastest_backend
 from slimformer.cache import layer_cache
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
+from slimformer.shorter_cache import ShorterLayer, shorter_layer
 from slimformer.stream import Stream
 from slimformer_kernels.attention_rows import WIDEST_HEAD, attention_rows_op, attention_rows_reference
 from slimformer_kernels.dispatch import runs_kernel
@@ -125,6 +127,8 @@ class RowAttention:
             return False
         if self.core.training or kwargs.get("cu_seq_lens_q") is not None:
             return False
+        if stream.shorter:
+            return True
         if mask is None:
             # Flash attention finds the texts of a packed row by itself.
             return "flash" not in str(self._implementation()) or stream.tokens == 1
@@ -201,7 +205,14 @@ class RowAttention:
         key_rows = rows if compact_keys else None
         q, k, v = self._project(h_query, h_key, rows, key_rows, stream, kwargs, kernels)
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
-        if cache is None and (compact_keys or stream.held is not None):
+        if cache is not None and stream.shorter:
+            layer = shorter_layer(cache, int(getattr(self.core, "layer_idx", 0)), mask)
+            past = layer.get_seq_length()
+            slots, valid = stream.slots()
+            layer.append(self._filled_up(k, slots, valid), self._filled_up(v, slots, valid), valid)
+            if past:
+                return self._output(self._behind_past(q, rows, stream, layer, past).flatten(1))
+        if (cache is None or stream.shorter) and (compact_keys or stream.held is not None):
             # Every sequence's keys lie behind those of the sequence before.
             ranges, keys, values = stream.ranges(key_rows), k[None], v[None]
             positions = rows.index if rows is not None and not compact_keys else _count(q, stream)
@@ -235,6 +246,67 @@ class RowAttention:
         fits = runs_kernel(q, keys, values) and self.head_dim <= WIDEST_HEAD
         output = (attention_rows_op if fits else attention_rows_reference)(q, keys, values, *rules)
         return self._output(output.flatten(1))
+
+    def _filled_up(self, x: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
+        """Rows `[held, heads, head_dim]` as `[batch, heads, longest, head_dim]`, zeros in front."""
+        batch, longest = valid.shape
+        full = x.new_zeros(batch * longest, *x.shape[1:]).index_copy_(0, slots, x)
+        return full.view(batch, longest, *x.shape[1:]).transpose(1, 2)
+
+    def _behind_past(
+        self, q: Tensor, rows: Rows | None, stream: Stream, layer: ShorterLayer, past: int
+    ) -> Tensor:
+        """Attention of a later chunk of a prompt, whose earlier chunks have left gaps in the cache."""
+        slots, valid = stream.slots()
+        if rows is not None:
+            q = q.new_zeros(stream.rows, *q.shape[1:]).index_copy_(0, rows.index, q)
+        queries = self._filled_up(q, slots, valid)
+        keys, values, seen = layer.keys, layer.values, layer.valid
+        new = valid.shape[1]
+        allowed = torch.ones(new, past + new, dtype=torch.bool, device=q.device).tril(past)
+        mask = allowed if seen is None else allowed & seen[:, None, None, :]
+        # Fillers must see something, and nobody reads the result.
+        mask = mask | ~valid[:, None, :, None]
+        groups = queries.shape[1] // keys.shape[1]
+        keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
+        out = nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=self.scale
+        )
+        out = out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
+        return out if rows is None else out.index_select(0, rows.index)
+
+    def scores(self, h: Tensor, stream: Stream, queries: Tensor, real: Tensor) -> Tensor:
+        """How much attention chosen tokens pay to every token of their text.
+
+        Args:
+            h: The normed residual of all tokens `[batch * tokens, hidden]`, zeros at those that left the stream.
+            stream: What the tokens are.
+            queries: Which tokens ask, int64 `[batch, asking]`.
+            real: Which tokens may be seen, bool `[batch, tokens]`.
+
+        Returns:
+            Softmax weights summed over queries and heads, float32 `[batch, tokens]`.
+        """
+        whole = dataclasses.replace(stream, held=None, full=None)
+        q, k, _ = self._project(h, h, None, None, whole, dict(stream.arguments), kernels=False)
+        shape = (stream.batch, stream.tokens, -1, self.head_dim)
+        k = k.view(shape).transpose(1, 2)
+        q = q.view(shape).transpose(1, 2)
+        asking = queries[:, None, :, None].expand(-1, q.shape[1], -1, self.head_dim)
+        q = q.gather(2, asking)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        logits = (q @ k.mT).float() * self.scale
+        seen = real[:, None, None, :]
+        if stream.causal:
+            token = torch.arange(stream.tokens, device=h.device)
+            seen = seen & (token <= queries[:, None, :, None])
+        return logits.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0).sum((1, 2))
+
+    def key_norms(self, h: Tensor, stream: Stream) -> Tensor:
+        """The mean norm of every token's keys, float32 `[batch, tokens]`, from `h` as in `scores`."""
+        whole = dataclasses.replace(stream, held=None, full=None)
+        _, k, _ = self._project(h, h, None, None, whole, dict(stream.arguments), kernels=False)
+        return k.float().norm(dim=-1).mean(-1).view(stream.batch, stream.tokens)
 
     def _project(
         self,

@@ -13,11 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, positional_names
+from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, attention_core, positional_names
 from slimformer.attention import for_attention
 from slimformer.cache import layer_cache, leave_slot_empty
 from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
 from slimformer.rows import Rows, RowSelector, intersection
+from slimformer.shorter_cache import mask_of_slot
 from slimformer.stream import Stream
 
 # What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition.
@@ -37,6 +38,7 @@ class SublayerPlan:
         compact_keys: Whether rows that an attention does not compute supply no keys and values either.
         staying: Name the rows that stay in the stream from this layer on; no later layer computes the others. Read
             from the plan of the layer's attention, before which the others leave.
+        leave_caches: Whether some of those others leave the caches of this layer and later ones too.
     """
 
     compute: bool = True
@@ -45,16 +47,24 @@ class SublayerPlan:
     rows: tuple[RowSelector, ...] = ()
     compact_keys: bool = False
     staying: tuple[RowSelector, ...] = ()
+    leave_caches: bool = False
 
     def __and__(self, other: SublayerPlan) -> SublayerPlan:
         """Both decisions: what one drops is dropped, and rows are those that both keep."""
         if not (self.compute and other.compute):
             gone = self if not self.compute else other
-            return SublayerPlan(False, gone.replacement, gone.weights, staying=self.staying + other.staying)
+            return SublayerPlan(
+                False,
+                gone.replacement,
+                gone.weights,
+                staying=self.staying + other.staying,
+                leave_caches=self.leave_caches or other.leave_caches,
+            )
         return SublayerPlan(
             rows=self.rows + other.rows,
             compact_keys=self.compact_keys or other.compact_keys,
             staying=self.staying + other.staying,
+            leave_caches=self.leave_caches or other.leave_caches,
         )
 
 
@@ -84,6 +94,7 @@ class LayerExecutor:
         by_rows: Runs sublayers for chosen rows and with kernels; None where every row is computed by the modules.
         dense: The forward that the layer had, for calls in which it does the same faster.
         chooses: Whether a policy names rows in this layer.
+        shortens: Whether the cache of this layer may hold fewer tokens than the text has.
         last: Whether rows that left the stream come back behind this layer.
         observed: Says whether something reads what runs between the layers, so that no row may leave.
     """
@@ -98,6 +109,7 @@ class LayerExecutor:
     by_rows: RowSublayers | None = None
     dense: Callable[..., Any] | None = None
     chooses: bool = False
+    shortens: bool = False
     last: bool = False
     observed: Callable[[], bool] = lambda: False
     names: tuple[str, ...] = ()
@@ -112,10 +124,18 @@ class LayerExecutor:
         """Stands in for the layer's `forward`, with the same arguments and the same kind of result."""
         if self.dense is not None and hidden_states.shape[1] == 1 and not self.chooses:
             # A decode step; a stream that lost rows has more than one.
+            if self.shortens:
+                kwargs = self._with_own_mask({**kwargs, **dict(zip(self.names, args, strict=False))}, 1)
+                return self.dense(hidden_states, **kwargs)
             return self.dense(hidden_states, *args, **kwargs)
         if self.by_rows is not None and self._concerns_rows(hidden_states, args, kwargs):
             given = {**kwargs, **dict(zip(self.names[: len(args)], args, strict=True))}
-            stream, x = self._entered(Stream.of(hidden_states, self.by_rows.causal, given), hidden_states)
+            stream = Stream.of(hidden_states, self.by_rows.causal, given)
+            stream.layer = self.by_rows
+            if self.shortens and not stream.shorter:
+                given = self._with_own_mask(given, stream.tokens)
+                stream.arguments = given
+            stream, x = self._entered(stream, hidden_states)
             if self.chooses:
                 stream.past = self.by_rows.cached_tokens(given)
             kernels = uses_kernels(x, self.layer)
@@ -123,6 +143,8 @@ class LayerExecutor:
                 return self._masked(x, stream, given)
             if self.chooses or stream.held is not None or kernels:
                 return self._by_rows(x, stream, given)
+            if self.shortens:
+                args, kwargs = (), given
         if self.dense is not None:
             return self.dense(hidden_states, *args, **kwargs)
         kwargs.update(zip(self.names[: len(args)], args, strict=True))
@@ -208,20 +230,27 @@ class LayerExecutor:
 
     def _concerns_rows(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call may do anything else than all rows by the model's own code."""
-        if self.chooses or Stream.has_lost_rows(hidden):
+        if self.chooses or self.shortens or Stream.has_lost_rows(hidden):
             return True
         if hidden.shape[1] == 1:
             return False
         padded = self.sublayers["attention"].staying and (args or kwargs.get("attention_mask") is not None)
         return bool(padded) or uses_kernels(hidden, self.layer)
 
+    def _with_own_mask(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+        """The layer's arguments with a mask as long as its own cache."""
+        core = attention_core(self.layer, self.structure)
+        implementation = getattr(getattr(core, "config", None), "_attn_implementation", None)
+        slot, mask = getattr(core, "layer_idx", None), kwargs.get("attention_mask")
+        return {
+            **kwargs,
+            "attention_mask": mask_of_slot(layer_cache(kwargs), slot, tokens, mask, implementation),
+        }
+
     def _entered(self, stream: Stream, hidden: Tensor) -> tuple[Stream, Tensor]:
         """The stream without the rows that leave before this layer, and its residual."""
         staying = self.sublayers["attention"].staying
         if not staying or torch.is_grad_enabled() or self.layer.training or self.observed():
-            return stream, hidden
-        if hidden.is_cuda and not uses_kernels(hidden, self.layer):
-            # What waits for the CPU gains nothing from fewer rows.
             return stream, hidden
         x = hidden.reshape(-1, hidden.shape[-1])
         for choose in staying:

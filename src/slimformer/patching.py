@@ -192,6 +192,11 @@ def _apply(model: nn.Module, methods: tuple[TokenPolicy, ...]) -> None:
             if anatomy.causal and not keeps_state(executor.replacements.get("attention")):
                 executor.slot = slots[index]
             executor.by_rows = row_sublayers(anatomy, anatomy.layers[index], call)
+            if executor.shortens and (executor.by_rows.attention is None or executor.returns_tuple):
+                raise PlanError(
+                    f"Tokens cannot leave {type(anatomy.stack).__name__}: the attention of "
+                    f"{type(anatomy.layers[index]).__name__} has projections that are not known."
+                )
             had = ledger.set_forward(anatomy.layers[index], executor.forward)
             if all(plan.compute for plan in executor.sublayers.values()):
                 executor.dense = had
@@ -220,8 +225,13 @@ def _executors(anatomy: Anatomy, methods: tuple[TokenPolicy, ...]) -> dict[int, 
         # Layers above get a stream that has lost rows.
         for index in range(first, len(anatomy.layers)):
             executor_of(index)
+    shorter_from = min(
+        (i for i, e in executors.items() if e.sublayers["attention"].leave_caches),
+        default=len(anatomy.layers),
+    )
     for index, executor in executors.items():
         executor.chooses = any(plan.rows for plan in executor.sublayers.values())
+        executor.shortens = index >= shorter_from
         executor.last = index == len(anatomy.layers) - 1
         # A stack whose layers return tuples collects hidden states in its own loop.
         executor.observed = partial(is_observed, anatomy.layers, executor.returns_tuple)

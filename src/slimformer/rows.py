@@ -27,6 +27,7 @@ class Rows:
         given_index: `[kept]` int64, strictly ascending; None if only a mask was given.
         given_mask: bool `[total]`; None if only indices were given.
         each: How many rows every sequence keeps, where that is the same number for all.
+        leave_caches: Whether the other rows, if they leave the stream, leave the caches of later layers too.
         derived: What was computed from these rows for the layers that share them.
 
     Example:
@@ -41,6 +42,7 @@ class Rows:
     given_index: Tensor | None = None
     given_mask: Tensor | None = None
     each: int | None = None
+    leave_caches: bool = False
     derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property

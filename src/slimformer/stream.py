@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from transformers.utils.output_capturing import _active_collector
 
 from slimformer.cache import layer_cache
 from slimformer.rows import Rows
+
+if TYPE_CHECKING:
+    from slimformer.row_sublayers import RowSublayers
 
 _TAG = "_slimformer_stream"
 _RECORDING = "transformers.utils.output_capturing"
@@ -33,6 +36,8 @@ class Stream:
         device: Where the residual lies.
         held: The tokens that are still in the stream, out of `batch * tokens`; None for all.
         full: The residual `[batch * tokens, hidden]` as it was when tokens left.
+        shorter: Whether tokens that left are in no cache of the layers from there on.
+        layer: What is known about the modules of the layer that runs.
         known: What was derived from masks and position embeddings, by the identity of the tensor.
         arguments: What the layer got beside the residual.
         past: How many tokens the layer's cache held before this call.
@@ -44,6 +49,8 @@ class Stream:
     device: torch.device
     held: Rows | None = None
     full: Tensor | None = None
+    shorter: bool = False
+    layer: RowSublayers | None = None
     known: dict[Any, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     past: int | Tensor = 0
@@ -88,7 +95,8 @@ class Stream:
         else:
             index, full = rows.index, x
         held = Rows(self.batch * self.tokens, given_index=index)
-        smaller = dataclasses.replace(self, held=held, full=full)
+        shorter = self.shorter or rows.leave_caches
+        smaller = dataclasses.replace(self, held=held, full=full, shorter=shorter)
         return smaller, x.index_select(0, rows.index)
 
     def restored(self, x: Tensor) -> Tensor:
@@ -134,6 +142,25 @@ class Stream:
         found: Tensor = where["ranges"]
         return found
 
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """Where each row stands when every sequence is filled up in front to the longest, and which places are rows.
+
+        Returns:
+            int64 `[held]` into `batch * longest`, and bool `[batch, longest]`.
+        """
+        where = self.derived(None)
+        if "slots" not in where:
+            offsets = self.offsets(None)
+            counts = offsets.diff()
+            longest = int(counts.max())
+            sequence = torch.arange(self.batch, device=self.device).repeat_interleave(counts)
+            place = torch.arange(self.rows, device=self.device) - offsets[:-1][sequence]
+            slots = sequence * longest + longest - counts[sequence] + place
+            valid = torch.arange(longest, device=self.device) >= (longest - counts)[:, None]
+            where["slots"] = (slots, valid)
+        slots, valid = where["slots"]
+        return slots, valid
+
     def derived(self, rows: Rows | None) -> dict[Any, Any]:
         """Where what is computed from a choice of rows is kept, with the rows themselves."""
         if rows is not None:
@@ -175,6 +202,14 @@ class Stream:
             )
         found: Rows | None = self.known["real"]
         return found
+
+    def padding_mask(self) -> Tensor:
+        """Which tokens of the batch are text, bool `[batch, tokens]`."""
+        mask = self.arguments.get("attention_mask")
+        own = own_key(mask, self.batch, self.tokens) if isinstance(mask, Tensor) else None
+        if own is None:
+            return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)
+        return own
 
     def key_ranges(self, mask: Any, window: int | None) -> Tensor | None:
         """First and last key (exclusive) of every sequence, int64 `[batch, 2]`.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from slimformer.anatomy import Anatomy, Kind
 from slimformer.executor import SublayerPlan
+from slimformer.row_sublayers import uses_kernels
 from slimformer.rows import Rows
 from slimformer.stream import Stream
 
@@ -36,4 +37,7 @@ class Unpadding:
 
 
 def _text(stream: Stream, x: Tensor) -> Rows | None:
+    if x.is_cuda and (stream.layer is None or not uses_kernels(x, stream.layer.layer)):
+        # What waits for the CPU gains nothing from fewer rows.
+        return None
     return stream.real()

@@ -1,0 +1,153 @@
+"""The cache slot of a layer that no longer computes every token: shorter than the text, and with its own mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from slimformer.errors import PlanError
+
+
+class ShorterLayer(DynamicLayer):
+    """Keys and values of the tokens that stayed, `[batch, kv_heads, kept, head_dim]`.
+
+    Sequences that keep fewer tokens than others are filled up in front, as left padding is.
+
+    Attributes:
+        valid: Which entries are tokens, bool `[batch, kept]`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.valid: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor, valid: Tensor) -> None:
+        """Add entries of which some are fillers."""
+        before = self.valid
+        super().update(keys, values)
+        self.valid = valid if before is None else torch.cat([before, valid], dim=1)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens, all of which stay."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.valid is not None:
+            new = self.valid.new_ones(self.valid.shape[0], key_states.shape[2])
+            self.valid = torch.cat([self.valid, new], dim=1)
+        return keys, values
+
+    def mask(self, tokens: int) -> Tensor | None:
+        """Which keys the next `tokens` tokens see, bool `[batch, 1, tokens, kept + tokens]`; None for all of them."""
+        valid = self.valid
+        if valid is None:
+            return None
+        if tokens == 1 and bool(valid.all()):
+            return None
+        new = torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).tril()
+        past = valid[:, None, None, :].expand(-1, 1, tokens, -1)
+        return torch.cat([past, new.expand(valid.shape[0], 1, tokens, tokens)], dim=3)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens.
+
+        Raises:
+            PlanError: If a positive number, the length to keep, is given: it would be counted in the whole text.
+        """
+        wanted = int(tokens_to_remove)
+        if wanted > 0:
+            raise PlanError(
+                f"Cannot crop to {wanted} tokens: this layer's cache holds only the tokens that stayed. Pass the "
+                "number of tokens to remove, as a negative number."
+            )
+        if wanted == 0 or not self.is_initialized:
+            return
+        super().crop(wanted)
+        if self.valid is not None:
+            self.valid = self.valid[:, :wanted]
+
+    def reset(self) -> None:
+        """Back to empty."""
+        super().reset()
+        self.valid = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        super().reorder_cache(beam_idx)
+        if self.valid is not None:
+            self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence of the batch."""
+        super().batch_repeat_interleave(repeats)
+        if self.valid is not None:
+            self.valid = self.valid.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences of the batch."""
+        super().batch_select_indices(indices)
+        if self.valid is not None:
+            self.valid = self.valid[indices]
+
+
+def shorter_layer(cache: Cache, slot: int, mask: Any) -> ShorterLayer:
+    """The shorter layer in `slot`, put there if need be; what the slot held before stays.
+
+    Args:
+        cache: The model's cache.
+        slot: Which layer's.
+        mask: The attention mask of the call, which says what of the past is padding; None for nothing.
+
+    Raises:
+        PlanError: If the slot is of a kind that cannot be shorter, such as a static cache's.
+    """
+    while len(cache.layers) <= slot:
+        cache.layers.append(DynamicLayer())
+    layer = cache.layers[slot]
+    if isinstance(layer, ShorterLayer):
+        return layer
+    if type(layer) is not DynamicLayer:
+        raise PlanError(
+            f"Tokens cannot be eliminated from a cache whose layers are {type(layer).__name__}. Use a DynamicCache, "
+            "or patch the model without elimination."
+        )
+    shorter = ShorterLayer()
+    past = layer.get_seq_length()
+    if past:
+        shorter.keys, shorter.values, shorter.is_initialized = layer.keys, layer.values, True
+        shorter.dtype, shorter.device = layer.dtype, layer.device
+        seen = layer.keys.new_ones(layer.keys.shape[0], past, dtype=torch.bool)
+        if isinstance(mask, Tensor):
+            last = mask[:, 0, -1] if mask.dim() == 4 else mask
+            last = last if last.dtype == torch.bool else (last == 0 if mask.dim() == 4 else last.bool())
+            seen = last[:, :past].expand_as(seen)
+        shorter.valid = seen
+    cache.layers[slot] = shorter
+    return shorter
+
+
+def mask_of_slot(cache: Cache | None, slot: int | None, tokens: int, mask: Any, implementation: Any) -> Any:
+    """The attention mask for a layer whose slot may be shorter than those that the model's mask was made for.
+
+    Args:
+        cache: The model's cache.
+        slot: The layer's slot.
+        tokens: Tokens of this call.
+        mask: The model's mask, returned where the slot is as long as the text.
+        implementation: The name of the attention implementation, which decides what a mask looks like.
+    """
+    if cache is None or slot is None or slot >= len(cache.layers):
+        return mask
+    layer = cache.layers[slot]
+    if not isinstance(layer, ShorterLayer):
+        return mask
+    own = layer.mask(tokens)
+    if own is None or implementation == "sdpa":
+        return own
+    if "flash" in str(implementation) and layer.valid is not None:
+        return torch.cat([layer.valid, layer.valid.new_ones(own.shape[0], tokens)], dim=1)
+    lowest = torch.finfo(layer.keys.dtype).min
+    return torch.zeros(own.shape, dtype=layer.keys.dtype, device=own.device).masked_fill(~own, lowest)
