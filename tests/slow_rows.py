@@ -84,6 +84,37 @@ def error(actual: Tensor, expected: Tensor, mask: Tensor | None = None) -> float
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
+@contextlib.contextmanager
+def rows_through(*linears: nn.Module) -> Iterator[list[int]]:
+    """How many rows each linear layer gets, in the order of the calls."""
+    found: list[int] = []
+    handles = [
+        linear.register_forward_hook(lambda module, args, out: found.append(args[0].shape[:-1].numel()))
+        for linear in linears
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# The first linear layer of the MLP, and the one that makes queries.
+LINEARS = {
+    "llama": ("mlp.gate_proj", "self_attn.q_proj"),
+    "phi": ("mlp.fc1", "self_attn.q_proj"),
+    "bert": ("intermediate.dense", "attention.self.query"),
+    "distilbert": ("ffn.lin1", "attention.q_lin"),
+    "modernbert": ("mlp.Wi", "attn.Wqkv"),
+}
+
+
+def linears(model: nn.Module, name: str, kind: Kind) -> list[nn.Module]:
+    """The layer of `LINEARS` in every layer of the model."""
+    path = LINEARS[name][kind == "attention"]
+    return [layer.get_submodule(path) for layer in find_anatomy(model).layers]
+
+
 def kept(method: RandomKeep, places: Tensor) -> dict[tuple[int, Kind], Tensor]:
     """What a `RandomKeep` chooses among tokens at `places` `[batch, tokens]`, by its documentation."""
     masks = {}

@@ -26,9 +26,11 @@ from slow_rows import (
     error,
     graded,
     kept,
+    linears,
     nothing,
     outputs,
     positions,
+    rows_through,
     slowly,
     small,
 )
@@ -92,6 +94,26 @@ def test_any_number_of_rows_may_be_chosen(
         expected = outputs(model, given)
     slimformer.patch(model, method)
     assert error(outputs(model, given), expected, mask) <= CLOSE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "phi", "bert", "distilbert"])
+def test_rows_that_are_not_chosen_are_not_computed(name: str, kind: Kind) -> None:
+    model, given, method = small(name), batch(name, "left"), RandomKeep(0.5, seed=3)
+    mask = given["attention_mask"].bool()
+    masks = kept(method, positions(mask))
+    slimformer.patch(model, method)
+    with rows_through(*linears(model, name, kind)) as rows:
+        outputs(model, given)
+    assert rows == [int((masks[index, kind] & mask).sum()) for index in range(4)]
+
+
+@pytest.mark.parametrize("name", ["llama", "modernbert"])
+def test_equal_counts_compute_that_many_rows(name: str) -> None:
+    model = slimformer.patch(small(name), RandomKeep(0.4, counts="equal"))
+    with rows_through(*linears(model, name, "mlp")) as rows:
+        outputs(model, batch(name, "none"))
+    assert rows == [3 * round(0.4 * 24)] * 4
 
 
 def test_only_the_named_layers_choose() -> None:

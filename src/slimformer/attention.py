@@ -281,7 +281,7 @@ class RowAttention:
         Args:
             h: The normed residual of all tokens `[batch * tokens, hidden]`, zeros at those that left the stream.
             stream: What the tokens are.
-            queries: Which tokens ask, int64 `[batch, asking]`.
+            queries: Which tokens ask, int64 `[batch, asking]`; -1 for none.
             real: Which tokens may be seen, bool `[batch, tokens]`.
 
         Returns:
@@ -292,11 +292,11 @@ class RowAttention:
         shape = (stream.batch, stream.tokens, -1, self.head_dim)
         k = k.view(shape).transpose(1, 2)
         q = q.view(shape).transpose(1, 2)
-        asking = queries[:, None, :, None].expand(-1, q.shape[1], -1, self.head_dim)
+        asking = queries.clamp_min(0)[:, None, :, None].expand(-1, q.shape[1], -1, self.head_dim)
         q = q.gather(2, asking)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         logits = (q @ k.mT).float() * self.scale
-        seen = real[:, None, None, :]
+        seen = real[:, None, None, :] & (queries >= 0)[:, None, :, None]
         if stream.causal:
             token = torch.arange(stream.tokens, device=h.device)
             seen = seen & (token <= queries[:, None, :, None])

@@ -13,10 +13,10 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 from huggingface_hub import HfApi, snapshot_download
@@ -28,11 +28,33 @@ from slimformer.anatomy import Anatomy, Kind, find_anatomy
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.executor import SublayerPlan
 from slimformer.methods.layer_drop import LayerDrop
+from slimformer.methods.token_elimination import TokenElimination
 
 FORMAT = 1
 FILE = "slimformer.json"
 WEIGHTS = "slimformer.safetensors"
-METHODS: dict[str, type[LayerDrop]] = {"LayerDrop": LayerDrop}
+
+
+class PlannedMethod(Protocol):
+    """A method that a plan can save."""
+
+    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+        """As every token policy's."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What goes into the JSON."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes into the safetensors file."""
+        ...
+
+
+METHODS: dict[str, Callable[..., PlannedMethod]] = {
+    "LayerDrop": LayerDrop,
+    "TokenElimination": TokenElimination,
+}
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -70,7 +92,7 @@ class Plan:
         (LayerDrop(attention=(3,), mlp=(), block=(), replace='nothing', taps=1),)
     """
 
-    methods: Sequence[LayerDrop]
+    methods: Sequence[PlannedMethod]
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
@@ -79,6 +101,11 @@ class Plan:
         object.__setattr__(self, "methods", tuple(self.methods))
         if not self.methods:
             raise PlanError("A plan needs at least one method, and none was given.")
+
+    @property
+    def drops(self) -> tuple[LayerDrop, ...]:
+        """Those of its methods that drop sublayers."""
+        return tuple(method for method in self.methods if isinstance(method, LayerDrop))
 
     def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
         """The decisions of all its methods; refused for another model than it was made for.
@@ -96,13 +123,13 @@ class Plan:
         decisions: dict[tuple[int, Kind], SublayerPlan] = {}
         for method in self.methods:
             for sublayer, decision in method.sublayer_plans(anatomy).items():
-                decisions.setdefault(sublayer, decision)
+                decisions[sublayer] = decisions.get(sublayer, SublayerPlan()) & decision
         return decisions
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the plan's JSON file."""
         skip: dict[str, list[str]] = {}
-        for method in self.methods:
+        for method in self.drops:
             for name, layers in (("self_attn", method.dropped("attention")), ("mlp", method.dropped("mlp"))):
                 for index in layers:
                     skip.setdefault(str(index), []).append(name)
@@ -288,18 +315,19 @@ def _of_method(number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(lead) :]: tensor for name, tensor in tensors.items() if name.startswith(lead)}
 
 
-def _read_method(entry: dict[str, Any], weights: Mapping[str, Tensor], file: Path) -> LayerDrop:
+def _read_method(entry: dict[str, Any], weights: Mapping[str, Tensor], file: Path) -> PlannedMethod:
     name = entry.pop("method")
     if name not in METHODS:
         raise PlanError(
             f"{file} uses the method {name!r}, which this version does not know; known are {', '.join(METHODS)}. "
             "Ignoring it would change results. Upgrade slimformer."
         )
-    known = {f.name for f in dataclasses.fields(METHODS[name])} - {"weights"}
+    fields = {f.name for f in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
+    known = fields - {"weights"}
     unknown = sorted(set(entry) - known)
     if unknown:
         warnings.warn(
             f"{file}: {name} has newer fields that are ignored: {unknown}.", SlimformerWarning, stacklevel=4
         )
     settings = {key: value for key, value in entry.items() if key in known}
-    return METHODS[name](**settings, weights=weights)
+    return METHODS[name](**settings, **({"weights": weights} if "weights" in fields else {}))

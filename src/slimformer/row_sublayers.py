@@ -18,7 +18,7 @@ from slimformer.gated_mlp import GatedMlp
 from slimformer.gated_mlp import examine as examine_mlp
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
-from slimformer.stream import Stream
+from slimformer.stream import Stream, is_hooked
 from slimformer_kernels import add_rows_
 from slimformer_kernels.dispatch import HAS_TRITON, KERNEL_DTYPES
 
@@ -187,6 +187,11 @@ class Run:
                 return self._by_module(x, rows, masked)
             y, self.weights = by_rows.whole(self._normed("attention", x, None), stream, kwargs, kernels=True)
         elif by_rows is None or not by_rows.can_choose_rows(stream, kwargs):
+            if stream.shorter:
+                raise PlanError(
+                    f"Tokens have left the stream, and {type(core).__name__} cannot compute the others alone: it has "
+                    "hooks or a forward of its own. Remove them, or patch the model without elimination."
+                )
             return self._by_module(x, rows, masked=rows is not None)
         else:
             index = None if chosen is None else chosen.index
@@ -330,9 +335,4 @@ class Run:
 
 def _untouched(module: nn.Module) -> bool:
     """Whether calling a module's layers one by one does the same as calling it: no hooks, no forward of its own."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or "forward" in vars(module)
-        or hasattr(module, "_hf_hook")
-    )
+    return "forward" not in vars(module) and not is_hooked(module)

@@ -246,11 +246,18 @@ def is_observed(layers: nn.ModuleList, by_the_stack: bool) -> bool:
     """
     if by_the_stack or _active_collector.get():
         return True
-    for layer in layers:
-        hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
-        if hasattr(layer, "_hf_hook") or any(hook.__module__ != _RECORDING for hook in hooks):
-            return True
-    return False
+    return any(is_hooked(layer) for layer in layers)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its `forward`: hooks that are not asleep."""
+    if hasattr(module, "_hf_hook"):
+        return True
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return False
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    asleep = not _active_collector.get()
+    return not all(asleep and getattr(hook, "__module__", None) == _RECORDING for hook in hooks)
 
 
 def own_key(mask: Tensor, batch: int, tokens: int) -> Tensor | None:

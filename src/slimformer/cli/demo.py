@@ -99,7 +99,7 @@ def demo(
     if as_json:
         print_json({"plan": plan.to_dict(), "page": str(page), "prompt": prompt, "generated": texts})
     else:
-        dropped = sorted(layer for method in plan.methods for layer in method.attention)
+        dropped = sorted(layer for method in plan.drops for layer in method.attention)
         print_tables(comparison_table(measured, f"dense beside slim, without the attentions {dropped}"))
         for which, text in texts.items():
             typer.echo(f"\n{which}: {text.strip()}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slimformer.anatomy import Anatomy, Kind
+from slimformer.cache import layer_cache
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
 from slimformer.methods.random_keep import chances
@@ -59,7 +61,9 @@ class TokenElimination:
         if not self.schedule:
             raise PlanError("TokenElimination(schedule=...) takes at least one layer and fraction, got none.")
         before = 1.0
-        ordered = dict(sorted(self.schedule.items()))
+        # JSON has only text for keys.
+        given = {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in self.schedule.items()}
+        ordered = dict(sorted(given.items()))
         for layer, keep in ordered.items():
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
                 raise PlanError(
@@ -114,6 +118,14 @@ class TokenElimination:
             for layer, keep in self.schedule.items()
         }
 
+    def settings(self) -> dict[str, Any]:
+        """What a plan saves in the JSON."""
+        return {**dataclasses.asdict(self), "schedule": {str(k): v for k, v in self.schedule.items()}}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing is learned."""
+        return {}
+
 
 @dataclass(frozen=True)
 class _Selection:
@@ -126,6 +138,10 @@ class _Selection:
         """Rows of the residual `x` `[rows, hidden]`; None if all stay."""
         if stream.tokens < self.of.least or self.keep == 1.0:
             return None
+        if getattr(layer_cache(stream.arguments), "is_compileable", False):
+            raise PlanError(
+                "Tokens cannot be eliminated from a static cache, whose layers all have one length. Use a DynamicCache."
+            )
         padding = stream.padding_mask()
         here = padding if stream.held is None else padding & stream.held.mask.view_as(padding)
         length = padding.sum(1)
@@ -159,11 +175,13 @@ class _Selection:
         if self.of.scorer == "norm":
             return -attention.key_norms(h, stream)
         # The last tokens of every text ask, wherever its padding is.
-        asking = min(_ASKING, int(length.min()))
         token = torch.arange(stream.tokens, device=x.device)
-        last = torch.where(here, token, -1).topk(max(asking, 1), dim=1).values.clamp_min(0)
-        score = attention.scores(h, stream, last, here)
-        return F.avg_pool1d(score[:, None], _POOLED, 1, _POOLED // 2, count_include_pad=False)[:, 0]
+        last = torch.where(here, token, -1).topk(min(_ASKING, stream.tokens), dim=1).values
+        return _pooled(attention.scores(h, stream, last, here)) / _pooled(here.float()).clamp_min(1e-6)
+
+
+def _pooled(score: Tensor) -> Tensor:
+    return F.avg_pool1d(score[:, None], _POOLED, 1, _POOLED // 2)[:, 0]
 
 
 def _by_block(score: Tensor, here: Tensor, place: Tensor, block: int) -> Tensor:

@@ -79,7 +79,7 @@ class Summary:
         """
         listed = [
             Step(kind, layer, None)
-            for method in plan.methods
+            for method in plan.drops
             for kind in ("attention", "mlp", "block")
             for layer in getattr(method, kind)
         ]
@@ -243,7 +243,7 @@ def _steps(found: Any) -> tuple[Step, ...]:
 def _replacement(plan: Plan) -> str:
     words = {"mean": "the mean of what each added"}
     parts = []
-    for method in plan.methods:
+    for method in plan.drops:
         kind = str(getattr(method, "replace", "nothing"))
         words["filter"] = f"a causal filter of {getattr(method, 'taps', '?')} taps"
         parts.append(words.get(kind, kind))
