@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,6 +28,15 @@ LAYOUTS = {
 }
 # Tokens that a sublayer computes, bool [batch, tokens]; a sublayer that is not named computes all.
 Keep = Mapping[tuple[int, Kind], Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only wait for a second thread, above all where something else runs on its core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def small(name: str, **overrides: object) -> PreTrainedModel:

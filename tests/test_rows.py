@@ -18,7 +18,7 @@ from slimformer.executor import SublayerPlan
 from slimformer.methods.random_keep import RandomKeep, chances
 from slimformer.rows import Rows, intersection
 from slimformer.stream import Stream
-from slow_rows import (
+from slow_rows import (  # noqa: F401
     LAYOUTS,
     arguments,
     batch,
@@ -28,6 +28,7 @@ from slow_rows import (
     kept,
     linears,
     nothing,
+    one_thread,
     outputs,
     positions,
     rows_through,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import slimformer
 from slimformer.anatomy import KINDS, Kind, find_anatomy
-from slow_rows import (
+from slow_rows import (  # noqa: F401
     LAYOUTS,
     LINEARS,
     arguments,
@@ -20,8 +20,8 @@ from slow_rows import (
     error,
     graded,
     linears,
+    one_thread,
     outputs,
-    positions,
     rows_through,
     slowly,
     small,
@@ -182,8 +182,8 @@ def test_generate_has_the_same_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False}, {"cache_implementation": "offloaded"},
-], ids=["static", "beams", "no-cache", "own-cache"])  # fmt: skip
+    {"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False},
+], ids=["static", "beams", "no-cache"])  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_generate_has_the_same_logits_with_other_options(name: str, options: dict[str, Any]) -> None:
     compare(small(name), prompt(name, LAYOUTS["left"]), **options)
@@ -207,8 +207,11 @@ def trained(model: nn.Module, given: dict[str, Tensor]) -> tuple[Tensor, dict[st
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "checkpointing"])
-@pytest.mark.parametrize("name", ALL)
+# MPNet knows no checkpointing.
+@pytest.mark.parametrize(("name", "mode"), [
+    *((name, mode) for name in ALL for mode in ("train", "eval")),
+    *((name, "checkpointing") for name in ("llama", "gemma2", "gpt2", "bert", "modernbert")),
+])  # fmt: skip
 def test_training_goes_on_as_before(name: str, mode: str) -> None:
     model, given = small(name, **NO_DROPOUT), batch(name, "left" if name in DECODERS else "right")
     model.train(mode != "eval")
@@ -249,13 +252,20 @@ def test_copies_live_on_their_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_bfloat16_is_rounded_no_worse(name: str) -> None:
-    model, given = small(name).to(torch.bfloat16), batch(name, "left")
+def test_bfloat16_stays_what_it_was(name: str) -> None:
+    given = batch(name, "left")
+    mask = given["attention_mask"]
+    # With the weights of `small`, rounding alone moves the output by more than this.
+    model = tiny_model(name).to(torch.bfloat16)
     expected = outputs(model, given)
-    slimformer.patch(model)
-    actual = outputs(model, given)
+    actual = outputs(slimformer.patch(model), given)
     assert actual.dtype == torch.bfloat16
-    assert error(actual, expected, given["attention_mask"]) <= 1e-2
+    assert error(actual, expected, mask) <= 1e-2
+    model = small(name)
+    exact = outputs(model, given)
+    rounded = outputs(model.to(torch.bfloat16), given)
+    actual = outputs(slimformer.patch(model), given)
+    assert error(actual, exact, mask) <= 1.2 * error(rounded, exact, mask)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -327,7 +327,7 @@ class RowAttention:
             q, k, v = (getattr(core, name)(h) for name, h in names)
         if p.norms is not None:
             q, k = (self._normed(name, t, kernels) for name, t in zip(p.norms, (q, k), strict=True))
-        q, k, v = (t.view(t.shape[0], -1, self.head_dim) for t in (q, k, v))
+        q, k, v = (t.view(t.shape[0], t.shape[-1] // self.head_dim, self.head_dim) for t in (q, k, v))
         positions = kwargs.get("position_embeddings")
         if positions is None:
             return q, k, v

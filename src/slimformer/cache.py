@@ -127,12 +127,14 @@ class FilterState(CacheLayerMixin):
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Sizes of the slot this state stands in; no attention reads them."""
-        return self.replaced.get_mask_sizes(query_length)
+        """Length and offset of the mask, from which filters read padding: all that has passed."""
+        if isinstance(self.seen, Tensor):
+            return self.replaced.get_mask_sizes(query_length)
+        return self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Zero: positions are counted in slots of attentions that run."""
-        return 0
+        """How many tokens have passed; zero in a static cache, where the masks of all slots are made alike."""
+        return 0 if isinstance(self.seen, Tensor) else self.seen
 
     def get_max_length(self) -> int:
         """The length that the replaced slot allows."""

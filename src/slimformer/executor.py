@@ -250,7 +250,14 @@ class LayerExecutor:
     def _entered(self, stream: Stream, hidden: Tensor) -> tuple[Stream, Tensor]:
         """The stream without the rows that leave before this layer, and its residual."""
         staying = self.sublayers["attention"].staying
-        if not staying or torch.is_grad_enabled() or self.layer.training or self.observed():
+        # Counted, since torch.compile does not know what an empty tuple is worth.
+        if (
+            len(staying) == 0
+            or torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or self.layer.training
+            or self.observed()
+        ):
             return stream, hidden
         x = hidden.reshape(-1, hidden.shape[-1])
         for choose in staying:
@@ -268,7 +275,7 @@ class LayerExecutor:
             mlp = self._update(run, "mlp", x)
             x = run.added(run.added(x, attention), mlp)
         else:
-            fuse = self.sublayers["mlp"].compute and not self.sublayers["mlp"].rows
+            fuse = self.sublayers["mlp"].compute and len(self.sublayers["mlp"].rows) == 0
             x, h = run.added_and_normed(x, attention, "mlp") if fuse else (run.added(x, attention), None)
             x = run.added(x, self._update(run, "mlp", x, h))
         if self.last:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,26 +44,25 @@ class Rows:
     leave_caches: bool = False
     derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @cached_property
+    @property
     def index(self) -> Tensor:
-        """Sorted row indices; for a mask this waits for the device."""
-        if self.given_index is not None:
-            return self.given_index
-        return self.mask.nonzero().squeeze(1)
+        """Sorted row indices; for a mask this waits for the device, once."""
+        if self.given_index is None:
+            self.given_index = self.mask.nonzero().squeeze(1)
+        return self.given_index
 
-    @cached_property
+    @property
     def mask(self) -> Tensor:
         """Whether each row is kept, bool `[total]`."""
-        if self.given_mask is not None:
-            return self.given_mask
-        mask = torch.zeros(self.total, dtype=torch.bool, device=self.index.device)
-        return mask.index_fill(0, self.index, True)
+        if self.given_mask is None:
+            mask = torch.zeros(self.total, dtype=torch.bool, device=self.index.device)
+            self.given_mask = mask.index_fill(0, self.index, True)
+        return self.given_mask
 
     @property
     def known_count(self) -> int | None:
         """How many rows are kept, if that can be said without waiting for the device."""
-        index = self.given_index if self.given_index is not None else self.__dict__.get("index")
-        return None if index is None else index.shape[0]
+        return None if self.given_index is None else self.given_index.shape[0]
 
     def __and__(self, other: Rows) -> Rows:
         """The rows that both keep."""

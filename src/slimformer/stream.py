@@ -172,9 +172,9 @@ class Stream:
         ids = self.arguments.get("position_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != self.tokens:
             ids = torch.arange(self.tokens, device=self.device)[None] + self.past
-            ranges = self.key_ranges(self.arguments.get("attention_mask"), None)
-            if ranges is not None:
-                ids = ids - ranges[:, :1]
+            mask = self.arguments.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.dim() in (2, 4):
+                ids = ids - _keys_seen(mask)[1].int().argmax(1, keepdim=True)
         ids = ids.expand(self.batch, self.tokens).reshape(-1)
         return ids if self.held is None else ids.index_select(0, self.held.index)
 
@@ -218,6 +218,9 @@ class Stream:
             None if the mask does more than causality, the window and padding explain: a mask of the user's own, or
             of several texts packed into one row.
         """
+        if torch.compiler.is_compiling():
+            # Reading the mask would break the graph.
+            return None
         key = (id(mask), window)
         if key not in self.known:
             # The mask is kept beside the answer, so that its identity stays its own.
@@ -291,11 +294,8 @@ def key_ranges(mask: Any, batch: int, tokens: int, causal: bool, window: int | N
     keys = mask.shape[-1]
     if keys < tokens:
         return None
-    if mask.dim() == 2:
-        allowed, seen = None, mask.bool().expand(batch, keys)
-    else:
-        allowed = (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0).expand(batch, tokens, keys)
-        seen = allowed.any(1)
+    allowed, seen = _keys_seen(mask)
+    seen = seen.expand(batch, keys)
     some = seen.any(1)
     start = torch.where(some, seen.int().argmax(1), 0)
     end = torch.where(some, keys - seen.flip(1).int().argmax(1), 0)
@@ -304,6 +304,7 @@ def key_ranges(mask: Any, batch: int, tokens: int, causal: bool, window: int | N
     if allowed is None:
         agrees = (inside == seen).all()
     else:
+        allowed = allowed.expand(batch, tokens, keys)
         query = torch.arange(keys - tokens, keys, device=mask.device)
         distance = query[:, None] - key
         expected = inside[:, None, :].expand(batch, tokens, keys)
@@ -315,3 +316,11 @@ def key_ranges(mask: Any, batch: int, tokens: int, causal: bool, window: int | N
         padding = ~inside[:, keys - tokens :]
         agrees = ((expected == allowed) | padding[..., None]).all()
     return torch.stack([start, end], 1) if bool(agrees) else None
+
+
+def _keys_seen(mask: Tensor) -> tuple[Tensor | None, Tensor]:
+    """What each query sees, bool `[1 or batch, queries, keys]` where a mask says so, and what any of them sees."""
+    if mask.dim() == 2:
+        return None, mask.bool()
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    return allowed, allowed.any(1)
