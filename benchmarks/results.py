@@ -90,7 +90,10 @@ class Measurement:
 
 
 def reason(error: BaseException) -> str:
-    """One line that says what was raised, without the folders of this machine."""
+    """One line that says what was raised first, without the folders of this machine."""
+    # A CUDA graph that cannot be captured says so once more when its block ends.
+    while error.__context__ is not None:
+        error = error.__context__
     text = str(error).strip().splitlines()
     return _PATH.sub("…", f"{type(error).__name__}: {text[0] if text else ''}")[:200]
 

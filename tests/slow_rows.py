@@ -26,6 +26,12 @@ LAYOUTS = {
     "right": [(0, 19), (0, 24), (0, 3)],
     "mixed": [(5, 19), (0, 20), (3, 11)],
 }
+# Windows shorter than the texts, and attention scores large enough that a scale or a cap on them counts.
+OWN = {
+    "modernbert": {"local_attention": 12},
+    "gemma2": {"query_pre_attn_scalar": 4, "attn_logit_softcapping": 1.0},
+    "gemma3_text": {"query_pre_attn_scalar": 4},
+}
 # Tokens that a sublayer computes, bool [batch, tokens]; a sublayer that is not named computes all.
 Keep = Mapping[tuple[int, Kind], Tensor]
 
@@ -40,9 +46,8 @@ def one_thread() -> Iterator[None]:
 
 
 def small(name: str, **overrides: object) -> PreTrainedModel:
-    """The tiny model with weights under which every sublayer, bias and norm counts, and with short sliding windows."""
-    own = {"local_attention": 12} if name == "modernbert" else {}
-    model = tiny_model(name, **{**own, **overrides})
+    """The tiny model with weights under which every sublayer, bias and norm counts."""
+    model = tiny_model(name, **{**OWN.get(name, {}), **overrides})
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for weight in find_anatomy(model).layers.parameters():
