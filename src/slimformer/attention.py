@@ -240,7 +240,8 @@ class RowAttention:
             self.scale,
             # Encoders' kernels and masks count the distance that is still seen.
             self.window if self.window is None or stream.causal else self.window - 1,
-            self.softcap,
+            # What the model itself does: its SDPA function has no cap (transformers before 5.23 leave it out there).
+            None if self._implementation() == "sdpa" else self.softcap,
         )
         # Without the checks of `attention_rows`, which take as long as the launch.
         fits = runs_kernel(q, keys, values) and self.head_dim <= WIDEST_HEAD
