@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +125,7 @@ def _product(activation: object) -> Callable[[Tensor, Tensor], Tensor] | None:
     known: tuple[tuple[Tensor, Callable[[Tensor, Tensor], Tensor]], ...] = (
         (F.silu(x), swiglu),
         (F.gelu(x, approximate="tanh"), geglu),
-        (F.gelu(x), lambda gate, up: geglu(gate, up, approximate="none")),
+        (F.gelu(x), partial(geglu, approximate="none")),
     )
     actual = activation(x)
     return next((product for expected, product in known if (actual - expected).abs().max() < 1e-6), None)

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +51,7 @@ class PlannedMethod(Protocol):
         ...
 
 
-METHODS: dict[str, Callable[..., PlannedMethod]] = {
+METHODS: dict[str, type[Any]] = {
     "LayerDrop": LayerDrop,
     "TokenElimination": TokenElimination,
 }
@@ -322,7 +322,7 @@ def _read_method(entry: dict[str, Any], weights: Mapping[str, Tensor], file: Pat
             f"{file} uses the method {name!r}, which this version does not know; known are {', '.join(METHODS)}. "
             "Ignoring it would change results. Upgrade slimformer."
         )
-    fields = {f.name for f in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
+    fields = {f.name for f in dataclasses.fields(METHODS[name])}
     known = fields - {"weights"}
     unknown = sorted(set(entry) - known)
     if unknown:
@@ -330,4 +330,5 @@ def _read_method(entry: dict[str, Any], weights: Mapping[str, Tensor], file: Pat
             f"{file}: {name} has newer fields that are ignored: {unknown}.", SlimformerWarning, stacklevel=4
         )
     settings = {key: value for key, value in entry.items() if key in known}
-    return METHODS[name](**settings, **({"weights": weights} if "weights" in fields else {}))
+    method: PlannedMethod = METHODS[name](**settings, **({"weights": weights} if "weights" in fields else {}))
+    return method

@@ -18,15 +18,18 @@ class ShorterLayer(DynamicLayer):
 
     Attributes:
         valid: Which entries are tokens, bool `[batch, kept]`.
+        has_fillers: Whether some may not be, kept on the host so that no decode step waits for the device.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.valid: Tensor | None = None
+        self.has_fillers = False
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor) -> None:
         """Add entries of which some are fillers."""
         before = self.valid
+        self.has_fillers = self.has_fillers or not bool(valid.all())
         super().update(keys, values)
         self.valid = valid if before is None else torch.cat([before, valid], dim=1)
 
@@ -45,7 +48,7 @@ class ShorterLayer(DynamicLayer):
         valid = self.valid
         if valid is None:
             return None
-        if tokens == 1 and bool(valid.all()):
+        if tokens == 1 and not self.has_fillers:
             return None
         new = torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).tril()
         past = valid[:, None, None, :].expand(-1, 1, tokens, -1)
@@ -72,7 +75,7 @@ class ShorterLayer(DynamicLayer):
     def reset(self) -> None:
         """Back to empty."""
         super().reset()
-        self.valid = None
+        self.valid, self.has_fillers = None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
@@ -124,7 +127,7 @@ def shorter_layer(cache: Cache, slot: int, mask: Any) -> ShorterLayer:
             last = mask[:, 0, -1] if mask.dim() == 4 else mask
             last = last if last.dtype == torch.bool else (last == 0 if mask.dim() == 4 else last.bool())
             seen = last[:, :past].expand_as(seen)
-        shorter.valid = seen
+        shorter.valid, shorter.has_fillers = seen, not bool(seen.all())
     cache.layers[slot] = shorter
     return shorter
 
