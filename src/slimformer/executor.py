@@ -19,7 +19,7 @@ from slimformer.cache import layer_cache, leave_slot_empty
 from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
 from slimformer.rows import Rows, RowSelector, intersection
 from slimformer.shorter_cache import mask_of_slot
-from slimformer.stream import Stream
+from slimformer.stream import Stream, in_a_graph
 
 # What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition.
 Replacement = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
@@ -253,7 +253,7 @@ class LayerExecutor:
         # Counted, since torch.compile does not know what an empty tuple is worth.
         if (
             len(staying) == 0
-            or torch.compiler.is_compiling()
+            or in_a_graph(hidden.device)
             or torch.is_grad_enabled()
             or self.layer.training
             or self.observed()

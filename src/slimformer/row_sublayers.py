@@ -18,7 +18,7 @@ from slimformer.gated_mlp import GatedMlp
 from slimformer.gated_mlp import examine as examine_mlp
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
-from slimformer.stream import Stream, is_hooked
+from slimformer.stream import Stream, in_a_graph, is_hooked
 from slimformer_kernels import add_rows_
 from slimformer_kernels.dispatch import HAS_TRITON, KERNEL_DTYPES
 
@@ -309,7 +309,7 @@ class Run:
         """The rows, and whether all are to be computed although only those count."""
         if rows is None:
             return None, False
-        if rows.total < DENSE_BELOW_ROWS or (torch.compiler.is_compiling() and rows.known_count is None):
+        if rows.total < DENSE_BELOW_ROWS or (rows.known_count is None and in_a_graph(self.stream.device)):
             return rows, True
         count = rows.index.shape[0]
         return (None, False) if count == rows.total else (rows, count > DENSE_ABOVE * rows.total)

@@ -188,7 +188,7 @@ class Stream:
             self.held is not None
             or not isinstance(mask, Tensor)
             or self.tokens == 1
-            or torch.compiler.is_compiling()
+            or in_a_graph(self.device)
         ):
             return None
         if getattr(layer_cache(self.arguments), "is_compileable", False):
@@ -218,8 +218,7 @@ class Stream:
             None if the mask does more than causality, the window and padding explain: a mask of the user's own, or
             of several texts packed into one row.
         """
-        if torch.compiler.is_compiling():
-            # Reading the mask would break the graph.
+        if in_a_graph(self.device):
             return None
         key = (id(mask), window)
         if key not in self.known:
@@ -236,6 +235,13 @@ class Stream:
             shape = (self.batch, self.tokens, cos.shape[-1])
             self.known[key] = (cos, *(t.expand(shape).reshape(-1, cos.shape[-1]) for t in (cos, sin)))
         return self.known[key][1], self.known[key][2]
+
+
+def in_a_graph(device: torch.device) -> bool:
+    """Whether a graph is being compiled or captured, in which no value can be read from the device."""
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def is_observed(layers: nn.ModuleList, by_the_stack: bool) -> bool:
