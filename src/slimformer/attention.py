@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from slimformer.anatomy import positional_names
 from slimformer.attention_backend import fastest_backend
 from slimformer.attention_projections import Projections, match_projections
-from slimformer.cache import layer_cache
+from slimformer.cache import extended, layer_cache
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.shorter_cache import ShorterLayer, shorter_layer
@@ -63,6 +63,11 @@ class RowAttention:
             functions = functions.__wrapped__
         self.eager = functions.__globals__.get("eager_attention_forward")
 
+    @property
+    def slot(self) -> int:
+        """The attention's slot in the cache, which other methods may have moved."""
+        return int(getattr(self.core, "layer_idx", 0))
+
     def can_choose_rows(self, stream: Stream, kwargs: dict[str, Any]) -> bool:
         """Whether the arguments of this call say which keys a chosen query sees."""
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
@@ -97,7 +102,7 @@ class RowAttention:
         q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
         cache = self.cache_of(kwargs)
         if cache is not None:
-            k, v = cache.update(k, v, self.core.layer_idx)
+            k, v = extended(cache, self.slot, k, v)
         mask = kwargs.get("attention_mask")
         rest = {name: value for name, value in kwargs.items() if name not in self.names}
         implementation = self._implementation()
@@ -149,7 +154,7 @@ class RowAttention:
         q, k, v = self._project(h_query, h_key, rows, key_rows, stream, kwargs, kernels)
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
         if cache is not None and stream.shorter:
-            layer = shorter_layer(cache, int(getattr(self.core, "layer_idx", 0)), mask)
+            layer = shorter_layer(cache, self.slot, mask)
             past = layer.get_seq_length()
             slots, valid = stream.slots()
             layer.append(self._filled_up(k, slots, valid), self._filled_up(v, slots, valid), valid)
@@ -163,7 +168,8 @@ class RowAttention:
             shape = (stream.batch, stream.tokens, -1, self.head_dim)
             keys, values = (stream.padded(t).view(shape) for t in (k, v))
             if cache is not None:
-                keys, values = cache.update(keys.transpose(1, 2), values.transpose(1, 2), self.core.layer_idx)
+                keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+                keys, values = extended(cache, self.slot, keys, values)
                 keys, values = keys.transpose(1, 2), values.transpose(1, 2)
             total = keys.shape[1]
             known = None if mask is None else stream.key_ranges(mask, self.window)
