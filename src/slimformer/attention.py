@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,7 +24,7 @@ from slimformer.attention_projections import Projections, match_projections
 from slimformer.cache import extended, layer_cache
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
-from slimformer.shorter_cache import ShorterLayer, shorter_layer
+from slimformer.shorter_cache import ShorterLayer, ShorterStaticLayer, shorter_layer
 from slimformer.stream import Stream
 from slimformer_kernels.attention_rows import WIDEST_HEAD, attention_rows_op, attention_rows_reference
 from slimformer_kernels.dispatch import runs_kernel
@@ -71,12 +72,12 @@ class RowAttention:
     def can_choose_rows(self, stream: Stream, kwargs: dict[str, Any]) -> bool:
         """Whether the arguments of this call say which keys a chosen query sees."""
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
-        if getattr(cache, "is_compileable", False) or kwargs.get("output_attentions"):
-            return False
-        if self.core.training or kwargs.get("cu_seq_lens_q") is not None:
+        if self.core.training or kwargs.get("output_attentions") or kwargs.get("cu_seq_lens_q") is not None:
             return False
         if stream.shorter:
             return True
+        if getattr(cache, "is_compileable", False):
+            return False
         if mask is None:
             # Flash attention finds the texts of a packed row by itself.
             return "flash" not in str(self._implementation()) or stream.tokens == 1
@@ -155,11 +156,8 @@ class RowAttention:
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
         if cache is not None and stream.shorter:
             layer = shorter_layer(cache, self.slot, mask)
-            past = layer.get_seq_length()
-            slots, valid = stream.slots()
-            layer.append(self._filled_up(k, slots, valid), self._filled_up(v, slots, valid), valid)
-            if past:
-                return self._output(self._behind_past(q, rows, stream, layer, past).flatten(1))
+            if layer.store(k, v, stream):
+                return self._output(self._behind_past(q, rows, stream, layer).flatten(1))
         if (cache is None or stream.shorter) and (compact_keys or stream.held is not None):
             # Every sequence's keys lie behind those of the sequence before.
             ranges, keys, values = stream.ranges(key_rows), k[None], v[None]
@@ -189,39 +187,30 @@ class RowAttention:
             self.scale,
             # Encoders' kernels and masks count the distance that is still seen.
             self.window if self.window is None or stream.causal else self.window - 1,
-            # What the model itself does: its SDPA function has no cap (5.16 leaves it out, 5.23 refuses).
-            None if self._implementation() == "sdpa" else self.softcap,
+            self._cap,
         )
         # Without the checks of `attention_rows`, which take as long as the launch.
         fits = runs_kernel(q, keys, values) and self.head_dim <= WIDEST_HEAD
         output = (attention_rows_op if fits else attention_rows_reference)(q, keys, values, *rules)
         return self._output(output.flatten(1))
 
-    def _filled_up(self, x: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
-        """Rows `[held, heads, head_dim]` as `[batch, heads, longest, head_dim]`, zeros in front."""
-        batch, longest = valid.shape
-        full = x.new_zeros(batch * longest, *x.shape[1:]).index_copy_(0, slots, x)
-        return full.view(batch, longest, *x.shape[1:]).transpose(1, 2)
-
     def _behind_past(
-        self, q: Tensor, rows: Rows | None, stream: Stream, layer: ShorterLayer, past: int
+        self, q: Tensor, rows: Rows | None, stream: Stream, layer: ShorterLayer | ShorterStaticLayer
     ) -> Tensor:
         """Attention of a later chunk of a prompt, whose earlier chunks have left gaps in the cache."""
         slots, valid = stream.slots()
         if rows is not None:
             q = q.new_zeros(stream.rows, *q.shape[1:]).index_copy_(0, rows.index, q)
-        queries = self._filled_up(q, slots, valid)
-        keys, values, seen = layer.keys, layer.values, layer.valid
-        new = valid.shape[1]
-        allowed = torch.ones(new, past + new, dtype=torch.bool, device=q.device).tril(past)
-        mask = allowed if seen is None else allowed & seen[:, None, None, :]
         # Fillers must see something, and nobody reads the result.
-        mask = mask | ~valid[:, None, :, None]
-        groups = queries.shape[1] // keys.shape[1]
-        keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
-        out = nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, scale=self.scale
-        )
+        mask = layer.seen_by(stream) | ~valid[:, None, :, None]
+        queries = stream.filled_up(q)
+        groups = queries.shape[1] // layer.keys.shape[1]
+        keys, values = (t.repeat_interleave(groups, 1) for t in (layer.keys, layer.values))
+        if self._cap is None:
+            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
+        else:
+            logits = self._capped((queries @ keys.mT).float() * self.scale)
+            out = logits.masked_fill(~mask, float("-inf")).softmax(-1).to(values.dtype) @ values
         out = out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
         return out if rows is None else out.index_select(0, rows.index)
 
@@ -245,7 +234,7 @@ class RowAttention:
         asking = queries.clamp_min(0)[:, None, :, None].expand(-1, q.shape[1], -1, self.head_dim)
         q = q.gather(2, asking)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        logits = (q @ k.mT).float() * self.scale
+        logits = self._capped((q @ k.mT).float() * self.scale)
         seen = real[:, None, None, :] & (queries >= 0)[:, None, :, None]
         if stream.causal:
             token = torch.arange(stream.tokens, device=h.device)
@@ -332,6 +321,15 @@ class RowAttention:
             return heads
         y: Tensor = getattr(self.core, p.output)(heads)
         return y if p.dropout is None else getattr(self.core, p.dropout)(y)
+
+    @property
+    def _cap(self) -> float | None:
+        """The cap on logits. SDPA functions of models have none: 5.16 leaves it out, 5.23 refuses."""
+        return None if self._implementation() == "sdpa" else self.softcap
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self._cap
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     def _implementation(self) -> Any:
         return getattr(getattr(self.core, "config", None), "_attn_implementation", None)

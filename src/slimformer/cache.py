@@ -60,11 +60,11 @@ def extended(cache: Cache, slot: int, keys: Tensor, values: Tensor) -> tuple[Ten
     The first tokens of an empty slot are kept as they are: appending them to nothing would copy the whole prompt.
     """
     layer: Any = cache.layers[slot] if slot < len(cache.layers) else None
-    if type(layer) is DynamicLayer and not (layer.is_initialized or cache.offloading):
-        if not torch.compiler.is_compiling() and _alone(keys) and _alone(values):
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            return keys, values
+    empty = type(layer) is DynamicLayer and not (layer.is_initialized or cache.offloading)
+    if empty and not torch.compiler.is_compiling() and _alone(keys) and _alone(values):
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        return keys, values
     held: tuple[Tensor, Tensor] = cache.update(keys, values, slot)
     return held
 
