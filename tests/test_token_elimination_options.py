@@ -14,7 +14,7 @@ from torch import Tensor
 import slimformer
 from slimformer import LayerDrop, Plan, TokenElimination
 from slimformer.anatomy import KINDS, Kind
-from slimformer.block_predictor import BlockPredictor, block_features, shrink
+from slimformer.block_predictor import BlockPredictor, block_features
 from slimformer.errors import PlanError
 from slimformer.methods.random_keep import chances
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, positions, slowly, small  # noqa: F401
@@ -223,17 +223,21 @@ def test_plans_carry_predictors(tmp_path: Path) -> None:
         assert torch.equal(slimformer.patch(model, tmp_path)(ids()).logits, expected)
 
 
-def test_shrinking_takes_out_what_is_never_used_and_changes_nothing() -> None:
+def test_neurons_that_are_never_used_are_not_saved_and_nobody_misses_them() -> None:
     torch.manual_seed(0)
-    predictor = BlockPredictor(16, 40, 4)
+    predictor, features = BlockPredictor(16, 40, 4), torch.randn(3, 6, 32)
     with torch.no_grad():
         predictor.query.first.bias[:10] = -100.0
-    features = torch.randn(3, 6, 32)
-    expected = predictor(features)
-    assert shrink(predictor, share=1.0, least=4)
-    assert predictor.query.first.out_features == 30
-    torch.testing.assert_close(predictor.eval()(features), expected)
-    assert not shrink(predictor, share=1.1)
+        for _ in range(400):
+            predictor(features)
+        predictor.retire(share=0.99, least=4)
+        used = predictor.sizes
+        assert used[0] <= 30
+        saved = BlockPredictor.from_tensors(predictor.tensors(3), 3)
+        assert (saved.query.first.out_features, saved.key.first.out_features) == used
+        torch.testing.assert_close(saved(features), predictor(features), atol=1e-5, rtol=0)
+        predictor.retire(share=0.0, least=4)
+    assert predictor.sizes == (4, 4)
 
 
 def test_features_of_a_block_are_those_of_its_tokens_alone() -> None:

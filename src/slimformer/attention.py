@@ -226,11 +226,7 @@ class RowAttention:
         Returns:
             Softmax weights summed over queries and heads, float32 `[batch, tokens]`.
         """
-        whole = dataclasses.replace(stream, held=None, full=None)
-        q, k, _ = self._project(h, h, None, None, whole, dict(stream.arguments), kernels=False)
-        shape = (stream.batch, stream.tokens, -1, self.head_dim)
-        k = k.view(shape).transpose(1, 2)
-        q = q.view(shape).transpose(1, 2)
+        q, k = self.queries_and_keys(h, stream)
         asking = queries.clamp_min(0)[:, None, :, None].expand(-1, q.shape[1], -1, self.head_dim)
         q = q.gather(2, asking)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -243,9 +239,14 @@ class RowAttention:
 
     def key_norms(self, h: Tensor, stream: Stream) -> Tensor:
         """The mean norm of every token's keys, float32 `[batch, tokens]`, from `h` as in `scores`."""
+        return self.queries_and_keys(h, stream)[1].float().norm(dim=-1).mean(1)
+
+    def queries_and_keys(self, h: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Rotated queries and keys of all tokens `[batch, heads, tokens, head_dim]`, from `h` as in `scores`."""
         whole = dataclasses.replace(stream, held=None, full=None)
-        _, k, _ = self._project(h, h, None, None, whole, dict(stream.arguments), kernels=False)
-        return k.float().norm(dim=-1).mean(-1).view(stream.batch, stream.tokens)
+        q, k, _ = self._project(h, h, None, None, whole, dict(stream.arguments), kernels=False)
+        shape = (stream.batch, stream.tokens, -1, self.head_dim)
+        return q.view(shape).transpose(1, 2), k.view(shape).transpose(1, 2)
 
     def _project(
         self,

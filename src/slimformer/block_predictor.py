@@ -42,9 +42,24 @@ class BlockPredictor(nn.Module):
         scores: Tensor = query @ key.mT * query.shape[-1] ** -0.5
         return scores
 
+    def retire(self, share: float = 0.8, least: int = 16) -> None:
+        """LeMo's elastic size: let neurons whose output is zero at least this share of the time take no part."""
+        for tower in (self.query, self.key):
+            tower.retire(share, least)
+
     def tensors(self, layer: int) -> dict[str, Tensor]:
-        """The weights by the names that a plan saves them under."""
-        return {f"{layer}.{name}": tensor.detach() for name, tensor in self.state_dict().items()}
+        """The weights by the names that a plan saves them under, without neurons that take no part."""
+        found: dict[str, Tensor] = {}
+        for name in TOWERS:
+            for part, linear in zip(("first", "last"), getattr(self, name).shrunk(), strict=True):
+                found[f"{layer}.{name}.{part}.weight"] = linear.weight.detach().clone()
+                found[f"{layer}.{name}.{part}.bias"] = linear.bias.detach().clone()
+        return found
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many neurons of each tower take part."""
+        return int(self.query.alive.sum()), int(self.key.alive.sum())
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], layer: int) -> BlockPredictor:
@@ -64,21 +79,20 @@ class BlockPredictor(nn.Module):
                     )
                 found[f"{tower}.{part}"] = tensors[name]
         predictor = BlockPredictor(1, 1, 1)
-        for name in TOWERS:
-            owner = getattr(predictor, name)
-            for part in ("first", "last"):
-                weight, bias = found[f"{name}.{part}.weight"], found[f"{name}.{part}.bias"]
-                if weight.dim() != 2 or bias.shape != weight.shape[:1]:
-                    raise PlanError(
-                        f"The predictor of layer {layer} is damaged: {name}.{part} has a weight of shape "
-                        f"{tuple(weight.shape)} and a bias of shape {tuple(bias.shape)}. Train it again."
-                    )
-                setattr(owner, part, _linear(weight, bias))
-        if predictor.query.last.out_features != predictor.key.last.out_features:
+        try:
+            for which in TOWERS:
+                own = {part: found[f"{which}.{part}"] for part in _PARTS}
+                size, features = own["first.weight"].shape
+                made = _Tower(features, size, own["last.weight"].shape[0]).to(own["first.weight"].dtype)
+                made.load_state_dict(own, strict=False)
+                setattr(predictor, which, made)
+            if predictor.query.last.out_features != predictor.key.last.out_features:
+                raise ValueError("its towers have outputs of different widths")
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = " ".join(str(error).split())
             raise PlanError(
-                f"The predictor of layer {layer} is damaged: its towers have {predictor.query.last.out_features} and "
-                f"{predictor.key.last.out_features} outputs. Train it again."
-            )
+                f"The predictor of layer {layer} is damaged: {reason}. Train it again."
+            ) from error
         return predictor.requires_grad_(False).eval()
 
     @property
@@ -91,35 +105,39 @@ class _Tower(nn.Module):
     """Linear, ReLU, linear, in the input's dtype.
 
     Attributes:
-        zero_share: How often each neuron was zero, a running mean `[size]`; None until something was counted.
+        zero_share: How often each neuron was zero in training, a running mean `[size]`.
+        alive: Which neurons take part, bool `[size]`.
     """
+
+    zero_share: Tensor
+    alive: Tensor
 
     def __init__(self, features: int, size: int, rank: int) -> None:
         super().__init__()
         self.first = nn.Linear(features, size)
         self.last = nn.Linear(size, rank)
-        self.zero_share: Tensor | None = None
+        self.register_buffer("zero_share", torch.zeros(size))
+        self.register_buffer("alive", torch.ones(size, dtype=torch.bool))
 
     def forward(self, x: Tensor) -> Tensor:
         middle = F.linear(x, self.first.weight.to(x.dtype), self.first.bias.to(x.dtype)).relu()
         if self.training:
             zero = (middle.detach() == 0).float().flatten(0, -2).mean(0)
-            self.zero_share = zero if self.zero_share is None else self.zero_share.lerp(zero, 0.05)
+            self.zero_share.lerp_(zero, 0.05)
+            middle = middle * self.alive
         return F.linear(middle, self.last.weight.to(x.dtype), self.last.bias.to(x.dtype))
 
-    def shrink(self, share: float, least: int) -> bool:
-        """Take out the neurons that are zero at least this share of the time; returns whether there were any."""
-        if self.zero_share is None:
-            return False
-        used = max(int((self.zero_share < share).sum()), least)
-        if used >= self.zero_share.numel():
-            return False
-        stay = self.zero_share.argsort()[:used].sort().values
-        weight, bias = self.first.weight.detach()[stay], self.first.bias.detach()[stay]
-        self.last = _linear(self.last.weight.detach()[:, stay], self.last.bias.detach())
-        self.first = _linear(weight, bias)
-        self.zero_share = self.zero_share[stay]
-        return True
+    def retire(self, share: float, least: int) -> None:
+        """Let neurons that are zero at least this share of the time take no part any more."""
+        busy = self.zero_share.masked_fill(~self.alive, 2.0)
+        used = max(int((busy < share).sum()), min(least, busy.numel()))
+        self.alive.fill_(False)[busy.argsort()[:used]] = True
+
+    def shrunk(self) -> tuple[nn.Linear, nn.Linear]:
+        """The two layers without the neurons that take no part."""
+        stay = self.alive.nonzero().squeeze(1)
+        first = _linear(self.first.weight.detach()[stay], self.first.bias.detach()[stay])
+        return first, _linear(self.last.weight.detach()[:, stay], self.last.bias.detach())
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -128,15 +146,6 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
     return layer
-
-
-def shrink(predictor: BlockPredictor, share: float = 0.8, least: int = 16) -> bool:
-    """LeMo's elastic size: take out neurons whose output is zero at least this share of the time.
-
-    Returns:
-        Whether any went; their parameters are new then, and an optimizer has to be made anew.
-    """
-    return any([predictor.query.shrink(share, least), predictor.key.shrink(share, least)])
 
 
 def block_features(h: Tensor, text: Tensor, place: Tensor, block: int) -> Tensor:

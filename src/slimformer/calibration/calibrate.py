@@ -109,7 +109,7 @@ def calibrate(
     sizes = BUDGETS[budget]
     with evaluating(inner), Stages(progress) as stages:
         text = read_text(
-            inner, anatomy, tokenizer or _tokenizer_of(model), data, text_field, hold_out, sizes, seed
+            inner, anatomy, tokenizer or tokenizer_of(model), data, text_field, hold_out, sizes, seed
         )
         pool = None if sizes.pool is None or drop is None else max(sizes.pool * drop, drop + 1)
         deciding = {name: arguments[name] for name in arguments if name not in _WHEN_TO_STOP}
@@ -241,7 +241,12 @@ def _check(arguments: dict[str, Any]) -> None:
             raise CalibrationError(f"{name} must be at least {least}, got {arguments[name]!r}.")
 
 
-def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that a SentenceTransformer or Pipeline brings.
+
+    Raises:
+        CalibrationError: If it brings none.
+    """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise CalibrationError(
@@ -258,7 +263,20 @@ def _provenance(
     steps: Sequence[Step],
     search: Search | None,
 ) -> dict[str, Any]:
-    device = text.anatomy.stack.device
+    return {
+        **versions(text.anatomy),
+        "arguments": arguments,
+        "data": text.source,
+        "tokens": text.tokens,
+        "similarity": {unit: list(getattr(similarity, unit)) for unit in UNITS},
+        **({} if search is None else {"divergence_name": search.divergence.name}),
+        "steps": [step.to_dict() for step in steps],
+    }
+
+
+def versions(anatomy: Anatomy) -> dict[str, Any]:
+    """What a plan's provenance says of the software and the device."""
+    device = anatomy.stack.device
     return {
         "versions": {
             "slimformer": __version__,
@@ -267,10 +285,4 @@ def _provenance(
             "python": platform.python_version(),
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "arguments": arguments,
-        "data": text.source,
-        "tokens": text.tokens,
-        "similarity": {unit: list(getattr(similarity, unit)) for unit in UNITS},
-        **({} if search is None else {"divergence_name": search.divergence.name}),
-        "steps": [step.to_dict() for step in steps],
     }
