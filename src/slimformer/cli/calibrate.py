@@ -1,4 +1,4 @@
-"""`slimformer calibrate`: find out which sublayers a model can lose, and write the plan."""
+"""`slimformer calibrate`: find out what a model need not compute, and write the plan."""
 
 # Commands import torch when they run, so that --help does not wait for it.
 # ruff: noqa: PLC0415
@@ -13,6 +13,13 @@ import typer
 from slimformer.cli import options
 from slimformer.cli.output import check_output, note, print_json, print_tables
 from slimformer.cli.partial import partial_results
+
+
+class Method(str, Enum):
+    """What is calibrated."""
+
+    drop = "drop"
+    elimination = "elimination"
 
 
 class Selection(str, Enum):
@@ -50,6 +57,13 @@ class Budget(str, Enum):
 def calibrate(
     model: options.Model,
     output: options.Output,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="drop: which sublayers can go. elimination: from which layer on which fraction of a long prompt's "
+            "tokens can go, within --max-divergence."
+        ),
+    ] = Method.drop,
     data: options.Data = None,
     text_field: options.TextField = "text",
     hold_out: Annotated[
@@ -79,6 +93,9 @@ def calibrate(
         typer.Option(help="What stands in for a dropped sublayer: nothing, its mean, a fitted filter."),
     ] = Replace.nothing,
     taps: Annotated[int, typer.Option(min=1, help="How many tokens back a filter reads.")] = 4,
+    prompt: Annotated[
+        int, typer.Option(min=1, help="Tokens of a prompt, for elimination: as many as yours have.")
+    ] = 2048,
     budget: Annotated[Budget, typer.Option(help="quick: a minute for a small model.")] = Budget.quick,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -86,43 +103,56 @@ def calibrate(
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Choose the sublayers that MODEL can lose and write the plan to the output folder.
+    """Choose what MODEL need not compute and write the plan to the output folder.
 
     Interrupted with Ctrl-C, it keeps what it has measured: the same command goes on from there.
     """
-    if drop is None and max_divergence is None and speedup is None:
+    if method is Method.drop and drop is None and max_divergence is None and speedup is None:
         raise typer.BadParameter("Say when to stop: give --drop, --max-divergence or --speedup.")
+    if method is Method.elimination and (max_divergence is None or drop is not None or speedup is not None):
+        raise typer.BadParameter(
+            "--method elimination takes --max-divergence, and neither --drop nor --speedup."
+        )
     check_output(output, force)
 
     import slimformer
+    from slimformer.calibration.elimination import calibrate_elimination
     from slimformer.cli.loading import load_model, load_tokenizer
-    from slimformer.report import plan_table
+    from slimformer.report import curve_table, plan_table
 
     units: Any = tuple(kinds.value.split(","))
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, device, dtype.value)
     with partial_results(output) as partial:
-        plan = slimformer.calibrate(
-            loaded,
-            tokenizer,
-            data=data,
-            text_field=text_field,
-            hold_out=hold_out,
-            selection=selection.value,
-            kinds=units,
-            drop=drop,
-            max_divergence=max_divergence,
-            speedup=speedup,
-            replace=replace.value,
-            taps=taps,
-            budget=budget.value,
-            seed=seed,
-            checkpoint=partial,
-            progress=True,
-        )
+        common: dict[str, Any] = {
+            "data": data,
+            "text_field": text_field,
+            "hold_out": hold_out,
+            "seed": seed,
+            "checkpoint": partial,
+            "progress": True,
+        }
+        if max_divergence is not None and method is Method.elimination:
+            plan = calibrate_elimination(
+                loaded, tokenizer, max_divergence=max_divergence, prompt=prompt, **common
+            )
+        else:
+            plan = slimformer.calibrate(
+                loaded,
+                tokenizer,
+                selection=selection.value,
+                kinds=units,
+                drop=drop,
+                max_divergence=max_divergence,
+                speedup=speedup,
+                replace=replace.value,
+                taps=taps,
+                budget=budget.value,
+                **common,
+            )
         plan.save_pretrained(output)
     note(f"The plan is in {output}.")
     if as_json:
         print_json(plan.to_dict())
     else:
-        print_tables(plan_table(plan))
+        print_tables(curve_table(plan) if method is Method.elimination else plan_table(plan))
