@@ -26,6 +26,8 @@ MODULES = (
     "encoder_drop",
     "lossless",
     "executor_rows",
+    "elimination_speed",
+    "elimination_quality",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}

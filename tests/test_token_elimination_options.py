@@ -167,7 +167,11 @@ def predicted(
                 for p in parts
             ]
         )
-        matrix = predictor(features[None])[0].relu().tril()
+        # Near blocks get more attention than far ones, whatever is in them.
+        block = torch.arange(len(features))
+        query, key = predictor.query(features), predictor.key(features)
+        matrix = query @ key.T / 2 + predictor.near[(block[:, None] - block).abs()]
+        matrix = matrix.relu().tril()
     return matrix[-2:].sum(0) if asking == "last" else matrix.sum(0)
 
 
@@ -175,6 +179,8 @@ def predicted(
 def test_a_predictor_chooses_blocks_by_its_scores(asking: Any) -> None:
     torch.manual_seed(3)
     model, text, predictor = tiny_model("llama"), ids(1, 300), BlockPredictor(32, 8, 4).eval()
+    with torch.no_grad():
+        predictor.near.normal_()
     score = predicted(model, predictor, 2, text, asking, 64)
     score[-1] = math.inf  # the window
     best = score.argsort(descending=True)[:2].sort().values

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from slimformer.errors import PlanError
 
 TOWERS = ("query", "key")
+# Blocks further apart than this count as equally far.
+DISTANCES = 128
+_NEAR = "near"
 _PARTS = ("first.weight", "first.bias", "last.weight", "last.bias")
 
 
@@ -18,7 +21,8 @@ class BlockPredictor(nn.Module):
     """Two small towers over blocks of tokens; their products are the predicted block scores.
 
     A tower is a linear layer, ReLU and another linear layer. It reads one vector per block, as `block_features` makes
-    them, and `scores[m, n]` predicts how much the queries of block m attend to the keys of block n.
+    them, and `scores[m, n]` predicts how much the queries of block m attend to the keys of block n. What depends on the
+    distance of the two alone is a number per distance, which the vectors do not tell.
 
     Args:
         hidden: The model's hidden size.
@@ -35,11 +39,14 @@ class BlockPredictor(nn.Module):
         super().__init__()
         self.query = _Tower(2 * hidden, size, rank)
         self.key = _Tower(2 * hidden, size, rank)
+        self.near = nn.Parameter(torch.zeros(DISTANCES))
 
     def forward(self, features: Tensor) -> Tensor:
         """Scores `[batch, blocks, blocks]` from features `[batch, blocks, 2 * hidden]`, in their dtype."""
         query, key = self.query(features), self.key(features)
-        scores: Tensor = query @ key.mT * query.shape[-1] ** -0.5
+        block = torch.arange(features.shape[1], device=features.device)
+        distance = (block[:, None] - block).abs().clamp_max(DISTANCES - 1)
+        scores: Tensor = query @ key.mT * query.shape[-1] ** -0.5 + self.near.to(features.dtype)[distance]
         return scores
 
     def retire(self, share: float = 0.8, least: int = 16) -> None:
@@ -49,7 +56,7 @@ class BlockPredictor(nn.Module):
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """The weights by the names that a plan saves them under, without neurons that take no part."""
-        found: dict[str, Tensor] = {}
+        found = {f"{layer}.{_NEAR}": self.near.detach().clone()}
         for name in TOWERS:
             for part, linear in zip(("first", "last"), getattr(self, name).shrunk(), strict=True):
                 found[f"{layer}.{name}.{part}.weight"] = linear.weight.detach().clone()
@@ -69,15 +76,14 @@ class BlockPredictor(nn.Module):
             PlanError: If weights are missing, or their shapes do not fit each other.
         """
         found: dict[str, Tensor] = {}
-        for tower in TOWERS:
-            for part in _PARTS:
-                name = f"{layer}.{tower}.{part}"
-                if name not in tensors:
-                    raise PlanError(
-                        f"There is no trained predictor for layer {layer}: the weight {name!r} is missing. "
-                        "`slimformer train-predictor` trains one for every layer of a schedule."
-                    )
-                found[f"{tower}.{part}"] = tensors[name]
+        for part in (_NEAR, *(f"{tower}.{part}" for tower in TOWERS for part in _PARTS)):
+            name = f"{layer}.{part}"
+            if name not in tensors:
+                raise PlanError(
+                    f"There is no trained predictor for layer {layer}: the weight {name!r} is missing. "
+                    "`slimformer train-predictor` trains one for every layer of a schedule."
+                )
+            found[part] = tensors[name]
         predictor = BlockPredictor(1, 1, 1)
         try:
             for which in TOWERS:
@@ -86,6 +92,8 @@ class BlockPredictor(nn.Module):
                 made = _Tower(features, size, own["last.weight"].shape[0]).to(own["first.weight"].dtype)
                 made.load_state_dict(own, strict=False)
                 setattr(predictor, which, made)
+            with torch.no_grad():
+                predictor.near.copy_(found[_NEAR])
             if predictor.query.last.out_features != predictor.key.last.out_features:
                 raise ValueError("its towers have outputs of different widths")
         except (RuntimeError, ValueError, IndexError) as error:
