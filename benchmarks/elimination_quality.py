@@ -26,14 +26,17 @@ from slimformer.training.loop import TrainingSettings
 SCHEDULES: dict[str, dict[int, float]] = {
     "5: 40%": {5: 0.4},
     "10: 25%": {10: 0.25},
-    "15: 20%": {15: 0.2},
-    "15: 50%": {15: 0.5},
-    "20: 20%": {20: 0.2},
+    "13: 12%": {13: 0.12},
     "6: 50%, 15: 25%": {6: 0.5, 15: 0.25},
     "10: 40%, 15: 15%": {10: 0.4, 15: 0.15},
+    "12: 35%, 16: 10%": {12: 0.35, 16: 0.1},
+    "15: 20%": {15: 0.2},
+    "20: 20%": {20: 0.2},
 }
 SCORERS: dict[str, dict[str, Any]] = {
     "attention": {"scorer": "attention"},
+    "attention, max over heads": {"scorer": "attention", "heads": "max"},
+    "attention, blocks of 128": {"scorer": "attention", "block": 128},
     "attention, last 512 kept": {"scorer": "attention", "window": 512},
     "predictor": {"scorer": "predictor", "block": 64},
     "key norm": {"scorer": "norm"},

@@ -50,8 +50,8 @@ def by_chance(seed: int) -> TokenScore:
     return score
 
 
-def by_attention(asking: str | None) -> TokenScore:
-    """The attention that a token gets, summed over heads and over the queries that ask."""
+def by_attention(asking: str | None, heads: str) -> TokenScore:
+    """The attention that a token gets, summed over the queries that ask; over heads as said."""
 
     def score(stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
         attention, h = _attention_and_input(stream, x, "attention")
@@ -62,7 +62,7 @@ def by_attention(asking: str | None) -> TokenScore:
             queries = torch.where(text.here, token, -1).topk(count, dim=1).values
         else:
             queries = _spread(text.here)
-        scores = attention.scores(h, stream, queries, text.here)
+        scores = attention.scores(h, stream, queries, text.here, heads)
         return _pooled(scores) / _pooled(text.here.float()).clamp_min(1e-6)
 
     return score
