@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,6 @@ SCORERS: dict[str, dict[str, Any]] = {
     "random": {"scorer": "random"},
 }
 TRUNCATED = "truncated to as many"
-_TASKS = ("passkey", "associations", "copy_nll", "following_nll")
 
 
 @benchmark(
@@ -83,7 +82,7 @@ def run(settings: Settings) -> Iterator[Measurement]:
     smoke_text = "\n".join(load_texts(None, limit=settings.pick(0, 30))[0]) if settings.data is None else ""
     texts = LongTexts(settings.data, tokenizer, smoke_text)
     for tokens in settings.pick((2048, 4096, 8192 - 512), (700,)):
-        tasks = _Tasks.of(texts, tokens, settings.pick(20, 2), settings.pick(65536, 1024) // tokens)
+        tasks = _Tasks.of(texts, tokens, settings.pick(20, 2), settings.pick(40960, 1024) // tokens)
         yield Measurement({"tokens": tokens, "schedule": ""}, DENSE, values=tasks.measure(model))
         for name, schedule in schedules.items():
             share = computed(schedule, layers)
@@ -103,19 +102,23 @@ def computed(schedule: Mapping[int, float], layers: int) -> float:
     return total / layers
 
 
+# From logits `[texts, tokens, vocabulary]` at the tokens of an answer to grades `[texts, 1 or tokens]`.
+Grade = Callable[[Tensor, Tensor, Prompts], Tensor]
+
+
 @dataclass
 class _Tasks:
     """The prompts of one length.
 
     Attributes:
-        passkeys: Exact match counts.
+        passkeys: Exact match counts; in filler and in books.
         associations: The best of the possible answers counts.
         copied: The mean negative log-likelihood of the copy counts.
         following: That of the text behind.
         batch: Prompts at a time.
     """
 
-    passkeys: Prompts
+    passkeys: Mapping[str, Prompts]
     associations: Prompts
     copied: Prompts
     following: Prompts
@@ -124,7 +127,10 @@ class _Tasks:
     @classmethod
     def of(cls, texts: LongTexts, tokens: int, count: int, batch: int) -> _Tasks:
         return cls(
-            texts.passkeys(tokens, count),
+            {
+                "passkey": texts.passkeys(tokens, count, in_a_book=False),
+                "passkey_in_book": texts.passkeys(tokens, count, in_a_book=True),
+            },
             texts.associations(tokens, count),
             texts.copied(tokens, max(count // 2, 1)),
             texts.following(tokens, count, min(256, tokens // 4)),
@@ -133,23 +139,22 @@ class _Tasks:
 
     def measure(self, model: PreTrainedModel, last: int | None = None) -> dict[str, float]:
         """Every task's figure, and the seconds of one prefill; `last` keeps only so many tokens of each prompt."""
-        found, (pass_logits, seconds) = {}, self._answers(model, self.passkeys, last)
-        right = pass_logits.argmax(-1) == self.passkeys.answer
-        found["passkey"] = float(right.all(1).float().mean())
-        logits, _ = self._answers(model, self.associations, last)
-        choices = self.associations.choices
-        if choices is not None:
-            best = choices[logits[:, 0, choices].argmax(-1)]
-            found["associations"] = float((best == self.associations.answer[:, 0]).float().mean())
+        found, seconds = {}, 0.0
+        for name, prompts in self.passkeys.items():
+            answers, seconds = self._answers(model, prompts, last, _is_right)
+            found[name] = float(answers.mean())
+        found["associations"] = float(
+            self._answers(model, self.associations, last, _is_best_choice)[0].mean()
+        )
         for name, prompts in (("copy_nll", self.copied), ("following_nll", self.following)):
-            logits, _ = self._answers(model, prompts, last)
-            nll = -logits.log_softmax(-1).gather(2, prompts.answer[..., None])
-            found[name] = float(nll.mean())
+            found[name] = float(self._answers(model, prompts, last, _nll)[0].mean())
         return {**found, "prefill_ms": 1e3 * seconds}
 
-    def _answers(self, model: PreTrainedModel, prompts: Prompts, last: int | None) -> tuple[Tensor, float]:
-        """Logits at every answer token, float32 on the CPU, read behind the prompt's cache; seconds per prefill."""
-        parts, times = [], []
+    def _answers(
+        self, model: PreTrainedModel, prompts: Prompts, last: int | None, grade: Grade
+    ) -> tuple[Tensor, float]:
+        """A grade per text, of answers that are read behind the prompt's cache; and seconds per prefill."""
+        grades, times = [], []
         for ids, answer in zip(
             prompts.prompt.split(self.batch), prompts.answer.split(self.batch), strict=True
         ):
@@ -157,15 +162,31 @@ class _Tasks:
             ids = ids if last is None else ids[:, -last:]
             cache = DynamicCache(config=model.config)
             begin = _now(model)
-            first = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             times.append((_now(model) - begin) / len(ids))
-            steps = [first]
+            parts = []
             # Never as many tokens at once as a text has from which tokens leave.
-            for chunk in answer[:, :-1].split(128, dim=1):
-                if chunk.shape[1]:
-                    steps.append(model(input_ids=chunk, past_key_values=cache, use_cache=True).logits)
-            parts.append(torch.cat(steps, dim=1).float().cpu())
-        return torch.cat(parts), sorted(times)[len(times) // 2]
+            for chunk in answer.split(128, dim=1):
+                following = model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
+                parts.append(grade(torch.cat([logits, following[:, :-1]], dim=1).float(), chunk, prompts))
+                logits = following[:, -1:]
+            grades.append(torch.cat(parts, dim=1).mean(1))
+        return torch.cat(grades).cpu(), sorted(times)[len(times) // 2]
+
+
+def _is_right(logits: Tensor, answer: Tensor, prompts: Prompts) -> Tensor:
+    return (logits.argmax(-1) == answer).all(1, keepdim=True).float()
+
+
+def _is_best_choice(logits: Tensor, answer: Tensor, prompts: Prompts) -> Tensor:
+    if prompts.choices is None:
+        return _is_right(logits, answer, prompts)
+    choices = prompts.choices.to(logits.device)
+    return (choices[logits[..., choices].argmax(-1)] == answer).float()
+
+
+def _nll(logits: Tensor, answer: Tensor, prompts: Prompts) -> Tensor:
+    return -logits.log_softmax(-1).gather(2, answer[..., None])[..., 0]
 
 
 def _now(model: PreTrainedModel) -> float:

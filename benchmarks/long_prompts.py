@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 # Books and meetings that no predictor is trained on.
 HELD_OUT_BOOKS = ("Moby-Dick--Or-The-Whale.txt", "Great-Expectations.txt")
+FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NAMES = ("Anna", "Boris", "Clara", "David", "Emma", "Frank", "Grace", "Henry")
 CITIES = ("Paris", "London", "Rome", "Madrid", "Berlin", "Vienna", "Tokyo", "Cairo")
 
@@ -74,14 +75,16 @@ class LongTexts:
             answers.append(first[cue:])
         return Prompts(torch.stack(rows), torch.stack(answers))
 
-    def passkeys(self, tokens: int, texts: int) -> Prompts:
-        """A five-digit key anywhere in a book, and the question for it (as LongEmbed and others ask)."""
+    def passkeys(self, tokens: int, texts: int, *, in_a_book: bool) -> Prompts:
+        """A five-digit key anywhere in a book, or in LongEmbed's filler (arXiv 2404.12096), and the question for it."""
+        sentences = self._ids(FILLER * (tokens // 10))
         chance, rows, answers = random.Random(1), [], []
         question = self._ids("\n\nWhat is the pass key? The pass key is")
         for number in range(texts):
             key = f"{chance.randrange(10000, 100000)}"
             hidden = self._ids(f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n")
-            filler = self._cut(self.books, tokens - len(hidden) - len(question), number, texts)
+            rest = tokens - len(hidden) - len(question)
+            filler = self._cut(self.books, rest, number, texts) if in_a_book else sentences[:rest]
             at = int(len(filler) * (number + 0.5) / texts)
             rows.append(torch.cat([filler[:at], hidden, filler[at:], question]))
             answers.append(self._ids(f" {key}"))

@@ -231,7 +231,8 @@ def test_plans_carry_predictors(tmp_path: Path) -> None:
 
 def test_neurons_that_are_never_used_are_not_saved_and_nobody_misses_them() -> None:
     torch.manual_seed(0)
-    predictor, features = BlockPredictor(16, 40, 4), torch.randn(3, 6, 32)
+    predictor, features = BlockPredictor(16, 40, 4), 3 * torch.randn(3, 6, 32) + 1
+    predictor.standardise(features)
     with torch.no_grad():
         predictor.query.first.bias[:10] = -100.0
         for _ in range(400):

@@ -26,7 +26,8 @@ from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.shorter_cache import ShorterLayer, ShorterStaticLayer, shorter_layer
 from slimformer.stream import Stream
-from slimformer_kernels.attention_rows import WIDEST_HEAD, attention_rows_op, attention_rows_reference
+from slimformer_kernels.attention_rows import WIDEST_HEAD, attention_rows_op
+from slimformer_kernels.attention_rows_reference import attention_rows_reference
 from slimformer_kernels.dispatch import runs_kernel
 from slimformer_kernels.rotary import rotary_op, rotary_reference
 

@@ -24,6 +24,10 @@ class BlockPredictor(nn.Module):
     them, and `scores[m, n]` predicts how much the queries of block m attend to the keys of block n. What depends on the
     distance of the two alone is a number per distance, which the vectors do not tell.
 
+    Attributes:
+        center: What features are relative to `[2 * hidden]`.
+        spread: What they are divided by `[2 * hidden]`.
+
     Args:
         hidden: The model's hidden size.
         size: Neurons in the middle of a tower.
@@ -35,15 +39,30 @@ class BlockPredictor(nn.Module):
         torch.Size([2, 5, 5])
     """
 
+    center: Tensor
+    spread: Tensor
+
     def __init__(self, hidden: int, size: int = 256, rank: int = 64) -> None:
         super().__init__()
         self.query = _Tower(2 * hidden, size, rank)
         self.key = _Tower(2 * hidden, size, rank)
         self.near = nn.Parameter(torch.zeros(DISTANCES))
+        self.register_buffer("center", torch.zeros(2 * hidden))
+        self.register_buffer("spread", torch.ones(2 * hidden))
+
+    def standardise(self, features: Tensor) -> None:
+        """Read features relative to the mean and spread of these `[..., 2 * hidden]`.
+
+        A few channels of a language model are a hundred times as large as the others, and would be all that is learned.
+        """
+        flat = features.float().flatten(0, -2)
+        self.center.copy_(flat.mean(0))
+        self.spread.copy_(flat.std(0).clamp_min(1e-3))
 
     def forward(self, features: Tensor) -> Tensor:
         """Scores `[batch, blocks, blocks]` from features `[batch, blocks, 2 * hidden]`, in their dtype."""
-        query, key = self.query(features), self.key(features)
+        relative = (features - self.center.to(features.dtype)) / self.spread.to(features.dtype)
+        query, key = self.query(relative), self.key(relative)
         block = torch.arange(features.shape[1], device=features.device)
         distance = (block[:, None] - block).abs().clamp_max(DISTANCES - 1)
         scores: Tensor = query @ key.mT * query.shape[-1] ** -0.5 + self.near.to(features.dtype)[distance]
@@ -58,9 +77,13 @@ class BlockPredictor(nn.Module):
         """The weights by the names that a plan saves them under, without neurons that take no part."""
         found = {f"{layer}.{_NEAR}": self.near.detach().clone()}
         for name in TOWERS:
-            for part, linear in zip(("first", "last"), getattr(self, name).shrunk(), strict=True):
-                found[f"{layer}.{name}.{part}.weight"] = linear.weight.detach().clone()
-                found[f"{layer}.{name}.{part}.bias"] = linear.bias.detach().clone()
+            first, last = getattr(self, name).shrunk()
+            # Mean and spread become part of the weights.
+            weight = first.weight.detach() / self.spread
+            found[f"{layer}.{name}.first.weight"] = weight
+            found[f"{layer}.{name}.first.bias"] = first.bias.detach() - weight @ self.center
+            found[f"{layer}.{name}.last.weight"] = last.weight.detach().clone()
+            found[f"{layer}.{name}.last.bias"] = last.bias.detach().clone()
         return found
 
     @property
@@ -92,6 +115,7 @@ class BlockPredictor(nn.Module):
                 made = _Tower(features, size, own["last.weight"].shape[0]).to(own["first.weight"].dtype)
                 made.load_state_dict(own, strict=False)
                 setattr(predictor, which, made)
+                predictor.center, predictor.spread = torch.zeros(features), torch.ones(features)
             with torch.no_grad():
                 predictor.near.copy_(found[_NEAR])
             if predictor.query.last.out_features != predictor.key.last.out_features:

@@ -30,7 +30,9 @@ from slimformer.stream import Stream
 from slimformer.training.loop import TrainingSettings, fit
 from slimformer_kernels import pooled_scores
 
-_HELD_OUT_ROWS = 8
+_HELD_OUT_ROWS = 16
+# Rows from which the mean and spread of the features are taken.
+_MEASURED_ROWS = 8
 # When neurons retire, as parts of the training: seldom enough that the others can make up for them.
 _RETIRE_AT = (0.25, 0.5, 0.75)
 
@@ -108,6 +110,10 @@ def train_predictors(
         def loss(module: nn.Module, batch: Tensor) -> Tensor:
             features, targets = teacher.lesson(batch)
             return _loss(module(features), targets, anatomy.causal)
+
+        first = [teacher.lesson(row)[0] for row in stages.track(read[:_MEASURED_ROWS].split(1), "features")]
+        for layer, predictor in trained.by_layer().items():
+            predictor.standardise(torch.cat([features[layer] for features in first]))
 
         def after(step: int) -> None:
             if step in {round(part * settings.steps) for part in _RETIRE_AT}:
