@@ -81,7 +81,7 @@ def run(settings: Settings) -> Iterator[Measurement]:
         yield Measurement({"layer": int(layer)}, "training of the predictors", values=values, note=sizes)
     smoke_text = "\n".join(load_texts(None, limit=settings.pick(0, 30))[0]) if settings.data is None else ""
     texts = LongTexts(settings.data, tokenizer, smoke_text)
-    for tokens in settings.pick((2048, 4096, 8192 - 512), (700,)):
+    for tokens in settings.pick((4096, 8192 - 512, 2048), (700,)):
         tasks = _Tasks.of(texts, tokens, settings.pick(20, 2), settings.pick(40960, 1024) // tokens)
         yield Measurement({"tokens": tokens, "schedule": ""}, DENSE, values=tasks.measure(model))
         for name, schedule in schedules.items():
@@ -247,6 +247,7 @@ def _table(content: dict[str, Any], tokens: int) -> str:
         "by",
         "computed",
         "passkey",
+        "passkey in a book",
         "associations",
         "copy, NLL",
         "following text, NLL",

@@ -187,7 +187,7 @@ class TokenElimination:
             return by_key_norm
         if self.scorer == "random":
             return by_chance(self.seed)
-        return by_predictor(BlockPredictor.from_tensors(self.weights, layer), PREDICTED_BLOCK, self.asking)
+        return by_predictor(BlockPredictor.from_tensors(self.weights, layer), self.asking)
 
     def settings(self) -> dict[str, Any]:
         """What a plan saves in the JSON."""
@@ -199,10 +199,6 @@ class TokenElimination:
     def tensors(self) -> dict[str, Tensor]:
         """What a plan saves beside the JSON."""
         return dict(self.weights)
-
-
-# LeMo's, and what a predictor is trained for.
-PREDICTED_BLOCK = 64
 
 
 def _checked(given: Mapping[Any, Any], threshold: bool, revivable: bool) -> dict[int, float]:
