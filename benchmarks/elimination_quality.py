@@ -208,6 +208,27 @@ def _training_texts(settings: Settings) -> list[str] | None:
     return texts
 
 
+# What the README shows of the whole.
+_SHOWN = {
+    "5: 40%": (TRUNCATED, "attention, blocks of 128", "predictor", "random"),
+    "6: 50%, 15: 25%": (
+        TRUNCATED,
+        "attention, max over heads",
+        "attention, blocks of 128",
+        "predictor",
+        "random",
+    ),
+    "15: 20%": (TRUNCATED, "attention, blocks of 128", "predictor", "random"),
+    "20: 20%": (TRUNCATED, "attention, blocks of 128", "predictor", "random"),
+}
+
+
+@table("elimination_summary", source="elimination_quality")
+def summary(content: dict[str, Any]) -> str:
+    """A part of the middle length's."""
+    return _table(content, 4096, _SHOWN)
+
+
 @table("elimination_quality", source="elimination_quality")
 def at_4k(content: dict[str, Any]) -> str:
     """The middle length: one row per schedule and scorer."""
@@ -232,14 +253,15 @@ def predictors(content: dict[str, Any]) -> str:
     return tables.markdown(["Layer", "recall, all tokens ask", "recall, last blocks ask", "predictor"], rows)
 
 
-def _table(content: dict[str, Any], tokens: int) -> str:
+def _table(content: dict[str, Any], tokens: int, shown: Mapping[str, tuple[str, ...]] | None = None) -> str:
     dense = tables.find(content, DENSE, tokens=tokens)
     rows = []
     if dense is not None:
         rows.append(["dense", "", "100%", *_figures(dense["values"], None)])
     for measurement in content["measurements"]:
         at = measurement["parameters"]
-        if at.get("tokens") == tokens and at.get("schedule"):
+        wanted = shown is None or measurement["candidate"] in shown.get(at.get("schedule", ""), ())
+        if wanted and at.get("tokens") == tokens and at.get("schedule"):
             row = [at["schedule"], measurement["candidate"], f"{100 * at['computed']:.0f}%"]
             rows.append([*row, *_figures(measurement["values"], None if dense is None else dense["values"])])
     head = [
@@ -259,9 +281,5 @@ def _figures(values: Mapping[str, float], dense: Mapping[str, float] | None) -> 
     following = f"{values['following_nll']:.3f}"
     if dense is not None:
         following = f"{100 * (values['following_nll'] / dense['following_nll'] - 1):+.1f}%"
-    return [
-        f"{values['passkey']:.2f}",
-        f"{values['associations']:.2f}",
-        f"{values['copy_nll']:.2f}",
-        following,
-    ]
+    shares = [f"{values[name]:.2f}" for name in ("passkey", "passkey_in_book", "associations", "copy_nll")]
+    return [*shares, following]
