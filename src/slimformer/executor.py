@@ -131,6 +131,8 @@ class LayerExecutor:
         if self.by_rows is not None and self._concerns_rows(hidden_states, args, kwargs):
             given = {**kwargs, **dict(zip(self.names[: len(args)], args, strict=True))}
             stream = Stream.of(hidden_states, self.by_rows.causal, given)
+            if stream.layer is None:
+                stream.earlier = self.by_rows.earlier_tokens(given, hidden_states.shape[1])
             stream.layer = self.by_rows
             if self.shortens and not stream.shorter:
                 given = self._with_own_mask(given, stream.tokens)

@@ -28,6 +28,7 @@ from slimformer.anatomy import Anatomy, Kind, find_anatomy
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.executor import SublayerPlan
 from slimformer.methods.layer_drop import LayerDrop
+from slimformer.methods.mixture_of_depths import MixtureOfDepths
 from slimformer.methods.token_elimination import TokenElimination
 
 FORMAT = 1
@@ -53,6 +54,7 @@ class PlannedMethod(Protocol):
 
 METHODS: dict[str, type[Any]] = {
     "LayerDrop": LayerDrop,
+    "MixtureOfDepths": MixtureOfDepths,
     "TokenElimination": TokenElimination,
 }
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}

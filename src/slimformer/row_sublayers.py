@@ -97,6 +97,15 @@ class RowSublayers:
         )
         return 0 if cache is None or slot is None else cache.get_seq_length(slot)
 
+    def earlier_tokens(self, kwargs: dict[str, Any], tokens: int) -> int | Tensor:
+        """How many tokens came in earlier calls, by the first slot of the cache, from which no token leaves."""
+        cache = layer_cache(kwargs)
+        if cache is None:
+            return 0
+        first = getattr(attention_core(self.layer, self.structure), "layer_idx", None) == 0
+        # Every layer but the slot's own runs behind it.
+        return cache.get_seq_length() - (0 if first else tokens)
+
     def begin(self, x: Tensor, stream: Stream, kwargs: dict[str, Any]) -> Run:
         """One call of the layer on the residual `x` `[rows, hidden]`."""
         return Run(self, stream, kwargs, uses_kernels(x, self.layer))

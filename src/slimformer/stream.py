@@ -42,6 +42,7 @@ class Stream:
         known: What was derived from masks and position embeddings, by the identity of the tensor.
         arguments: What the layer got beside the residual.
         past: How many tokens the layer's cache held before this call.
+        earlier: How many tokens of the text came in earlier calls, whatever caches hold of them.
     """
 
     batch: int
@@ -56,6 +57,7 @@ class Stream:
     known: dict[Any, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     past: int | Tensor = 0
+    earlier: int | Tensor = 0
 
     @staticmethod
     def of(hidden: Tensor, causal: bool, arguments: Mapping[str, Any]) -> Stream:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimformer.cache import layer_cache
 from slimformer.errors import PlanError
 from slimformer.rows import Rows
 from slimformer.stream import Stream
@@ -37,6 +36,29 @@ def protecting(mask: Tensor) -> Iterator[None]:
         yield
     finally:
         _protected.reset(before)
+
+
+def protected_tokens(stream: Stream) -> Tensor | None:
+    """Which tokens of this call are protected, bool `[batch, tokens]`; None if nothing is.
+
+    Raises:
+        PlanError: If the mask has another number of texts than the call.
+    """
+    mask = _protected.get()
+    if mask is None:
+        return None
+    batch, tokens = stream.batch, stream.tokens
+    if batch % mask.shape[0]:
+        raise PlanError(
+            f"protecting(mask) has {mask.shape[0]} texts, and the model was called with {batch}. Give a row for each "
+            "of them."
+        )
+    past = max(int(stream.earlier), 0)
+    # Beams and samples of one prompt stand behind each other.
+    rows = mask.to(stream.device).repeat_interleave(batch // mask.shape[0], 0)[:, past : past + tokens]
+    full = torch.zeros(batch, tokens, dtype=torch.bool, device=stream.device)
+    full[:, : rows.shape[1]] = rows
+    return full
 
 
 @dataclass(frozen=True)
@@ -99,23 +121,8 @@ class TokenSelection:
         return stay
 
     def _protected(self, text: TextTokens, stream: Stream) -> Tensor:
-        ends, mask = self._at_the_ends(text), _protected.get()
-        if mask is None:
-            return ends
-        batch, tokens = text.here.shape
-        if batch % mask.shape[0]:
-            raise PlanError(
-                f"protecting(mask) has {mask.shape[0]} texts, and the model was called with {batch}. Give a row for "
-                "each of them."
-            )
-        cache = layer_cache(stream.arguments)
-        # The first layer, which no token leaves before, already has this call's tokens.
-        past = 0 if cache is None else int(cache.get_seq_length()) - tokens
-        # Beams and samples of one prompt stand behind each other.
-        rows = mask.to(text.here.device).repeat_interleave(batch // mask.shape[0], 0)[:, past : past + tokens]
-        full = torch.zeros_like(text.here)
-        full[:, : rows.shape[1]] = rows
-        return ends | full
+        ends, mask = self._at_the_ends(text), protected_tokens(stream)
+        return ends if mask is None else ends | mask
 
     def _at_the_ends(self, text: TextTokens) -> Tensor:
         return (text.place < self.sink) | (text.place >= text.length[:, None] - self.window)

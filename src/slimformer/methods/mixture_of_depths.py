@@ -1,0 +1,211 @@
+"""Routers that let tokens skip sublayers (MoD, arXiv 2404.02258; γ-MoD, 2410.13859; Router-Tuning, 2410.13184)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from slimformer.anatomy import KINDS, Anatomy, Kind
+from slimformer.errors import PlanError
+from slimformer.executor import SublayerPlan
+from slimformer.rows import Rows
+from slimformer.stream import Stream
+from slimformer.token_selection import protected_tokens, protecting
+
+_ALLOWED = {"routing": ("threshold", "top_k"), "shared": ("sublayer", "layer", "all")}
+
+
+@dataclass(frozen=True)
+class MixtureOfDepths:
+    """Sublayers that compute only the tokens that a trained router sends through them; the others pass by.
+
+    A router is one linear unit on the sublayer's normed input, in float32. By threshold a token is computed where it is
+    above zero: that depends on the token and what is before it alone, so a token takes the same way in a prompt and
+    when it is decoded. Tokens that pass an attention by still supply keys and values.
+
+    Attributes:
+        attention: Layers whose attention is routed.
+        mlp: Layers whose MLP is routed.
+        keep: The fraction of tokens computed: what thresholds were trained for, and how many `"top_k"` takes.
+        routing: `"threshold"`, or `"top_k"`: the tokens of every text with the highest scores. That looks at the whole
+            text, so it is for encoders and prompts; a single token is always computed.
+        shared: Whether every `"sublayer"` has a router, every `"layer"`, or `"all"` have one (γ-MoD).
+        keep_kv: Whether tokens that pass an attention by supply keys and values; without, no cache can be used.
+        weights: The routers by name, such as `"attention.5.weight"` `[hidden]` and `"attention.5.bias"` `[1]`, as
+            `slimformer train-router` makes them; `"5.weight"` per layer, `"all.weight"` for one.
+
+    Raises:
+        PlanError: If a field is not one of those allowed, or a router is missing or damaged.
+
+    Example:
+        >>> method = MixtureOfDepths.keeping_everything(hidden=16, attention=[3, 5])
+        >>> sorted(method.weights)
+        ['attention.3.bias', 'attention.3.weight', 'attention.5.bias', 'attention.5.weight']
+    """
+
+    attention: Sequence[int] = ()
+    mlp: Sequence[int] = ()
+    keep: float = 0.5
+    routing: Literal["threshold", "top_k"] = "threshold"
+    shared: Literal["sublayer", "layer", "all"] = "sublayer"
+    keep_kv: bool = True
+    weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            given = tuple(getattr(self, kind))
+            if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in given) or len(
+                set(given)
+            ) < len(given):
+                raise PlanError(
+                    f"MixtureOfDepths({kind}=...) takes layer indices from 0 up, each once; got {list(given)!r}."
+                )
+            object.__setattr__(self, kind, given)
+        if not (self.attention or self.mlp):
+            raise PlanError(
+                "MixtureOfDepths takes at least one layer, as attention=[...] or mlp=[...]; got none."
+            )
+        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
+            raise PlanError(
+                f"MixtureOfDepths(keep=...) takes a fraction above 0 and up to 1, got {self.keep!r}."
+            )
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise PlanError(
+                    f"MixtureOfDepths({name}=...) takes one of {', '.join(allowed)}, got {getattr(self, name)!r}."
+                )
+        for kind, layer in self.sublayers:
+            name = router_name(self.shared, kind, layer)
+            weight, bias = self.weights.get(f"{name}.weight"), self.weights.get(f"{name}.bias")
+            if weight is None or bias is None:
+                raise PlanError(
+                    f"MixtureOfDepths has no router for {kind} {layer}: the weights {name}.weight and {name}.bias are "
+                    "missing. `slimformer train-router` trains them."
+                )
+            if weight.dim() != 1 or bias.shape != (1,):
+                raise PlanError(
+                    f"The router {name} is damaged: its weight has the shape {tuple(weight.shape)} and its bias "
+                    f"{tuple(bias.shape)}, and they must be [hidden] and [1]."
+                )
+
+    @staticmethod
+    def keeping_everything(hidden: int, **fields: Any) -> MixtureOfDepths:
+        """Routers that let no token pass by, whatever it is: where training starts."""
+        shared = fields.get("shared", "sublayer")
+        weights: dict[str, Tensor] = {}
+        for kind in KINDS:
+            for layer in fields.get(kind, ()):
+                name = router_name(shared, kind, layer)
+                weights[f"{name}.weight"], weights[f"{name}.bias"] = torch.zeros(hidden), torch.ones(1)
+        return MixtureOfDepths(**fields, weights=weights)
+
+    @property
+    def sublayers(self) -> tuple[tuple[Kind, int], ...]:
+        """What is routed."""
+        return tuple((kind, layer) for kind in KINDS for layer in getattr(self, kind))
+
+    def protecting(self, mask: Tensor) -> contextlib.AbstractContextManager[None]:
+        """A block in which the tokens of `mask`, bool `[batch, tokens]` over the prompt, are always computed.
+
+        Masked routing (γ-MoD, section 3.3): instructions and questions never pass a sublayer by.
+
+        Example:
+            >>> method = MixtureOfDepths.keeping_everything(hidden=16, mlp=[3])
+            >>> with method.protecting(torch.tensor([[False, False, True, True]])):
+            ...     pass  # model.generate(...)
+        """
+        return protecting(mask)
+
+    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+        """The rows that each routed sublayer's router chooses.
+
+        Raises:
+            PlanError: If a layer does not exist, or a router reads another hidden size.
+        """
+        count, hidden = len(anatomy.layers), anatomy.stack.config.hidden_size
+        plans: dict[tuple[int, Kind], SublayerPlan] = {}
+        for kind, layer in self.sublayers:
+            if layer >= count:
+                raise PlanError(
+                    f"MixtureOfDepths names {kind} {layer}, but {type(anatomy.stack).__name__} has {count} layers: "
+                    f"allowed are 0 to {count - 1}."
+                )
+            name = router_name(self.shared, kind, layer)
+            weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+            if weight.shape[0] != hidden:
+                raise PlanError(
+                    f"The router {name} reads a hidden size of {weight.shape[0]}, and this model's is {hidden}. Train "
+                    "routers for this model."
+                )
+            router = Router(kind, weight, bias, self.keep if self.routing == "top_k" else None)
+            plans[layer, kind] = SublayerPlan(
+                rows=(router,), compact_keys=kind == "attention" and not self.keep_kv
+            )
+        return plans
+
+    def settings(self) -> dict[str, Any]:
+        """What a plan saves in the JSON."""
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "weights"}
+        return {**settings, "attention": list(self.attention), "mlp": list(self.mlp)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a plan saves beside the JSON."""
+        return dict(self.weights)
+
+
+def router_name(shared: str, kind: Kind, layer: int) -> str:
+    """The name of the router of a sublayer, under which its weights are saved."""
+    return {"sublayer": f"{kind}.{layer}", "layer": f"{layer}", "all": "all"}[shared]
+
+
+@dataclass(eq=False)
+class Router:
+    """The row selector of one sublayer.
+
+    Attributes:
+        kind: Which sublayer's input is read.
+        weight: `[hidden]`.
+        bias: `[1]`.
+        keep: The fraction taken from every text; None for those above zero.
+    """
+
+    kind: Kind
+    weight: Tensor
+    bias: Tensor
+    keep: float | None = None
+
+    def __call__(self, stream: Stream, x: Tensor) -> Rows | None:
+        """The rows of the residual `x` `[rows, hidden]` that are computed."""
+        if self.keep is not None and (stream.tokens == 1 or self.keep == 1.0):
+            return None
+        score = self._scores(stream, x)
+        mask = score > 0 if self.keep is None else self._best(stream, score)
+        protected = protected_tokens(stream)
+        if protected is not None:
+            flat = protected.flatten()
+            mask = mask | (flat if stream.held is None else flat[stream.held.index])
+        return Rows(x.shape[0], given_mask=mask)
+
+    def _scores(self, stream: Stream, x: Tensor) -> Tensor:
+        """A number per row, in float32: rounding must not decide differently in a prompt and in a step."""
+        layer = stream.layer
+        norm = None if layer is None else layer.structure.parts(self.kind).norm_before
+        h = x if layer is None or norm is None else layer.norms(norm, x, None, False)
+        if self.weight.device != x.device:
+            self.weight, self.bias = self.weight.to(x.device), self.bias.to(x.device)
+        return (h.float() * self.weight.float()).sum(-1) + self.bias.float()
+
+    def _best(self, stream: Stream, score: Tensor) -> Tensor:
+        text = stream.padding_mask()
+        here = text if stream.held is None else text & stream.held.mask.view_as(text)
+        by_text = stream.padded(score).view_as(here).masked_fill(~here, float("-inf"))
+        rank = by_text.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        count = (here.sum(1, keepdim=True).double() * (self.keep or 1.0)).round().clamp(min=1)
+        best = ((rank < count) & here).flatten()
+        return best if stream.held is None else best[stream.held.index]
