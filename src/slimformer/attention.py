@@ -228,17 +228,23 @@ class RowAttention:
         Returns:
             Softmax weights summed over queries, over heads as said, float32 `[batch, tokens]`.
         """
+        weights = self.weights(h, stream, queries, real).sum(2)
+        return weights.sum(1) if heads == "sum" else weights.amax(1)
+
+    def weights(self, h: Tensor, stream: Stream, queries: Tensor, real: Tensor) -> Tensor:
+        """Softmax weights of chosen queries, float32 `[batch, heads, asking, tokens]`; arguments as in `scores`."""
         q, k = self.queries_and_keys(h, stream)
         asking = queries.clamp_min(0)[:, None, :, None].expand(-1, q.shape[1], -1, self.head_dim)
         q = q.gather(2, asking)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         logits = self._capped((q @ k.mT).float() * self.scale)
         seen = real[:, None, None, :] & (queries >= 0)[:, None, :, None]
+        token = torch.arange(stream.tokens, device=h.device)
         if stream.causal:
-            token = torch.arange(stream.tokens, device=h.device)
             seen = seen & (token <= queries[:, None, :, None])
-        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0).sum(2)
-        return weights.sum(1) if heads == "sum" else weights.amax(1)
+        if self.window is not None:
+            seen = seen & ((token - queries[:, None, :, None]).abs() < self.window)
+        return logits.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
 
     def key_norms(self, h: Tensor, stream: Stream) -> Tensor:
         """The mean norm of every token's keys, float32 `[batch, tokens]`, from `h` as in `scores`."""

@@ -16,11 +16,10 @@ from slimformer.anatomy import Anatomy, find_anatomy, first_layer_call, transfor
 from slimformer.block_predictor import BLOCK, BlockPredictor
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
-from slimformer.calibration.data import load_texts, token_blocks
-from slimformer.calibration.held_out import split_texts
 from slimformer.calibration.progress import Stages
 from slimformer.calibration.replay import executors, record_call, run_layer
-from slimformer.errors import CalibrationError, DataError, UnsupportedModelError
+from slimformer.calibration.training_rows import training_rows
+from slimformer.errors import CalibrationError, UnsupportedModelError
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.methods.token_elimination import TokenElimination
 from slimformer.patching import status
@@ -88,8 +87,14 @@ def train_predictors(
     # Refuses what cannot be patched before anything is trained.
     TokenElimination(schedule, scorer="random", **elimination).sublayer_plans(anatomy)
     tokens = min(length, longest(anatomy, tokenizer or tokenizer_of(model)))
-    read, held_out, source = _rows(
-        tokenizer or tokenizer_of(model), data, text_field, hold_out, tokens, settings
+    read, held_out, source = training_rows(
+        tokenizer or tokenizer_of(model),
+        data,
+        text_field=text_field,
+        hold_out=hold_out,
+        tokens=tokens,
+        settings=settings,
+        held_out=_HELD_OUT_ROWS,
     )
     torch.manual_seed(settings.seed)
     hidden = anatomy.stack.config.hidden_size
@@ -140,36 +145,6 @@ def train_predictors(
         "losses": history.losses,
     }
     return Plan([method], fingerprint(inner), provenance, {"predictors": measured})
-
-
-def _rows(
-    tokenizer: PreTrainedTokenizerBase,
-    data: Any,
-    text_field: str,
-    hold_out: bool,
-    tokens: int,
-    settings: TrainingSettings,
-) -> tuple[Tensor, Tensor, str]:
-    """Rows to train on, rows to measure on `[rows, tokens]`, and where they came from."""
-    texts, source = load_texts(
-        os.fspath(data) if isinstance(data, os.PathLike) else data, text_field=text_field
-    )
-    wanted = settings.steps * settings.rows * settings.accumulate
-    cut: dict[str, Any] = {"sequence_length": tokens, "seed": settings.seed}
-    if hold_out:
-        kept, others = split_texts(texts)
-        read = token_blocks(kept, tokenizer, count=wanted, **cut)
-        held_out = token_blocks(others, tokenizer, count=_HELD_OUT_ROWS, **cut)
-    else:
-        rows = token_blocks(texts, tokenizer, count=wanted + _HELD_OUT_ROWS, **cut)
-        last = min(_HELD_OUT_ROWS, len(rows) // 5)
-        read, held_out = rows[: len(rows) - last], rows[len(rows) - last :]
-    if not len(read) or not len(held_out):
-        raise DataError(
-            f"Predictors need a row of {tokens} tokens to train on and one to measure on, and {source} gives "
-            f"{len(read)} and {len(held_out)}. Give more text, or a smaller length."
-        )
-    return read, held_out, source
 
 
 class _Predictors(nn.Module):

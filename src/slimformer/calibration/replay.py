@@ -100,7 +100,7 @@ def record_call(anatomy: Anatomy, batch: Mapping[str, Tensor]) -> Call:
     return call
 
 
-def finish(model: nn.Module, anatomy: Anatomy, call: Call, hidden: Tensor) -> Any:
+def finish(model: nn.Module, anatomy: Anatomy, call: Call, hidden: Tensor, *, gradients: bool = False) -> Any:
     """What the model makes of the last layer's output: norm, head and whatever else its own forward does."""
     last = len(anatomy.layers) - 1
 
@@ -112,7 +112,7 @@ def finish(model: nn.Module, anatomy: Anatomy, call: Call, hidden: Tensor) -> An
             return _as_layer_returns(self.names, hidden if self.index == last else hidden_states)
 
     bypasses = [Bypass(index, layer).forward for index, layer in enumerate(anatomy.layers)]
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         return _run_bypassed(anatomy, bypasses, model, call.batch)
 
 

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from slimformer import __version__
-from slimformer.cli import calibrate, demo, generate, measure, show, train_predictor
+from slimformer.cli import calibrate, demo, generate, measure, show, train_predictor, train_router
 from slimformer.cli.output import note
 from slimformer.errors import SlimformerError, SlimformerWarning
 
@@ -86,6 +86,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pre
 for _command in (
     calibrate.calibrate,
     train_predictor.train_predictor,
+    train_router.train_router,
     measure.eval_plan,
     measure.bench,
     generate.generate,

@@ -20,6 +20,7 @@ class Method(str, Enum):
 
     drop = "drop"
     elimination = "elimination"
+    arank = "arank"
 
 
 class Selection(str, Enum):
@@ -61,7 +62,7 @@ def calibrate(
         Method,
         typer.Option(
             help="drop: which sublayers can go. elimination: from which layer on which fraction of a long prompt's "
-            "tokens can go, within --max-divergence."
+            "tokens can go, within --max-divergence. arank: which layers can be routed, --drop of them."
         ),
     ] = Method.drop,
     data: options.Data = None,
@@ -109,6 +110,12 @@ def calibrate(
     """
     if method is Method.drop and drop is None and max_divergence is None and speedup is None:
         raise typer.BadParameter("Say when to stop: give --drop, --max-divergence or --speedup.")
+    if method is Method.arank and (
+        max_divergence is not None or speedup is not None or "block" in kinds.value
+    ):
+        raise typer.BadParameter(
+            "--method arank takes --drop, the number of layers to route, and --kinds attention or mlp or both."
+        )
     if method is Method.elimination and (max_divergence is None or drop is not None or speedup is not None):
         raise typer.BadParameter(
             "--method elimination takes --max-divergence, and neither --drop nor --speedup."
@@ -116,9 +123,10 @@ def calibrate(
     check_output(output, force)
 
     import slimformer
+    from slimformer.calibration.arank import calibrate_arank
     from slimformer.calibration.elimination import calibrate_elimination
     from slimformer.cli.loading import load_model, load_tokenizer
-    from slimformer.report import curve_table, plan_table
+    from slimformer.report import curve_table, plan_table, router_table
 
     units: Any = tuple(kinds.value.split(","))
     tokenizer = load_tokenizer(model)
@@ -136,6 +144,8 @@ def calibrate(
             plan = calibrate_elimination(
                 loaded, tokenizer, max_divergence=max_divergence, prompt=prompt, **common
             )
+        elif method is Method.arank:
+            plan = calibrate_arank(loaded, tokenizer, number=drop, kinds=units, **common)
         else:
             plan = slimformer.calibrate(
                 loaded,
@@ -155,4 +165,5 @@ def calibrate(
     if as_json:
         print_json(plan.to_dict())
     else:
-        print_tables(curve_table(plan) if method is Method.elimination else plan_table(plan))
+        table = {Method.elimination: curve_table, Method.arank: router_table}.get(method, plan_table)
+        print_tables(table(plan))

@@ -2,6 +2,7 @@
 
 from slimformer.report.elimination import curve_table, predictor_table
 from slimformer.report.page import plan_page
+from slimformer.report.routing import router_table
 from slimformer.report.tables import comparison_table, plan_table
 
-__all__ = ["comparison_table", "curve_table", "plan_page", "plan_table", "predictor_table"]
+__all__ = ["comparison_table", "curve_table", "plan_page", "plan_table", "predictor_table", "router_table"]

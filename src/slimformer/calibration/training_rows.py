@@ -1,0 +1,62 @@
+"""Rows of text to train on, and rows that are not trained on."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from slimformer.calibration.data import load_texts, token_blocks
+from slimformer.calibration.held_out import split_texts
+from slimformer.errors import DataError
+from slimformer.training.loop import TrainingSettings
+
+
+def training_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    data: Any,
+    *,
+    text_field: str,
+    hold_out: bool,
+    tokens: int,
+    settings: TrainingSettings,
+    held_out: int,
+) -> tuple[Tensor, Tensor, str]:
+    """As many rows as a training takes, or all there are.
+
+    Args:
+        tokenizer: The model's.
+        data: As for `slimformer.calibrate`.
+        text_field: The field with the text.
+        hold_out: Take the second part from every fifth text, which the first does not read; else from the last rows.
+        tokens: Tokens per row.
+        settings: How many rows are taken.
+        held_out: How many rows the second part may have.
+
+    Returns:
+        Rows to train on and rows to measure on `[rows, tokens]`, and where they came from.
+
+    Raises:
+        DataError: If either part has no row.
+    """
+    texts, source = load_texts(
+        os.fspath(data) if isinstance(data, os.PathLike) else data, text_field=text_field
+    )
+    wanted = settings.steps * settings.rows * settings.accumulate
+    cut: dict[str, Any] = {"sequence_length": tokens, "seed": settings.seed}
+    if hold_out:
+        kept, others = split_texts(texts)
+        read = token_blocks(kept, tokenizer, count=wanted, **cut)
+        rest = token_blocks(others, tokenizer, count=held_out, **cut)
+    else:
+        rows = token_blocks(texts, tokenizer, count=wanted + held_out, **cut)
+        last = min(held_out, len(rows) // 5)
+        read, rest = rows[: len(rows) - last], rows[len(rows) - last :]
+    if not len(read) or not len(rest):
+        raise DataError(
+            f"Training needs a row of {tokens} tokens to read and one to measure on, and {source} gives {len(read)} "
+            f"and {len(rest)}. Give more text, or a smaller length."
+        )
+    return read, rest, source

@@ -1,0 +1,116 @@
+"""`slimformer train-router`: learn which tokens may skip a sublayer, and write the plan that routes them."""
+
+# Commands import torch when they run, so that --help does not wait for it.
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+from slimformer.cli import options
+from slimformer.cli.output import check_output, note, print_json, print_tables
+from slimformer.cli.partial import partial_results
+from slimformer.cli.train_predictor import Precision
+
+
+class Kinds(str, Enum):
+    """What is routed."""
+
+    attention = "attention"
+    mlp = "mlp"
+    both = "attention,mlp"
+
+
+class Shared(str, Enum):
+    """What shares a router."""
+
+    sublayer = "sublayer"
+    layer = "layer"
+    all = "all"
+
+
+def train_router(
+    model: options.Model,
+    output: options.Output,
+    keep: Annotated[float, typer.Option(help="The fraction of tokens computed in what is routed.")] = 0.5,
+    number: Annotated[
+        int | None,
+        typer.Option(
+            min=1, show_default=False, help="How many layers, those whose attention maps say least; or half."
+        ),
+    ] = None,
+    kinds: Annotated[Kinds, typer.Option(help="What is routed in them.")] = Kinds.attention,
+    shared: Annotated[Shared, typer.Option(help="What shares a router.")] = Shared.sublayer,
+    data: options.Data = None,
+    text_field: options.TextField = "text",
+    hold_out: Annotated[
+        bool, typer.Option(help="Measure on every fifth text, which is not trained on.")
+    ] = True,
+    length: Annotated[int, typer.Option(min=16, help="Tokens per row.")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 400,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of text at a time.")] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches per update.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
+    precision: Annotated[Precision, typer.Option(help="Mixed precision of what is trained.")] = Precision.no,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Choose layers of MODEL by ARank and train routers for them; its own weights stay as they are.
+
+    Interrupted with Ctrl-C, it keeps a checkpoint: the same command goes on from there. Several GPUs: run it under
+    `accelerate launch`.
+    """
+    check_output(output, force)
+
+    from slimformer.calibration.arank import calibrate_arank
+    from slimformer.calibration.routers import train_routers
+    from slimformer.cli.loading import load_model, load_tokenizer
+    from slimformer.methods.mixture_of_depths import MixtureOfDepths
+    from slimformer.report import router_table
+    from slimformer.training.loop import TrainingSettings
+
+    settings = TrainingSettings(
+        steps=steps,
+        rows=rows,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        precision=precision.value,
+        seed=seed,
+    )
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model, device, dtype.value)
+    chosen: Any = tuple(kinds.value.split(","))
+    common: dict[str, Any] = {"data": data, "text_field": text_field, "hold_out": hold_out, "length": length}
+    with partial_results(output) as partial:
+        ranked = calibrate_arank(
+            loaded,
+            tokenizer,
+            number=number,
+            kinds=chosen,
+            keep=keep,
+            seed=seed,
+            checkpoint=partial,
+            progress=True,
+            **common,
+        )
+        layers = {kind: getattr(ranked.methods[0], kind) for kind in chosen}
+        method = MixtureOfDepths.keeping_everything(
+            loaded.config.get_text_config().hidden_size, keep=keep, shared=shared.value, **layers
+        )
+        plan = train_routers(
+            loaded, tokenizer, method=method, settings=settings, checkpoint=partial, progress=True, **common
+        )
+        plan = replace(plan, provenance={**plan.provenance, "arank": ranked.provenance["arank"]})
+        plan.save_pretrained(output)
+    note(f"The plan is in {output}.")
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        print_tables(router_table(plan))

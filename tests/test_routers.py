@@ -1,0 +1,159 @@
+"""ARank orders layers by what their attention maps say, and routers learn beside the frozen model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import slimformer
+from slimformer import MixtureOfDepths, Plan
+from slimformer.anatomy import find_anatomy
+from slimformer.calibration.arank import attention_ranks, calibrate_arank, layer_ranks, lowest
+from slimformer.calibration.routers import train_routers
+from slimformer.errors import CalibrationError, PlanError
+from slimformer.training.loop import TrainingSettings
+from slow_rows import small
+from test_training import TEXTS
+from tiny_checkpoints import tiny_tokenizer
+from tiny_models import tiny_model
+
+
+def maps(model: Any, ids: Tensor) -> list[Tensor]:
+    """The attention weights of every layer by the model's own eager attention."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        return list(model(ids, output_attentions=True).attentions)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "bert"])
+@pytest.mark.parametrize("metric", ["effective_rank", "rank"])
+def test_ranks_of_all_rows_are_those_of_the_maps(name: str, metric: Any) -> None:
+    model, ids = tiny_model(name), torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        got = layer_ranks(find_anatomy(model), [ids[:1], ids[1:]], metric=metric, queries=None)
+    for weights, rank in zip(maps(model, ids), got, strict=True):
+        expected = []
+        for matrix in weights.flatten(0, 1):
+            sigma = torch.linalg.svdvals((matrix - matrix.diag().diag()).double())
+            part = sigma / sigma.sum()
+            entropy = -(part * part.clamp_min(1e-300).log()).sum()
+            least = 40 * torch.finfo(torch.float32).eps * sigma[0]
+            expected.append(
+                float(entropy.exp()) if metric == "effective_rank" else float((sigma > least).sum())
+            )
+        assert rank == pytest.approx(
+            sum(expected) / len(expected), rel=2e-3 if metric == "effective_rank" else 0.06
+        )
+
+
+def test_a_map_of_equal_rows_has_rank_one_and_another_more() -> None:
+    queries = torch.arange(10, 14)
+    flat = torch.zeros(1, 1, 4, 20)
+    flat[..., 0] = 1.0
+    assert float(attention_ranks(flat, queries, "effective_rank")) == pytest.approx(1.0)
+    apart = torch.eye(20)[None, None, :4]
+    assert float(attention_ranks(apart, queries, "effective_rank")) == pytest.approx(4.0)
+
+
+def test_the_first_three_and_the_last_layer_are_left_alone() -> None:
+    assert lowest([0, 0, 0, 5, 4, 3, 2, 0], 3) == [4, 5, 6]
+
+
+def test_arank_makes_a_plan_that_changes_nothing_and_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_hidden_layers=8)
+    options: dict[str, Any] = {"data": TEXTS, "length": 64, "texts": 4, "kinds": ["attention", "mlp"]}
+    plan = calibrate_arank(model, tiny_tokenizer(), number=2, checkpoint=tmp_path, **options)
+    again = calibrate_arank(model, tiny_tokenizer(), number=3, checkpoint=tmp_path, **options)
+    assert plan.provenance["arank"] == again.provenance["arank"]
+    method = plan.methods[0]
+    assert isinstance(method, MixtureOfDepths)
+    assert method.attention == method.mlp == tuple(lowest(plan.provenance["arank"], 2))
+    ids = torch.randint(3, 64, (2, 30))
+    with torch.no_grad():
+        dense = model(ids).logits
+        torch.testing.assert_close(slimformer.patch(model, plan)(ids).logits, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_arank_refuses_what_cannot_be() -> None:
+    model = tiny_model("llama", num_hidden_layers=8)
+    with pytest.raises(CalibrationError, match="number must be from 1 to 4"):
+        calibrate_arank(model, tiny_tokenizer(), number=5, data=TEXTS)
+    with pytest.raises(CalibrationError, match="one of effective_rank, rank"):
+        calibrate_arank(model, tiny_tokenizer(), metric="best", data=TEXTS)  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="never routed"):
+        calibrate_arank(tiny_model("llama"), tiny_tokenizer(), data=TEXTS)
+
+
+@pytest.mark.parametrize("shared", ["sublayer", "layer", "all"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "bert"])
+def test_routers_meet_their_budget_and_the_model_stays_as_it_was(name: str, shared: Any) -> None:
+    model = tiny_model(name)
+    before = copy.deepcopy(model.state_dict())
+    method = MixtureOfDepths.keeping_everything(32, attention=[1, 2], mlp=[1, 3], keep=0.6, shared=shared)
+    plan = train_routers(
+        model,
+        tiny_tokenizer(),
+        method=method,
+        data=TEXTS,
+        length=64,
+        settings=TrainingSettings(steps=30, rows=2, learning_rate=1e-2),
+    )
+    found = plan.measured["routers"]
+    assert found["keep"] == pytest.approx(0.6, abs=0.05)
+    assert set(found["keep_of"]) == {"attention 1", "attention 2", "mlp 1", "mlp 3"}
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    # The plan routes as the training did.
+    ids = torch.randint(3, 60, (2, 64))
+    with torch.no_grad():
+        dense = model(ids)[0]
+        slimformer.patch(model, plan)
+        assert not torch.allclose(model(ids)[0], dense)
+        assert torch.equal(slimformer.unpatch(model)(ids)[0], dense)
+
+
+def test_training_starts_at_the_dense_model_and_beats_chance() -> None:
+    model = small("llama")
+    method = MixtureOfDepths.keeping_everything(32, mlp=[1, 2, 3], keep=0.5)
+    short, long = (
+        train_routers(
+            model,
+            tiny_tokenizer(),
+            method=method,
+            data=TEXTS,
+            length=64,
+            settings=TrainingSettings(steps=steps, rows=4, learning_rate=rate),
+        )
+        for steps, rate in ((1, 1e-6), (150, 2e-2))
+    )
+    assert short.provenance["losses"][0] < 1e-6
+    assert long.measured["routers"]["divergence"] < short.measured["routers"]["divergence"]
+
+
+def test_an_interrupted_training_of_routers_goes_on_where_it_was(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    method = MixtureOfDepths.keeping_everything(32, mlp=[1, 2], keep=0.5)
+    given: dict[str, Any] = {"method": method, "data": TEXTS, "length": 48}
+    settings = TrainingSettings(steps=8, keep_every=3)
+    first = train_routers(model, tiny_tokenizer(), settings=settings, checkpoint=tmp_path, **given)
+    # The checkpoint of step 6 is what is left; two steps are trained again.
+    again = train_routers(model, tiny_tokenizer(), settings=settings, checkpoint=tmp_path, **given)
+    assert again.provenance["losses"] == first.provenance["losses"]
+    for name, tensor in first.methods[0].tensors().items():
+        assert torch.equal(again.methods[0].tensors()[name], tensor)
+    first.save_pretrained(tmp_path / "plan")
+    assert Plan.from_pretrained(tmp_path / "plan").methods == first.methods
+
+
+def test_routers_refuse_what_does_not_fit() -> None:
+    model, method = tiny_model("llama"), MixtureOfDepths.keeping_everything(48, mlp=[1])
+    with pytest.raises(PlanError, match="hidden size of 48"):
+        train_routers(model, tiny_tokenizer(), method=method, data=TEXTS)
+    fits = MixtureOfDepths.keeping_everything(32, mlp=[1])
+    with slimformer.patched(model, fits), pytest.raises(CalibrationError, match="Call unpatch first"):
+        train_routers(model, tiny_tokenizer(), method=fits, data=TEXTS)
