@@ -20,11 +20,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from slimformer.anatomy import positional_names
 from slimformer.attention_backend import fastest_backend
 from slimformer.attention_projections import Projections, match_projections
+from slimformer.attention_scores import Extension, own_eager_attention, own_implementation, scores_of
 from slimformer.cache import layer_cache
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.shorter_cache import ShorterLayer, shorter_layer
 from slimformer.stream import Stream
+from slimformer.texts import current_texts
 from slimformer_kernels.attention_rows import WIDEST_HEAD, attention_rows_op, attention_rows_reference
 from slimformer_kernels.dispatch import runs_kernel
 from slimformer_kernels.rotary import rotary_op, rotary_reference
@@ -58,10 +60,12 @@ class RowAttention:
         )
         self.softcap: float | None = getattr(self.core, "attn_logit_softcapping", None)
         self.names = set(positional_names(self.core)) | {"use_cache", "hidden_states"}
-        functions = type(self.core).forward
-        while hasattr(functions, "__wrapped__"):
-            functions = functions.__wrapped__
-        self.eager = functions.__globals__.get("eager_attention_forward")
+        self.eager = own_eager_attention(self.core)
+        self.transformed = changed = scores_of(self.core)
+        # The attention function multiplies by what transforms ask for itself.
+        self.row_scale = self.scale * (1.0 if changed is None else changed.scale)
+        # Relative positions are counted among all keys, so that none may be missing.
+        self.counts_keys = changed is not None and changed.extension is not None
 
     def can_choose_rows(self, stream: Stream, kwargs: dict[str, Any]) -> bool:
         """Whether the arguments of this call say which keys a chosen query sees."""
@@ -74,7 +78,7 @@ class RowAttention:
             return True
         if mask is None:
             # Flash attention finds the texts of a packed row by itself.
-            return "flash" not in str(self._implementation()) or stream.tokens == 1
+            return "flash" not in str(own_implementation(self.core)) or stream.tokens == 1
         return stream.key_ranges(mask, self.window) is not None
 
     def whole(
@@ -100,11 +104,11 @@ class RowAttention:
             k, v = cache.update(k, v, self.core.layer_idx)
         mask = kwargs.get("attention_mask")
         rest = {name: value for name, value in kwargs.items() if name not in self.names}
-        implementation = self._implementation()
-        function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager)
-        fastest = (
-            fastest_backend(q, k, mask) if implementation == "sdpa" and kernels else contextlib.nullcontext()
+        function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            getattr(getattr(self.core, "config", None), "_attn_implementation", None), self.eager
         )
+        fast = kernels and own_implementation(self.core) == "sdpa"
+        fastest = fastest_backend(q, k, mask) if fast else contextlib.nullcontext()
         with fastest:
             output, weights = function(
                 self.core,
@@ -148,6 +152,7 @@ class RowAttention:
         key_rows = rows if compact_keys else None
         q, k, v = self._project(h_query, h_key, rows, key_rows, stream, kwargs, kernels)
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
+        q, extension = self._transformed(q, rows, stream)
         if cache is not None and stream.shorter:
             layer = shorter_layer(cache, int(getattr(self.core, "layer_idx", 0)), mask)
             past = layer.get_seq_length()
@@ -174,22 +179,35 @@ class RowAttention:
             if token is None:
                 token = _count(q, stream)
             positions = token % stream.tokens + (total - stream.tokens)
-        rules = (
+        where = (
             positions,
             stream.offsets(rows),
             ranges,
             stream.tokens if rows is None or rows.each is None else rows.each,
             stream.causal,
-            self.scale,
-            # Encoders' kernels and masks count the distance that is still seen.
-            self.window if self.window is None or stream.causal else self.window - 1,
-            # What the model itself does: its SDPA function has no cap (5.16 leaves it out, 5.23 refuses).
-            None if self._implementation() == "sdpa" else self.softcap,
+            self.row_scale,
         )
+        # What the model itself does: its SDPA function has no cap (5.16 leaves it out, 5.23 refuses).
+        softcap = None if own_implementation(self.core) == "sdpa" else self.softcap
+        if extension is not None:
+            return self._output(extension.attend(q, keys, values, *where, softcap).flatten(1))
+        # Encoders' kernels and masks count the distance that is still seen.
+        window = self.window if self.window is None or stream.causal else self.window - 1
         # Without the checks of `attention_rows`, which take as long as the launch.
         fits = runs_kernel(q, keys, values) and self.head_dim <= WIDEST_HEAD
-        output = (attention_rows_op if fits else attention_rows_reference)(q, keys, values, *rules)
-        return self._output(output.flatten(1))
+        attend = attention_rows_op if fits else attention_rows_reference
+        return self._output(attend(q, keys, values, *where, window, softcap).flatten(1))
+
+    def _transformed(self, q: Tensor, rows: Rows | None, stream: Stream) -> tuple[Tensor, Extension | None]:
+        """Queries `[rows, heads, head_dim]` as transforms want them, and what attends instead, if anything does."""
+        if self.transformed is None:
+            return q, None
+        texts = current_texts(stream.batch, stream.tokens, stream.device)
+        token = stream.token_of(None if rows is None else rows.index)
+        factors = self.transformed.factors(texts, token)
+        if factors is not None:
+            q = (q * factors[:, None, None]).to(q.dtype)
+        return q, self.transformed.extended(texts)
 
     def _filled_up(self, x: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
         """Rows `[held, heads, head_dim]` as `[batch, heads, longest, head_dim]`, zeros in front."""
@@ -214,7 +232,7 @@ class RowAttention:
         groups = queries.shape[1] // keys.shape[1]
         keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
         out = nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, scale=self.scale
+            queries, keys, values, attn_mask=mask, scale=self.row_scale
         )
         out = out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
         return out if rows is None else out.index_select(0, rows.index)
@@ -233,13 +251,14 @@ class RowAttention:
         """
         whole = dataclasses.replace(stream, held=None, full=None)
         q, k, _ = self._project(h, h, None, None, whole, dict(stream.arguments), kernels=False)
+        q, _ = self._transformed(q, None, whole)
         shape = (stream.batch, stream.tokens, -1, self.head_dim)
         k = k.view(shape).transpose(1, 2)
         q = q.view(shape).transpose(1, 2)
         asking = queries.clamp_min(0)[:, None, :, None].expand(-1, q.shape[1], -1, self.head_dim)
         q = q.gather(2, asking)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        logits = (q @ k.mT).float() * self.scale
+        logits = (q @ k.mT).float() * self.row_scale
         seen = real[:, None, None, :] & (queries >= 0)[:, None, :, None]
         if stream.causal:
             token = torch.arange(stream.tokens, device=h.device)
@@ -326,9 +345,6 @@ class RowAttention:
             return heads
         y: Tensor = getattr(self.core, p.output)(heads)
         return y if p.dropout is None else getattr(self.core, p.dropout)(y)
-
-    def _implementation(self) -> Any:
-        return getattr(getattr(self.core, "config", None), "_attn_implementation", None)
 
     @staticmethod
     def cache_of(kwargs: dict[str, Any]) -> Cache | None:
