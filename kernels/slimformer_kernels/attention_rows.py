@@ -112,7 +112,7 @@ def attention_rows(
         ...                longest=2, causal=True, scale=1.0).flatten()
         tensor([2., 4.])
     """
-    _check(query, key, value, positions, query_offsets, key_ranges, longest, causal)
+    check_rows(query, key, value, positions, query_offsets, key_ranges, longest, causal)
     check_positive("scale", scale)
     if window is not None:
         check_positive("window", window)
@@ -594,7 +594,7 @@ def _attend_tiles(
     return total, weight, peak
 
 
-def _check(
+def check_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -604,6 +604,7 @@ def _check(
     longest: int,
     causal: bool,
 ) -> None:
+    """Raise unless the tensors of ``attention_rows`` fit each other."""
     for name, x, dims, shape in (
         ("query", query, 3, "[queries, heads, head_dim]"),
         ("key", key, 4, "[batch or 1, keys, kv_heads, head_dim]"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimformer.calibration.calibrate import calibrate
     from slimformer.methods.layer_drop import LayerDrop
+    from slimformer.methods.self_extend import SelfExtend
     from slimformer.methods.temperature import TempScale
     from slimformer.methods.token_elimination import TokenElimination
     from slimformer.patching import patch, patched, status, unpatch
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LayerDrop",
     "Plan",
+    "SelfExtend",
     "TempScale",
     "TokenElimination",
     "calibrate",
@@ -29,6 +31,7 @@ __all__ = [
 # Imported at first use: torch takes seconds, and `slimformer --help` needs none of it.
 _HOMES = {
     "LayerDrop": "slimformer.methods.layer_drop",
+    "SelfExtend": "slimformer.methods.self_extend",
     "TempScale": "slimformer.methods.temperature",
     "TokenElimination": "slimformer.methods.token_elimination",
     "Plan": "slimformer.plan",

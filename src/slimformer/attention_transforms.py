@@ -68,6 +68,7 @@ class Attentions:
     _heeds_scaling: dict[type[nn.Module], bool] = field(default_factory=dict)
     _calls_function: dict[type[nn.Module], bool] = field(default_factory=dict)
     _reads_texts: bool = False
+    _positions_of: str | None = None
 
     @property
     def layers(self) -> range:
@@ -153,6 +154,30 @@ class Attentions:
                 f"{type(self.anatomy.stack).__name__} was left as it was."
             )
         return found
+
+    def claim_positions(self, owner: str) -> None:
+        """Say that a method changes positions, which only one may.
+
+        Raises:
+            PlanError: If another one does.
+        """
+        if self._positions_of is not None:
+            raise PlanError(
+                f"{self._positions_of} and {owner} both change positions, and a model has one set of them. Use one."
+            )
+        self._positions_of = owner
+
+    def heeds_positions(self, index: int) -> bool:
+        """Whether a layer turns its queries and keys by the position embeddings that it gets."""
+        core = self.core(index)
+        if self.call is None or self.call[1].get("position_embeddings") is None:
+            return False
+        hidden, kwargs = self.call[0], for_attention(self.call[1])
+        given = kwargs["position_embeddings"]
+        still = (torch.ones_like(given[0]), torch.zeros_like(given[1]))
+        with torch.no_grad(), in_eval_mode(core):
+            outputs = [core(hidden, **{**kwargs, "position_embeddings": p})[0] for p in (given, still)]
+        return not torch.equal(*outputs)
 
     def read_texts(self) -> None:
         """Let changes know, in every forward pass, where the texts lie."""

@@ -74,13 +74,13 @@ class Texts:
         """Where each token of this call stands in its text, int64 `[batch, tokens]`; negative in front of it."""
         return torch.arange(self.past, self.longest, device=self.device) - self.starts[:, None]
 
-    def check_longer_than(self, trained: int, capacity: float, remedy: str) -> bool:
+    def check_longer_than(self, trained: int, capacity: float, remedy: Callable[[int], str]) -> bool:
         """Whether some text may be longer than the model was trained for; all that is checked waits for the device.
 
         Args:
             trained: The trained length.
             capacity: The length that the method reaches.
-            remedy: What to do about longer ones, the end of the error message; `{}` stands for the length needed.
+            remedy: Says what to do about a text of so many tokens, the end of the error message.
 
         Raises:
             DataError: If a text is longer than `capacity`, padding lies inside a text, or a row holds several texts.
@@ -90,7 +90,7 @@ class Texts:
         if self._checked_longest > capacity:
             raise DataError(
                 f"A text has {self._checked_longest} tokens, and the limit is {int(capacity)}. "
-                + remedy.format(self._checked_longest)
+                + remedy(self._checked_longest)
             )
         return True
 
