@@ -29,6 +29,7 @@ from slimformer.attention_transforms import Attentions, transformed_by
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.executor import SublayerPlan, TokenPolicy
 from slimformer.methods.layer_drop import LayerDrop
+from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.self_extend import SelfExtend
 from slimformer.methods.temperature import LogNScale, TempScale
 from slimformer.methods.token_elimination import TokenElimination
@@ -56,6 +57,7 @@ METHODS: dict[str, type[Any]] = {
     "TempScale": TempScale,
     "LogNScale": LogNScale,
     "SelfExtend": SelfExtend,
+    "RopeScaling": RopeScaling,
 }
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 

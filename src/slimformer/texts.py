@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from slimformer.cache import layer_cache
 from slimformer.errors import DataError
@@ -29,6 +30,7 @@ class Texts:
         device: Where the model computes.
         mask: Which of past and present are text, bool `[batch, past + tokens]`; None for all.
         positions: Position ids that the caller gave, `[1 or batch, tokens]`.
+        cache: What holds the past.
 
     Example:
         >>> import torch
@@ -43,7 +45,8 @@ class Texts:
     past: int
     device: torch.device
     mask: Tensor | None = None
-    positions: Tensor | None = field(default=None, repr=False)
+    positions: Tensor | None = None
+    cache: Cache | None = None
 
     @property
     def longest(self) -> int:
@@ -164,6 +167,7 @@ def _texts_of(given: dict[str, Any]) -> Texts | None:
         source.device,
         _text_mask(given.get("attention_mask"), batch, past + tokens),
         given.get("position_ids"),
+        cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache,
     )
 
 
