@@ -28,6 +28,7 @@ from slimformer.anatomy import Anatomy, Kind, find_anatomy
 from slimformer.attention_transforms import Attentions, transformed_by
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.executor import SublayerPlan, TokenPolicy
+from slimformer.methods.absolute_positions import GroupedPositions, PositionInterpolation, RecurrentPositions
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.self_extend import SelfExtend
@@ -58,6 +59,9 @@ METHODS: dict[str, type[Any]] = {
     "LogNScale": LogNScale,
     "SelfExtend": SelfExtend,
     "RopeScaling": RopeScaling,
+    "PositionInterpolation": PositionInterpolation,
+    "GroupedPositions": GroupedPositions,
+    "RecurrentPositions": RecurrentPositions,
 }
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
