@@ -280,7 +280,7 @@ def attention_rows_op(
 ) -> Tensor:
     """Launch the kernel; the arguments have been checked."""
     heads, width, kv_heads = int(query.shape[1]), int(query.shape[2]), int(key.shape[2])
-    blocks = _blocks(query, longest)
+    blocks = blocks_for(query, longest)
     # One program to spare: an empty launch needs no branch on the number of queries.
     grid = (longest // blocks.queries + 1, heads, key_ranges.shape[0])
     out = query.new_empty(query.shape)
@@ -319,21 +319,22 @@ def attention_rows_op(
             GROUP=heads // kv_heads,
             BLOCK_QUERIES=blocks.queries,
             BLOCK_KEYS=blocks.keys,
-            BLOCK_WIDTH=_block_width(width),
-            EVEN_WIDTH=_block_width(width) == width,
+            BLOCK_WIDTH=block_width(width),
+            EVEN_WIDTH=block_width(width) == width,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
     return out
 
 
-def _block_width(width: int) -> int:
+def block_width(width: int) -> int:
+    """The columns of a tile that holds heads of a width."""
     return max(16, 1 << (width - 1).bit_length())
 
 
-def _blocks(query: Tensor, longest: int) -> _Blocks:
+def blocks_for(query: Tensor, longest: int) -> _Blocks:
     """The blocks for a dtype and head width; fewer queries for decoding, fewer stages for a smaller GPU."""
-    width, size = _block_width(int(query.shape[2])), query.element_size()
+    width, size = block_width(int(query.shape[2])), query.element_size()
     blocks = _BLOCKS[size, max(width, 64)]
     if longest <= 16:
         blocks = blocks._replace(queries=16, warps=4)

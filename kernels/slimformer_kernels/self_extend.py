@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from .arguments import check_device, check_floating, check_positive
-from .attention_rows import check_rows
+from .attention_rows import WIDEST_HEAD, block_width, blocks_for, check_rows
+from .dispatch import jit, kernel_op, runs_kernel, tl, wrap_triton
 from .errors import KernelArgumentError
 from .rotary import rotary_reference
 
-# The reference holds at most this many scores at a time: 64 MiB in float32.
-_REFERENCE_SCORES = 2**24
+# The reference holds at most this many scores at a time: 16 MiB in float32, which a CPU keeps near.
+_REFERENCE_SCORES = 2**22
+# And so many queries, since later ones see more keys, and the more there are the more tiles hold near and far keys.
+_REFERENCE_QUERIES = 128
 
 
 def self_extend(
@@ -89,6 +92,8 @@ def self_extend(
         query, key, inv_freq, positions, query_offsets, key_ranges, group, window, causal, interleaved
     )
     rules = (positions, query_offsets, key_ranges, longest, causal, scale, window, trained, softcap)
+    if runs_kernel(query, key, value) and query.shape[2] <= WIDEST_HEAD:
+        return self_extend_op(query, key, value, behind, ahead, key_far, *rules)
     return self_extend_reference(query, key, value, behind, ahead, key_far, *rules)
 
 
@@ -160,7 +165,8 @@ def self_extend_reference(
         (first, end), home = ranges[b], 0 if key.shape[0] == 1 else b
         keys, far, values = (t[home, first:end].permute(1, 2, 0) for t in (key, key_far, value))
         extends = not causal and end - first > trained
-        step = max(1, _REFERENCE_SCORES // (query.shape[1] * max(end - first, 1)))
+        step = _REFERENCE_SCORES // (query.shape[1] * max(end - first, 1))
+        step = min(max(step, 1), _REFERENCE_QUERIES)
         for begin in range(start, start + count, step):
             own = slice(begin, min(begin + step, start + count))
             place = positions[own].long() - first
@@ -242,6 +248,256 @@ def _attend(
         weights = weights.nan_to_num(0.0)
     out = weights.to(values.dtype) @ values[..., :last].mT
     return out.view(kv_heads, group, count, width).permute(2, 0, 1, 3).reshape(count, heads, width)
+
+
+@kernel_op("self_extend")
+def self_extend_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_behind: Tensor,
+    query_ahead: Tensor,
+    key_far: Tensor,
+    positions: Tensor,
+    query_offsets: Tensor,
+    key_ranges: Tensor,
+    longest: int,
+    causal: bool,
+    scale: float,
+    window: int,
+    trained: int,
+    softcap: float | None,
+) -> Tensor:
+    """Launch the kernel; the arguments have been checked, and what was turned further is contiguous."""
+    heads, width, kv_heads = int(query.shape[1]), int(query.shape[2]), int(key.shape[2])
+    blocks = blocks_for(query, longest)
+    # One program to spare: an empty launch needs no branch on the number of queries.
+    grid = (longest // blocks.queries + 1, heads, key_ranges.shape[0])
+    out = query.new_empty(query.shape)
+    # All sequences behind each other: none of them lies a batch stride away.
+    packed = key.shape[0] == 1
+    with torch.cuda.device_of(query):
+        # fmt: off
+        wrap_triton(_self_extend_kernel)[grid](
+            query, query_behind, query_ahead, key, key_far, value, positions, query_offsets, key_ranges, out,
+            width,
+            query.stride(0), query.stride(1), query_behind.stride(0), query_behind.stride(1),
+            0 if packed else key.stride(0), key.stride(1), key.stride(2),
+            0 if packed else key_far.stride(0), key_far.stride(1), key_far.stride(2),
+            0 if packed else value.stride(0), value.stride(1), value.stride(2),
+            positions.stride(0), query_offsets.stride(0), key_ranges.stride(0), key_ranges.stride(1),
+            window, trained,
+            0.0 if softcap is None else scale / softcap,
+            # exp2 in the kernel: log2(e) goes into the factor.
+            (scale if softcap is None else softcap) * math.log2(math.e),
+            CAUSAL=causal,
+            HAS_AHEAD=not causal,
+            HAS_SOFTCAP=softcap is not None,
+            HEADS=heads,
+            GROUP=heads // kv_heads,
+            BLOCK_QUERIES=blocks.queries,
+            BLOCK_KEYS=blocks.keys,
+            BLOCK_WIDTH=block_width(width),
+            num_warps=blocks.warps,
+            # Two kinds of queries lie in shared memory beside the tiles of keys.
+            num_stages=min(blocks.stages, 2),
+        )
+        # fmt: on
+    return out
+
+
+# fmt: off
+@jit
+def _self_extend_kernel(
+    query_ptr, behind_ptr, ahead_ptr, key_ptr, far_ptr, value_ptr, positions_ptr, offsets_ptr, ranges_ptr, out_ptr,
+    width,
+    query_stride_token, query_stride_head, turned_stride_token, turned_stride_head,
+    key_stride_batch, key_stride_token, key_stride_head,
+    far_stride_batch, far_stride_token, far_stride_head,
+    value_stride_batch, value_stride_token, value_stride_head,
+    positions_stride, offsets_stride, ranges_stride_batch, ranges_stride_side,
+    window, trained, tanh_scale, log2_scale,
+    CAUSAL: tl.constexpr,
+    HAS_AHEAD: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    # fmt: on
+    # torch.compile passes numbers as float64, which would spread to every product.
+    tanh_scale, log2_scale = tl.cast(tanh_scale, tl.float32), tl.cast(log2_scale, tl.float32)
+    # Neighbouring programs are blocks of one head, so that its keys are read from L2.
+    block = tl.program_id(0)
+    if CAUSAL:
+        # Late queries see the most keys: they start first.
+        block = tl.num_programs(0) - 1 - block
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    begin = tl.load(offsets_ptr + batch * offsets_stride).to(tl.int64)
+    count = tl.load(offsets_ptr + (batch + 1) * offsets_stride).to(tl.int64) - begin
+    if block.to(tl.int64) * BLOCK_QUERIES < count:
+        own = block.to(tl.int64) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+        # Beyond the sequence the last query is repeated, so that nothing below has to know.
+        row = begin + tl.minimum(own, count - 1)
+        columns = tl.arange(0, BLOCK_WIDTH)
+        channels = (columns < width)[None, :]
+        offsets = (row * query_stride_token + head * query_stride_head)[:, None] + columns[None, :]
+        turned = (row * turned_stride_token + head * turned_stride_head)[:, None] + columns[None, :]
+        query = tl.load(query_ptr + offsets, mask=channels, other=0.0)
+        behind = tl.load(behind_ptr + turned, mask=channels, other=0.0)
+
+        # All indices below are places in the text.
+        start = tl.load(ranges_ptr + batch * ranges_stride_batch).to(tl.int64)
+        end = tl.load(ranges_ptr + batch * ranges_stride_batch + ranges_stride_side).to(tl.int64)
+        length = tl.maximum(end - start, 0).to(tl.int32)
+        place = (tl.load(positions_ptr + row * positions_stride).to(tl.int64) - start).to(tl.int32)
+        # Where the model is left alone, every key is near.
+        if CAUSAL:
+            reach = tl.where(place >= trained, window, 1 << 29)
+            high = tl.minimum(place + 1, length)
+        else:
+            reach = tl.zeros((BLOCK_QUERIES,), dtype=tl.int32) + tl.where(length > trained, window, 1 << 29)
+            high = tl.zeros((BLOCK_QUERIES,), dtype=tl.int32) + length
+        near_from = place - reach + 1
+        near_to = place + reach
+        last = tl.maximum(tl.max(high, axis=0), 0)
+        # Whole tiles: [0, far) behind all, [far, near) near for some, [near, seen) near for all and seen by all.
+        far = _clipped(tl.min(near_from, axis=0), last) // BLOCK_KEYS * BLOCK_KEYS
+        near = (_clipped(tl.max(near_from, axis=0), last) + BLOCK_KEYS - 1) // BLOCK_KEYS * BLOCK_KEYS
+        seen = _clipped(tl.min(high, axis=0), last) // BLOCK_KEYS * BLOCK_KEYS
+        if HAS_AHEAD:
+            seen = tl.minimum(seen, _clipped(tl.min(near_to, axis=0), last) // BLOCK_KEYS * BLOCK_KEYS)
+        seen = tl.maximum(seen, near)
+
+        key_head = (
+            key_ptr + batch * key_stride_batch + head // GROUP * key_stride_head + start * key_stride_token
+        )
+        far_head = (
+            far_ptr + batch * far_stride_batch + head // GROUP * far_stride_head + start * far_stride_token
+        )
+        value_head = (
+            value_ptr
+            + batch * value_stride_batch
+            + head // GROUP * value_stride_head
+            + start * value_stride_token
+        )
+        ahead, beyond = behind, last
+        if HAS_AHEAD:
+            # [seen, beyond) ahead of some, [beyond, whole) ahead of all.
+            ahead = tl.load(ahead_ptr + turned, mask=channels, other=0.0)
+            beyond = (_clipped(tl.max(near_to, axis=0), last) + BLOCK_KEYS - 1) // BLOCK_KEYS * BLOCK_KEYS
+            beyond = tl.maximum(beyond, seen)
+            whole = tl.maximum(last // BLOCK_KEYS * BLOCK_KEYS, beyond)
+        total = tl.zeros((BLOCK_QUERIES, BLOCK_WIDTH), dtype=tl.float32)
+        weight = tl.zeros((BLOCK_QUERIES,), dtype=tl.float32)
+        peak = tl.full((BLOCK_QUERIES,), float("-inf"), dtype=tl.float32)
+        # fmt: off
+        total, weight, peak = _attend_tiles(
+            total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
+            far_stride_token, value_stride_token, 0, far, near_from, near_to, high, last, width, tanh_scale,
+            log2_scale, False, True, False, False, HAS_SOFTCAP, BLOCK_KEYS, BLOCK_WIDTH,
+        )
+        total, weight, peak = _attend_tiles(
+            total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
+            far_stride_token, value_stride_token, far, tl.minimum(near, last), near_from, near_to, high, last, width,
+            tanh_scale, log2_scale, True, True, HAS_AHEAD, True, HAS_SOFTCAP, BLOCK_KEYS, BLOCK_WIDTH,
+        )
+        total, weight, peak = _attend_tiles(
+            total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
+            far_stride_token, value_stride_token, near, seen, near_from, near_to, high, last, width, tanh_scale,
+            log2_scale, True, False, False, False, HAS_SOFTCAP, BLOCK_KEYS, BLOCK_WIDTH,
+        )
+        total, weight, peak = _attend_tiles(
+            total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
+            far_stride_token, value_stride_token, seen, tl.minimum(beyond, last), near_from, near_to, high, last, width,
+            tanh_scale, log2_scale, True, False, HAS_AHEAD, True, HAS_SOFTCAP, BLOCK_KEYS, BLOCK_WIDTH,
+        )
+        if HAS_AHEAD:
+            total, weight, peak = _attend_tiles(
+                total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
+                far_stride_token, value_stride_token, beyond, whole, near_from, near_to, high, last, width, tanh_scale,
+                log2_scale, False, False, True, False, HAS_SOFTCAP, BLOCK_KEYS, BLOCK_WIDTH,
+            )
+            total, weight, peak = _attend_tiles(
+                total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
+                far_stride_token, value_stride_token, whole, last, near_from, near_to, high, last, width, tanh_scale,
+                log2_scale, False, False, True, True, HAS_SOFTCAP, BLOCK_KEYS, BLOCK_WIDTH,
+            )
+        # fmt: on
+        # A query that saw no key has weight and total zero.
+        total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
+        target = out_ptr + (((begin + own) * HEADS + head) * width)[:, None] + columns[None, :]
+        tl.store(target, total.to(out_ptr.dtype.element_ty), mask=(own < count)[:, None] & channels)
+
+
+@jit
+def _clipped(index, last):
+    """``index`` between 0 and ``last``."""
+    return tl.minimum(tl.maximum(index, 0), last)
+
+
+# fmt: off
+@jit
+def _attend_tiles(
+    total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride, far_stride, value_stride,
+    first, last, near_from, near_to, high, end, width, tanh_scale, log2_scale,
+    NEAR: tl.constexpr,
+    BEHIND: tl.constexpr,
+    AHEAD: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    # fmt: on
+    """Online softmax over the keys from ``first`` to ``last``, which are near, behind or ahead for some query."""
+    columns = tl.arange(0, BLOCK_WIDTH)
+    channels = (columns < width)[None, :]
+    for tile in range(first, last, BLOCK_KEYS):
+        index = tile + tl.arange(0, BLOCK_KEYS)
+        inside = channels
+        if MASKED:
+            inside = (index < end)[:, None] & channels
+        # int64: keys x kv_heads x head_dim passes 2**31 at 512k tokens of 4096.
+        offsets = index.to(tl.int64)[:, None]
+        # "ieee": TF32 would cost float32 inputs half their digits; half precision ignores it.
+        if BEHIND or AHEAD:
+            far = tl.trans(
+                tl.load(far_head + offsets * far_stride + columns[None, :], mask=inside, other=0.0)
+            )
+        if NEAR:
+            key = tl.load(key_head + offsets * key_stride + columns[None, :], mask=inside, other=0.0)
+            scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+            if BEHIND:
+                other = tl.dot(behind, far, input_precision="ieee")
+                scores = tl.where(index[None, :] < near_from[:, None], other, scores)
+            if AHEAD:
+                other = tl.dot(ahead, far, input_precision="ieee")
+                scores = tl.where(index[None, :] >= near_to[:, None], other, scores)
+        elif BEHIND:
+            scores = tl.dot(behind, far, input_precision="ieee")
+        else:
+            scores = tl.dot(ahead, far, input_precision="ieee")
+        if HAS_SOFTCAP:
+            # tanh(u) = 1 - 2 / (1 + exp(2u)), with 2 * log2(e) = 2.8853900817779268.
+            scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (tanh_scale * 2.8853900817779268)))
+        if MASKED:
+            scores = tl.where(index[None, :] < high[:, None], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1) * log2_scale)
+        base = new_peak
+        if MASKED:
+            # Nothing seen yet: -inf minus -inf would be NaN.
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(scores * log2_scale - base[:, None])
+        fade = tl.exp2(peak - base)
+        weight = weight * fade + tl.sum(weights, axis=1)
+        value = tl.load(value_head + offsets * value_stride + columns[None, :], mask=inside, other=0.0)
+        total = tl.dot(weights.to(value.dtype), value, total * fade[:, None], input_precision="ieee")
+        peak = new_peak
+    return total, weight, peak
 
 
 def _check(query: Tensor, inv_freq: Tensor, group: int, window: int, trained: int) -> None:
