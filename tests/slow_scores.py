@@ -34,16 +34,17 @@ def slow_scores(model: PreTrainedModel, score: Score) -> Iterator[None]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         scores = score(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if softcap is not None:
+        # transformers 5.16 leaves the cap out of its SDPA function, and Gemma 2 runs with that.
+        if softcap is not None and had != "sdpa":
             scores = softcap * torch.tanh(scores / softcap)
         if attention_mask is not None:
             scores = scores + attention_mask[..., : key.shape[2]]
         weights = scores.softmax(-1)
         return (weights @ value).transpose(1, 2).contiguous(), weights
 
+    had = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, eager_mask)
-    had = model.config._attn_implementation
     model.config._attn_implementation = _NAME
     try:
         yield

@@ -220,5 +220,6 @@ def _extended(
         tokens,
         scores.causal,
         scale,
-        kwargs.get("softcap"),
+        # What the model itself does: its SDPA function has no cap (5.16 leaves it out, 5.23 refuses).
+        None if scores.implementation == "sdpa" else kwargs.get("softcap"),
     )

@@ -189,7 +189,7 @@ def test_reference_is_the_same_in_small_pieces(layout, causal, monkeypatch):
 
 
 def test_gradients_flow_through_the_reference():
-    given = arguments(setting("left", "some", 2, 1, 4, 19), "softcap", True)
+    given = arguments(setting("left", "some", 2, 1, 4, 7), "softcap", True) | {"window": 2, "trained": 4}
     given = {n: t.double() if torch.is_tensor(t) and t.is_floating_point() else t for n, t in given.items()}
     inputs = [given.pop(name).requires_grad_() for name in ("query", "key", "value")]
     assert torch.autograd.gradcheck(lambda q, k, v: self_extend(q, k, v, **given), inputs)
@@ -198,7 +198,7 @@ def test_gradients_flow_through_the_reference():
 @cases
 @directions
 def test_kernel_matches_the_reference(layout, kind, causal, rule, device, poisoned, check_close):
-    given = order(arguments(setting(layout, kind, 4, 2, 16, 150, device), rule, causal))
+    given = order(arguments(setting(layout, kind, 4, 2, 16, 100, device), rule, causal))
     with poisoned():
         got = self_extend_op(*given)
     check_close(got, self_extend_reference(*given))
