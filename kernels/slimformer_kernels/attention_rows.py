@@ -30,7 +30,7 @@ _REFERENCE_SCORES = 2**26
 _REFERENCE_QUERIES = 256
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """The piece of work of one program: ``queries`` against ``keys`` at a time, by ``warps`` warps."""
 
     queries: int
@@ -42,12 +42,12 @@ class _Blocks(NamedTuple):
 # By bytes of an element and padded head width. Two warp groups of Hopper share the queries at a width of 128;
 # float32 multiplies out of registers, and larger blocks would spill.
 _BLOCKS = {
-    (2, 64): _Blocks(128, 64, 8, 3),
-    (2, 128): _Blocks(128, 64, 8, 3),
-    (2, 256): _Blocks(64, 32, 4, 3),
-    (4, 64): _Blocks(32, 32, 4, 2),
-    (4, 128): _Blocks(32, 16, 4, 2),
-    (4, 256): _Blocks(32, 16, 8, 2),
+    (2, 64): Blocks(128, 64, 8, 3),
+    (2, 128): Blocks(128, 64, 8, 3),
+    (2, 256): Blocks(64, 32, 4, 3),
+    (4, 64): Blocks(32, 32, 4, 2),
+    (4, 128): Blocks(32, 16, 4, 2),
+    (4, 256): Blocks(32, 16, 8, 2),
 }
 
 
@@ -332,7 +332,7 @@ def block_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def blocks_for(query: Tensor, longest: int) -> _Blocks:
+def blocks_for(query: Tensor, longest: int) -> Blocks:
     """The blocks for a dtype and head width; fewer queries for decoding, fewer stages for a smaller GPU."""
     width, size = block_width(int(query.shape[2])), query.element_size()
     blocks = _BLOCKS[size, max(width, 64)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_device, check_floating, check_positive
-from .attention_rows import WIDEST_HEAD, block_width, blocks_for, check_rows
+from .attention_rows import WIDEST_HEAD, Blocks, block_width, blocks_for, check_rows
 from .dispatch import jit, kernel_op, runs_kernel, tl, wrap_triton
 from .errors import KernelArgumentError
 from .rotary import rotary_reference
@@ -270,7 +270,7 @@ def self_extend_op(
 ) -> Tensor:
     """Launch the kernel; the arguments have been checked, and what was turned further is contiguous."""
     heads, width, kv_heads = int(query.shape[1]), int(query.shape[2]), int(key.shape[2])
-    blocks = blocks_for(query, longest)
+    blocks = _fitting(blocks_for(query, longest), query, 2 if causal else 3)
     # One program to spare: an empty launch needs no branch on the number of queries.
     grid = (longest // blocks.queries + 1, heads, key_ranges.shape[0])
     out = query.new_empty(query.shape)
@@ -293,17 +293,33 @@ def self_extend_op(
             CAUSAL=causal,
             HAS_AHEAD=not causal,
             HAS_SOFTCAP=softcap is not None,
+            EVEN_WIDTH=block_width(width) == width,
+            STAGES=blocks.stages,
             HEADS=heads,
             GROUP=heads // kv_heads,
             BLOCK_QUERIES=blocks.queries,
             BLOCK_KEYS=blocks.keys,
             BLOCK_WIDTH=block_width(width),
             num_warps=blocks.warps,
-            # Two kinds of queries lie in shared memory beside the tiles of keys.
-            num_stages=min(blocks.stages, 2),
+            num_stages=blocks.stages,
         )
         # fmt: on
     return out
+
+
+def _fitting(blocks: Blocks, query: Tensor, kinds: int) -> Blocks:
+    """Fewer stages, then fewer queries, until all kinds of queries and the stages of keys and values fit."""
+    if query.is_cuda:
+        bytes_each = block_width(int(query.shape[2])) * query.element_size()
+        room = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        while bytes_each * (kinds * blocks.queries + 2 * blocks.keys * blocks.stages) > room:
+            if blocks.stages == 1 and blocks.queries == 16:
+                break
+            if blocks.stages > 1:
+                blocks = blocks._replace(stages=blocks.stages - 1)
+            else:
+                blocks = blocks._replace(queries=blocks.queries // 2)
+    return blocks
 
 
 # fmt: off
@@ -320,6 +336,8 @@ def _self_extend_kernel(
     CAUSAL: tl.constexpr,
     HAS_AHEAD: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    EVEN_WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -398,33 +416,39 @@ def _self_extend_kernel(
         total, weight, peak = _attend_tiles(
             total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
             far_stride_token, value_stride_token, 0, far, near_from, near_to, high, last, width, tanh_scale,
-            log2_scale, False, True, False, False, HAS_SOFTCAP, BLOCK_KEYS, BLOCK_WIDTH,
+            log2_scale, False, True, False, False, HAS_SOFTCAP, EVEN_WIDTH, STAGES, BLOCK_KEYS,
+            BLOCK_WIDTH,
         )
         total, weight, peak = _attend_tiles(
             total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
             far_stride_token, value_stride_token, far, tl.minimum(near, last), near_from, near_to, high, last, width,
-            tanh_scale, log2_scale, True, True, HAS_AHEAD, True, HAS_SOFTCAP, BLOCK_KEYS, BLOCK_WIDTH,
+            tanh_scale, log2_scale, True, True, HAS_AHEAD, True, HAS_SOFTCAP, EVEN_WIDTH, STAGES, BLOCK_KEYS,
+            BLOCK_WIDTH,
         )
         total, weight, peak = _attend_tiles(
             total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
             far_stride_token, value_stride_token, near, seen, near_from, near_to, high, last, width, tanh_scale,
-            log2_scale, True, False, False, False, HAS_SOFTCAP, BLOCK_KEYS, BLOCK_WIDTH,
+            log2_scale, True, False, False, False, HAS_SOFTCAP, EVEN_WIDTH, STAGES, BLOCK_KEYS,
+            BLOCK_WIDTH,
         )
         total, weight, peak = _attend_tiles(
             total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
             far_stride_token, value_stride_token, seen, tl.minimum(beyond, last), near_from, near_to, high, last, width,
-            tanh_scale, log2_scale, True, False, HAS_AHEAD, True, HAS_SOFTCAP, BLOCK_KEYS, BLOCK_WIDTH,
+            tanh_scale, log2_scale, True, False, HAS_AHEAD, True, HAS_SOFTCAP, EVEN_WIDTH, STAGES, BLOCK_KEYS,
+            BLOCK_WIDTH,
         )
         if HAS_AHEAD:
             total, weight, peak = _attend_tiles(
                 total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
                 far_stride_token, value_stride_token, beyond, whole, near_from, near_to, high, last, width, tanh_scale,
-                log2_scale, False, False, True, False, HAS_SOFTCAP, BLOCK_KEYS, BLOCK_WIDTH,
+                log2_scale, False, False, True, False, HAS_SOFTCAP, EVEN_WIDTH, STAGES, BLOCK_KEYS,
+                BLOCK_WIDTH,
             )
             total, weight, peak = _attend_tiles(
                 total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
                 far_stride_token, value_stride_token, whole, last, near_from, near_to, high, last, width, tanh_scale,
-                log2_scale, False, False, True, True, HAS_SOFTCAP, BLOCK_KEYS, BLOCK_WIDTH,
+                log2_scale, False, False, True, True, HAS_SOFTCAP, EVEN_WIDTH, STAGES, BLOCK_KEYS,
+                BLOCK_WIDTH,
             )
         # fmt: on
         # A query that saw no key has weight and total zero.
@@ -449,27 +473,21 @@ def _attend_tiles(
     AHEAD: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    EVEN_WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
     # fmt: on
     """Online softmax over the keys from ``first`` to ``last``, which are near, behind or ahead for some query."""
-    columns = tl.arange(0, BLOCK_WIDTH)
-    channels = (columns < width)[None, :]
-    for tile in range(first, last, BLOCK_KEYS):
+    # Tiles of two kinds of keys would not fit into shared memory several times.
+    for tile in tl.range(first, last, BLOCK_KEYS, num_stages=1 if NEAR and (BEHIND or AHEAD) else STAGES):
         index = tile + tl.arange(0, BLOCK_KEYS)
-        inside = channels
-        if MASKED:
-            inside = (index < end)[:, None] & channels
-        # int64: keys x kv_heads x head_dim passes 2**31 at 512k tokens of 4096.
-        offsets = index.to(tl.int64)[:, None]
         # "ieee": TF32 would cost float32 inputs half their digits; half precision ignores it.
         if BEHIND or AHEAD:
-            far = tl.trans(
-                tl.load(far_head + offsets * far_stride + columns[None, :], mask=inside, other=0.0)
-            )
+            far = tl.trans(_tile(far_head, far_stride, index, end, width, MASKED, EVEN_WIDTH, BLOCK_WIDTH))
         if NEAR:
-            key = tl.load(key_head + offsets * key_stride + columns[None, :], mask=inside, other=0.0)
+            key = _tile(key_head, key_stride, index, end, width, MASKED, EVEN_WIDTH, BLOCK_WIDTH)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee")
             if BEHIND:
                 other = tl.dot(behind, far, input_precision="ieee")
@@ -494,10 +512,27 @@ def _attend_tiles(
         weights = tl.exp2(scores * log2_scale - base[:, None])
         fade = tl.exp2(peak - base)
         weight = weight * fade + tl.sum(weights, axis=1)
-        value = tl.load(value_head + offsets * value_stride + columns[None, :], mask=inside, other=0.0)
+        value = _tile(value_head, value_stride, index, end, width, MASKED, EVEN_WIDTH, BLOCK_WIDTH)
         total = tl.dot(weights.to(value.dtype), value, total * fade[:, None], input_precision="ieee")
         peak = new_peak
     return total, weight, peak
+
+
+@jit
+def _tile(
+    head, stride, index, end, width, MASKED: tl.constexpr, EVEN_WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):
+    """Keys or values of one head at some places, zeros from ``end`` on."""
+    columns = tl.arange(0, BLOCK_WIDTH)
+    # int64: keys x kv_heads x head_dim passes 2**31 at 512k tokens of 4096.
+    pointers = head + (index.to(tl.int64) * stride)[:, None] + columns[None, :]
+    if MASKED:
+        found = tl.load(pointers, mask=(index < end)[:, None] & (columns < width)[None, :], other=0.0)
+    elif EVEN_WIDTH:
+        found = tl.load(pointers)
+    else:
+        found = tl.load(pointers, mask=(columns < width)[None, :], other=0.0)
+    return found
 
 
 def _check(query: Tensor, inv_freq: Tensor, group: int, window: int, trained: int) -> None:
