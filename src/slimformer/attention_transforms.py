@@ -183,7 +183,7 @@ class Attentions:
         """Let changes know, in every forward pass, where the texts lie."""
         if not self._reads_texts:
             reader = TextReader(positional_names(self.anatomy.stack))
-            reader.had = self.ledger.set_forward(self.anatomy.stack, reader.forward)
+            reader.had = self.ledger.set_forward(self.anatomy.stack, reader)
             self._reads_texts = True
 
     def _differs(self, core: nn.Module, change: Callable[[float, Ledger], None]) -> bool:

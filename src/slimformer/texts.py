@@ -137,7 +137,12 @@ class TextReader:
     names: tuple[str, ...]
     had: Callable[..., Any] = field(init=False)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The stack's own `forward`, whose signature tells others what they may pass."""
+        return self.had
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stack's own `forward`, with the same arguments."""
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         token = _current.set(_texts_of(given))
