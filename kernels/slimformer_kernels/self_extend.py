@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .arguments import check_device, check_floating, check_positive
 from .attention_rows import WIDEST_HEAD, Blocks, block_width, blocks_for, check_rows
-from .dispatch import jit, kernel_op, runs_kernel, tl, wrap_triton
+from .dispatch import KERNEL_DTYPES, jit, kernel_op, runs_kernel, tl, wrap_triton
 from .errors import KernelArgumentError
-from .rotary import rotary_reference
+from .rotary import rotary_op, rotary_reference
 
 # The reference holds at most this many scores at a time: 16 MiB in float32, which a CPU keeps near.
 _REFERENCE_SCORES = 2**22
@@ -134,7 +134,12 @@ def _turned(x: Tensor, by: Tensor, inv_freq: Tensor, interleaved: bool) -> Tenso
     """``x [tokens, heads, head_dim]`` turned by a number of positions ``[tokens]``."""
     angle = by[:, None].to(inv_freq.dtype) * inv_freq
     angle = angle.repeat_interleave(2, 1) if interleaved else torch.cat((angle, angle), 1)
-    return rotary_reference(x, angle.cos(), angle.sin(), None, interleaved)
+    cos, sin = angle.cos(), angle.sin()
+    if runs_kernel(x) and cos.dtype in KERNEL_DTYPES:
+        turned = x.clone(memory_format=torch.contiguous_format)
+        rotary_op(turned, None, cos, sin, None, interleaved)
+        return turned
+    return rotary_reference(x, cos, sin, None, interleaved)
 
 
 def self_extend_reference(
@@ -268,7 +273,7 @@ def self_extend_op(
     trained: int,
     softcap: float | None,
 ) -> Tensor:
-    """Launch the kernel; the arguments have been checked, and what was turned further is contiguous."""
+    """Launch the kernel; the arguments have been checked. Both kinds of turned queries have the same strides."""
     heads, width, kv_heads = int(query.shape[1]), int(query.shape[2]), int(key.shape[2])
     blocks = _fitting(blocks_for(query, longest), query, 2 if causal else 3)
     # One program to spare: an empty launch needs no branch on the number of queries.

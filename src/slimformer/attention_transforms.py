@@ -170,9 +170,10 @@ class Attentions:
     def heeds_positions(self, index: int) -> bool:
         """Whether a layer turns its queries and keys by the position embeddings that it gets."""
         core = self.core(index)
-        if self.call is None or self.call[1].get("position_embeddings") is None:
+        found = self._call_of(core)
+        if found is None or found[1].get("position_embeddings") is None:
             return False
-        hidden, kwargs = self.call[0], for_attention(self.call[1])
+        hidden, kwargs = found
         given = kwargs["position_embeddings"]
         still = (torch.ones_like(given[0]), torch.zeros_like(given[1]))
         with torch.no_grad(), in_eval_mode(core):
@@ -186,14 +187,23 @@ class Attentions:
             reader.had = self.ledger.set_forward(self.anatomy.stack, reader)
             self._reads_texts = True
 
+    def _call_of(self, core: nn.Module) -> tuple[Tensor, dict[str, Any]] | None:
+        """The short call for an attention module, where its weights are; None if they are not in memory."""
+        device = next((p.device for p in core.parameters()), None)
+        if self.call is None or device is None or device.type == "meta":
+            return None
+        hidden, kwargs = self.call[0].to(device), for_attention(self.call[1])
+        return hidden, {name: _on(value, device) for name, value in kwargs.items()}
+
     def _differs(self, core: nn.Module, change: Callable[[float, Ledger], None]) -> bool:
         """Whether a change with one probe gives another result than with the other."""
-        if self.call is None:
+        found = self._call_of(core)
+        if found is None:
             raise UnsupportedModelError(
                 f"Whether {type(core).__name__} heeds a change of its attention scores is checked on eight tokens, "
                 "and its weights are not in memory. Load the model without offloading to use attention transforms."
             )
-        hidden, kwargs = self.call[0], for_attention(self.call[1])
+        hidden, kwargs = found
         outputs = []
         for probe in _PROBES:
             trial = type(self.ledger)()
@@ -205,6 +215,13 @@ class Attentions:
                 trial.undo()
             outputs.append(output[0] if isinstance(output, tuple) else output)
         return not torch.equal(*outputs)
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """Tensors, and those in a tuple, on a device."""
+    if isinstance(value, tuple):
+        return tuple(_on(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _redirect(core: nn.Module, scores: Scores, ledger: Ledger) -> None:
