@@ -15,6 +15,7 @@ from .layer_norm_rows import layer_norm_rows
 from .pooled_scores import PooledScores, pooled_scores
 from .rms_norm_rows import rms_norm_rows
 from .rotary import rotary_
+from .self_extend import self_extend
 
 __all__ = [
     "KernelArgumentError",
@@ -33,6 +34,7 @@ __all__ = [
     "pooled_scores",
     "rms_norm_rows",
     "rotary_",
+    "self_extend",
     "set_debug",
     "swiglu",
     "swiglu_packed",

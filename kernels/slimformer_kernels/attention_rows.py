@@ -18,7 +18,7 @@ from .dispatch import jit, kernel_op, runs_kernel, tl, wrap_triton
 WIDEST_HEAD = 256
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """The piece of work of one program: ``queries`` against ``keys`` at a time, by ``warps`` warps."""
 
     queries: int
@@ -30,12 +30,12 @@ class _Blocks(NamedTuple):
 # By bytes of an element and padded head width. Two warp groups of Hopper share the queries at a width of 128;
 # float32 multiplies out of registers, and larger blocks would spill.
 _BLOCKS = {
-    (2, 64): _Blocks(128, 64, 8, 3),
-    (2, 128): _Blocks(128, 64, 8, 3),
-    (2, 256): _Blocks(64, 32, 4, 3),
-    (4, 64): _Blocks(32, 32, 4, 2),
-    (4, 128): _Blocks(32, 16, 4, 2),
-    (4, 256): _Blocks(32, 16, 8, 2),
+    (2, 64): Blocks(128, 64, 8, 3),
+    (2, 128): Blocks(128, 64, 8, 3),
+    (2, 256): Blocks(64, 32, 4, 3),
+    (4, 64): Blocks(32, 32, 4, 2),
+    (4, 128): Blocks(32, 16, 4, 2),
+    (4, 256): Blocks(32, 16, 8, 2),
 }
 
 
@@ -128,7 +128,7 @@ def attention_rows_op(
 ) -> Tensor:
     """Launch the kernel; the arguments have been checked."""
     heads, width, kv_heads = int(query.shape[1]), int(query.shape[2]), int(key.shape[2])
-    blocks = _blocks(query, longest)
+    blocks = blocks_for(query, longest)
     # One program to spare: an empty launch needs no branch on the number of queries.
     grid = (longest // blocks.queries + 1, heads, key_ranges.shape[0])
     out = query.new_empty(query.shape)
@@ -167,21 +167,22 @@ def attention_rows_op(
             GROUP=heads // kv_heads,
             BLOCK_QUERIES=blocks.queries,
             BLOCK_KEYS=blocks.keys,
-            BLOCK_WIDTH=_block_width(width),
-            EVEN_WIDTH=_block_width(width) == width,
+            BLOCK_WIDTH=block_width(width),
+            EVEN_WIDTH=block_width(width) == width,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
     return out
 
 
-def _block_width(width: int) -> int:
+def block_width(width: int) -> int:
+    """The columns of a tile that holds heads of a width."""
     return max(16, 1 << (width - 1).bit_length())
 
 
-def _blocks(query: Tensor, longest: int) -> _Blocks:
+def blocks_for(query: Tensor, longest: int) -> Blocks:
     """The blocks for a dtype and head width; fewer queries for decoding, fewer stages for a smaller GPU."""
-    width, size = _block_width(int(query.shape[2])), query.element_size()
+    width, size = block_width(int(query.shape[2])), query.element_size()
     blocks = _BLOCKS[size, max(width, 64)]
     if longest <= 16:
         blocks = blocks._replace(queries=16, warps=4)

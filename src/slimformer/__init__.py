@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from slimformer.calibration.calibrate import calibrate
     from slimformer.methods.layer_drop import LayerDrop
     from slimformer.methods.mixture_of_depths import MixtureOfDepths
+    from slimformer.methods.self_extend import SelfExtend
+    from slimformer.methods.temperature import TempScale
     from slimformer.methods.token_elimination import TokenElimination
     from slimformer.patching import patch, patched, status, unpatch
     from slimformer.plan import Plan
@@ -18,6 +20,8 @@ __all__ = [
     "LayerDrop",
     "MixtureOfDepths",
     "Plan",
+    "SelfExtend",
+    "TempScale",
     "TokenElimination",
     "calibrate",
     "patch",
@@ -30,6 +34,8 @@ __all__ = [
 _HOMES = {
     "LayerDrop": "slimformer.methods.layer_drop",
     "MixtureOfDepths": "slimformer.methods.mixture_of_depths",
+    "SelfExtend": "slimformer.methods.self_extend",
+    "TempScale": "slimformer.methods.temperature",
     "TokenElimination": "slimformer.methods.token_elimination",
     "Plan": "slimformer.plan",
     "calibrate": "slimformer.calibration.calibrate",

@@ -276,7 +276,7 @@ def check_structure(anatomy: Anatomy, call: tuple[Tensor, dict[str, Any]] | None
         if type(layer) in checked or any(p.is_meta for p in layer.parameters()):
             continue
         checked.add(type(layer))
-        with torch.no_grad(), _in_eval_mode(layer):
+        with torch.no_grad(), in_eval_mode(layer):
             expected = layer(hidden, **kwargs)
             expected = expected[0] if isinstance(expected, tuple) else expected
             actual = run(layer, hidden, kwargs)
@@ -317,7 +317,7 @@ def first_layer_call(anatomy: Anatomy) -> tuple[Tensor, dict[str, Any]] | None:
     extra = {"use_cache": False} if anatomy.causal else {}
     handle = first.register_forward_pre_hook(capture, with_kwargs=True, prepend=True)
     try:
-        with torch.no_grad(), _in_eval_mode(anatomy.stack):
+        with torch.no_grad(), in_eval_mode(anatomy.stack):
             anatomy.stack(input_ids=ids, attention_mask=torch.ones_like(ids), **extra)
     except _Captured:
         pass
@@ -329,7 +329,8 @@ def first_layer_call(anatomy: Anatomy) -> tuple[Tensor, dict[str, Any]] | None:
 
 
 @contextlib.contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Every part of a module in evaluation mode, for the length of a `with` block."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False

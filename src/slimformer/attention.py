@@ -21,11 +21,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from slimformer.anatomy import positional_names
 from slimformer.attention_backend import fastest_backend
 from slimformer.attention_projections import Projections, match_projections
+from slimformer.attention_scores import Extension, own_eager_attention, own_implementation, scores_of
 from slimformer.cache import extended, layer_cache
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.shorter_cache import ShorterLayer, ShorterStaticLayer, shorter_layer
 from slimformer.stream import Stream
+from slimformer.texts import current_texts
 from slimformer_kernels.attention_rows import WIDEST_HEAD, attention_rows_op
 from slimformer_kernels.attention_rows_reference import attention_rows_reference
 from slimformer_kernels.dispatch import runs_kernel
@@ -60,10 +62,12 @@ class RowAttention:
         )
         self.softcap: float | None = getattr(self.core, "attn_logit_softcapping", None)
         self.names = set(positional_names(self.core)) | {"use_cache", "hidden_states"}
-        functions = type(self.core).forward
-        while hasattr(functions, "__wrapped__"):
-            functions = functions.__wrapped__
-        self.eager = functions.__globals__.get("eager_attention_forward")
+        self.eager = own_eager_attention(self.core)
+        self.transformed = changed = scores_of(self.core)
+        # The attention function multiplies by what transforms ask for itself.
+        self.row_scale = self.scale * (1.0 if changed is None else changed.scale)
+        # Relative positions are counted among all keys, so that none may be missing.
+        self.counts_keys = changed is not None and changed.extension is not None
 
     @property
     def slot(self) -> int:
@@ -81,7 +85,7 @@ class RowAttention:
             return False
         if mask is None:
             # Flash attention finds the texts of a packed row by itself.
-            return "flash" not in str(self._implementation()) or stream.tokens == 1
+            return "flash" not in str(own_implementation(self.core)) or stream.tokens == 1
         return stream.key_ranges(mask, self.window) is not None
 
     def whole(
@@ -107,11 +111,11 @@ class RowAttention:
             k, v = extended(cache, self.slot, k, v)
         mask = kwargs.get("attention_mask")
         rest = {name: value for name, value in kwargs.items() if name not in self.names}
-        implementation = self._implementation()
-        function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager)
-        fastest = (
-            fastest_backend(q, k, mask) if implementation == "sdpa" and kernels else contextlib.nullcontext()
+        function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            getattr(getattr(self.core, "config", None), "_attn_implementation", None), self.eager
         )
+        fast = kernels and own_implementation(self.core) == "sdpa"
+        fastest = fastest_backend(q, k, mask) if fast else contextlib.nullcontext()
         with fastest:
             output, weights = function(
                 self.core,
@@ -155,6 +159,7 @@ class RowAttention:
         key_rows = rows if compact_keys else None
         q, k, v = self._project(h_query, h_key, rows, key_rows, stream, kwargs, kernels)
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
+        q, extension = self._transformed(q, rows, stream)
         if cache is not None and stream.shorter:
             layer = shorter_layer(cache, self.slot, mask)
             if layer.store(k, v, stream):
@@ -179,21 +184,33 @@ class RowAttention:
             if token is None:
                 token = _count(q, stream)
             positions = token % stream.tokens + (total - stream.tokens)
-        rules = (
+        where = (
             positions,
             stream.offsets(rows),
             ranges,
             stream.tokens if rows is None or rows.each is None else rows.each,
             stream.causal,
-            self.scale,
-            # Encoders' kernels and masks count the distance that is still seen.
-            self.window if self.window is None or stream.causal else self.window - 1,
-            self._cap,
+            self.row_scale,
         )
+        if extension is not None:
+            return self._output(extension.attend(q, keys, values, *where, self._cap).flatten(1))
+        # Encoders' kernels and masks count the distance that is still seen.
+        window = self.window if self.window is None or stream.causal else self.window - 1
         # Without the checks of `attention_rows`, which take as long as the launch.
         fits = runs_kernel(q, keys, values) and self.head_dim <= WIDEST_HEAD
-        output = (attention_rows_op if fits else attention_rows_reference)(q, keys, values, *rules)
-        return self._output(output.flatten(1))
+        attend = attention_rows_op if fits else attention_rows_reference
+        return self._output(attend(q, keys, values, *where, window, self._cap).flatten(1))
+
+    def _transformed(self, q: Tensor, rows: Rows | None, stream: Stream) -> tuple[Tensor, Extension | None]:
+        """Queries `[rows, heads, head_dim]` as transforms want them, and what attends instead, if anything does."""
+        if self.transformed is None:
+            return q, None
+        texts = current_texts(stream.batch, stream.tokens, stream.device)
+        token = stream.token_of(None if rows is None else rows.index)
+        factors = self.transformed.factors(texts, token)
+        if factors is not None:
+            q = (q * factors[:, None, None]).to(q.dtype)
+        return q, self.transformed.extended(texts)
 
     def _behind_past(
         self, q: Tensor, rows: Rows | None, stream: Stream, layer: ShorterLayer | ShorterStaticLayer
@@ -208,9 +225,9 @@ class RowAttention:
         groups = queries.shape[1] // layer.keys.shape[1]
         keys, values = (t.repeat_interleave(groups, 1) for t in (layer.keys, layer.values))
         if self._cap is None:
-            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
+            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.row_scale)
         else:
-            logits = self._capped((queries @ keys.mT).float() * self.scale)
+            logits = self._capped((queries @ keys.mT).float() * self.row_scale)
             out = logits.masked_fill(~mask, float("-inf")).softmax(-1).to(values.dtype) @ values
         out = out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
         return out if rows is None else out.index_select(0, rows.index)
@@ -237,7 +254,7 @@ class RowAttention:
         asking = queries.clamp_min(0)[:, None, :, None].expand(-1, q.shape[1], -1, self.head_dim)
         q = q.gather(2, asking)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        logits = self._capped((q @ k.mT).float() * self.scale)
+        logits = self._capped((q @ k.mT).float() * self.row_scale)
         seen = real[:, None, None, :] & (queries >= 0)[:, None, :, None]
         token = torch.arange(stream.tokens, device=h.device)
         if stream.causal:
@@ -254,6 +271,7 @@ class RowAttention:
         """Rotated queries and keys of all tokens `[batch, heads, tokens, head_dim]`, from `h` as in `scores`."""
         whole = dataclasses.replace(stream, held=None, full=None)
         q, k, _ = self._project(h, h, None, None, whole, dict(stream.arguments), kernels=False)
+        q, _ = self._transformed(q, None, whole)
         shape = (stream.batch, stream.tokens, -1, self.head_dim)
         return q.view(shape).transpose(1, 2), k.view(shape).transpose(1, 2)
 
@@ -335,14 +353,11 @@ class RowAttention:
     @property
     def _cap(self) -> float | None:
         """The cap on logits. SDPA functions of models have none: 5.16 leaves it out, 5.23 refuses."""
-        return None if self._implementation() == "sdpa" else self.softcap
+        return None if own_implementation(self.core) == "sdpa" else self.softcap
 
     def _capped(self, logits: Tensor) -> Tensor:
         cap = self._cap
         return logits if cap is None else cap * (logits / cap).tanh()
-
-    def _implementation(self) -> Any:
-        return getattr(getattr(self.core, "config", None), "_attn_implementation", None)
 
     @staticmethod
     def cache_of(kwargs: dict[str, Any]) -> Cache | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, attention_core, positional_names
 from slimformer.attention import for_attention
+from slimformer.attention_scores import own_implementation
 from slimformer.cache import layer_cache, leave_slot_empty
 from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
 from slimformer.rows import Rows, RowSelector, intersection
@@ -242,7 +243,7 @@ class LayerExecutor:
     def _with_own_mask(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
         """The layer's arguments with a mask as long as its own cache."""
         core = attention_core(self.layer, self.structure)
-        implementation = getattr(getattr(core, "config", None), "_attn_implementation", None)
+        implementation = own_implementation(core)
         slot, mask = getattr(core, "layer_idx", None), kwargs.get("attention_mask")
         return {
             **kwargs,

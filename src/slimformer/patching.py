@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from slimformer.anatomy import (
     first_layer_call,
     transformer_of,
 )
+from slimformer.attention_transforms import Attentions, AttentionTransform, transformed_by
 from slimformer.cache import compact_slots
 from slimformer.errors import PlanError
 from slimformer.executor import LayerExecutor, TokenPolicy
@@ -32,6 +33,7 @@ from slimformer.row_sublayers import row_sublayers
 from slimformer.stream import is_observed
 
 Model = TypeVar("Model")
+Method: TypeAlias = TokenPolicy | AttentionTransform
 _ATTRIBUTE = "_slimformer"
 _logger = logging.getLogger("slimformer")
 
@@ -69,14 +71,15 @@ class Ledger:
 
 @dataclass
 class Patch:
-    """What `patch` leaves on the model: the methods, the executors in place, and the ledger."""
+    """What `patch` leaves on the model: the methods, the executors in place, the ledger, and notes for `status`."""
 
-    methods: tuple[TokenPolicy, ...]
+    methods: tuple[Method, ...]
     executors: dict[int, LayerExecutor]
     ledger: Ledger
+    notes: dict[int, str] = field(default_factory=dict)
 
 
-def patch(model: Model, *methods: TokenPolicy | str | os.PathLike[str]) -> Model:
+def patch(model: Model, *methods: Method | str | os.PathLike[str]) -> Model:
     """Apply methods to a model, in place. A model that is patched already is unpatched first.
 
     What loses nothing is always applied: no padding is computed, and on a GPU norms, rotations, activations and
@@ -84,8 +87,9 @@ def patch(model: Model, *methods: TokenPolicy | str | os.PathLike[str]) -> Model
 
     Args:
         model: A transformers model, or a SentenceTransformer or Pipeline that holds one.
-        methods: What to apply: methods, plans, or where a plan is (folder, file or Hub id). They compose by
-            intersection: a sublayer computes what all of them keep. With none, the plan that lies beside the
+        methods: What to apply: methods, plans, or where a plan is (folder, file or Hub id). Token policies compose by
+            intersection: a sublayer computes what all of them keep. Attention transforms follow each other in the
+            order given. With none, the plan that lies beside the
             checkpoint is applied, and without one only what loses nothing.
 
     Returns:
@@ -128,7 +132,7 @@ def unpatch(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def patched(model: Model, *methods: TokenPolicy | str | os.PathLike[str]) -> Iterator[Model]:
+def patched(model: Model, *methods: Method | str | os.PathLike[str]) -> Iterator[Model]:
     """Patch for the length of a `with` block; undone on exit, also on an exception."""
     patch(model, *methods)
     try:
@@ -142,27 +146,32 @@ def status(model: Any) -> dict[int, dict[Kind, str]]:
 
     `"dropped"`: nothing, or what a replacement leaves. `"chosen rows"`: those that policies name. `"text rows"`: all
     but padding. `"all rows"`: padding too, by the model's own code, where the sublayer is none that can do without.
+    Behind that stands how transforms change the scores of an attention, with the text length that it reaches then.
     """
     current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
     if current is None:
         return {}
-    return {
+    found = {
         index: {kind: executor.computes(kind) for kind in KINDS}
         for index, executor in sorted(current.executors.items())
     }
+    for index, note in current.notes.items():
+        if found[index]["attention"] != "dropped":
+            found[index]["attention"] += f", {note}"
+    return found
 
 
-def _method(given: TokenPolicy | str | os.PathLike[str]) -> TokenPolicy:
+def _method(given: Method | str | os.PathLike[str]) -> Method:
     if isinstance(given, (str, os.PathLike)):
         return Plan.from_pretrained(given)
-    if not isinstance(given, TokenPolicy):
+    if not isinstance(given, (TokenPolicy, AttentionTransform)):
         raise PlanError(
             f"Expected a method such as LayerDrop, a Plan, or where a plan is, got {type(given).__name__}."
         )
     return given
 
 
-def _plan_beside_checkpoint(model: nn.Module) -> tuple[TokenPolicy, ...]:
+def _plan_beside_checkpoint(model: nn.Module) -> tuple[Method, ...]:
     checkpoint = getattr(getattr(model, "config", None), "name_or_path", "")
     if checkpoint and os.path.isfile(os.path.join(checkpoint, FILE)):
         return (Plan.from_pretrained(checkpoint),)
@@ -173,7 +182,7 @@ def _plan_beside_checkpoint(model: nn.Module) -> tuple[TokenPolicy, ...]:
     return ()
 
 
-def _apply(model: nn.Module, methods: tuple[TokenPolicy, ...]) -> None:
+def _apply(model: nn.Module, methods: tuple[Method, ...]) -> None:
     anatomy = find_anatomy(model)
     executors = _executors(anatomy, (*methods, Unpadding()))
     dropped = [index for index, executor in executors.items() if not executor.sublayers["attention"].compute]
@@ -186,17 +195,17 @@ def _apply(model: nn.Module, methods: tuple[TokenPolicy, ...]) -> None:
     )
     ledger = Ledger()
     try:
-        ledger.set(model, _ATTRIBUTE, Patch(methods, executors, ledger))
+        patch = Patch(methods, executors, ledger)
+        ledger.set(model, _ATTRIBUTE, patch)
+        # Before anything is examined, so that rows are attended to as transforms say.
+        patch.notes = transformed_by(methods, Attentions(anatomy, ledger, call))
         for index, executor in executors.items():
             _replace(executor, anatomy.causal, slots[index], ledger)
             if anatomy.causal and not keeps_state(executor.replacements.get("attention")):
                 executor.slot = slots[index]
             executor.by_rows = row_sublayers(anatomy, anatomy.layers[index], call)
-            if executor.shortens and (executor.by_rows.attention is None or executor.returns_tuple):
-                raise PlanError(
-                    f"Tokens cannot leave {type(anatomy.stack).__name__}: the attention of "
-                    f"{type(anatomy.layers[index]).__name__} has projections that are not known."
-                )
+            if executor.shortens:
+                _check_shortens(executor)
             had = ledger.set_forward(anatomy.layers[index], executor.forward)
             if all(plan.compute for plan in executor.sublayers.values()):
                 executor.dense = had
@@ -209,7 +218,7 @@ def _apply(model: nn.Module, methods: tuple[TokenPolicy, ...]) -> None:
         raise
 
 
-def _executors(anatomy: Anatomy, methods: tuple[TokenPolicy, ...]) -> dict[int, LayerExecutor]:
+def _executors(anatomy: Anatomy, methods: tuple[Method, ...]) -> dict[int, LayerExecutor]:
     """One executor for every layer that some method touches, with the decisions of all methods."""
     executors: dict[int, LayerExecutor] = {}
 
@@ -217,6 +226,8 @@ def _executors(anatomy: Anatomy, methods: tuple[TokenPolicy, ...]) -> dict[int, 
         return executors.setdefault(index, LayerExecutor(anatomy.layers[index], anatomy.structure))
 
     for method in methods:
+        if not isinstance(method, TokenPolicy):
+            continue
         for (index, kind), plan in method.sublayer_plans(anatomy).items():
             executor = executor_of(index)
             executor.sublayers[kind] = executor.sublayers[kind] & plan
@@ -236,6 +247,21 @@ def _executors(anatomy: Anatomy, methods: tuple[TokenPolicy, ...]) -> dict[int, 
         # A stack whose layers return tuples collects hidden states in its own loop.
         executor.observed = partial(is_observed, anatomy.layers, executor.returns_tuple)
     return executors
+
+
+def _check_shortens(executor: LayerExecutor) -> None:
+    """Refuse a layer whose attention cannot do without the tokens that leave."""
+    attention = None if executor.by_rows is None else executor.by_rows.attention
+    if attention is None or executor.returns_tuple:
+        raise PlanError(
+            f"Tokens cannot leave the model: the attention of {type(executor.layer).__name__} has projections that "
+            "are not known."
+        )
+    if attention.counts_keys:
+        raise PlanError(
+            "Tokens cannot leave a model under SelfExtend, which counts positions among all keys of a text. Use "
+            "RopeScaling for long texts with TokenElimination."
+        )
 
 
 def _replace(executor: LayerExecutor, causal: bool, slot: int, ledger: Ledger) -> None:

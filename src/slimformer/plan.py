@@ -25,10 +25,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy, Kind, find_anatomy
+from slimformer.attention_transforms import Attentions, transformed_by
 from slimformer.errors import PlanError, SlimformerWarning
-from slimformer.executor import SublayerPlan
+from slimformer.executor import SublayerPlan, TokenPolicy
+from slimformer.methods.absolute_positions import GroupedPositions, PositionInterpolation, RecurrentPositions
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
+from slimformer.methods.rope_scaling import RopeScaling
+from slimformer.methods.self_extend import SelfExtend
+from slimformer.methods.temperature import LogNScale, TempScale
 from slimformer.methods.token_elimination import TokenElimination
 
 FORMAT = 1
@@ -37,11 +42,7 @@ WEIGHTS = "slimformer.safetensors"
 
 
 class PlannedMethod(Protocol):
-    """A method that a plan can save."""
-
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
-        """As every token policy's."""
-        ...
+    """A token policy or an attention transform that a plan can save."""
 
     def settings(self) -> dict[str, Any]:
         """What goes into the JSON."""
@@ -56,6 +57,13 @@ METHODS: dict[str, type[Any]] = {
     "LayerDrop": LayerDrop,
     "MixtureOfDepths": MixtureOfDepths,
     "TokenElimination": TokenElimination,
+    "TempScale": TempScale,
+    "LogNScale": LogNScale,
+    "SelfExtend": SelfExtend,
+    "RopeScaling": RopeScaling,
+    "PositionInterpolation": PositionInterpolation,
+    "GroupedPositions": GroupedPositions,
+    "RecurrentPositions": RecurrentPositions,
 }
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
@@ -124,9 +132,14 @@ class Plan:
                 )
         decisions: dict[tuple[int, Kind], SublayerPlan] = {}
         for method in self.methods:
-            for sublayer, decision in method.sublayer_plans(anatomy).items():
-                decisions[sublayer] = decisions.get(sublayer, SublayerPlan()) & decision
+            if isinstance(method, TokenPolicy):
+                for sublayer, decision in method.sublayer_plans(anatomy).items():
+                    decisions[sublayer] = decisions.get(sublayer, SublayerPlan()) & decision
         return decisions
+
+    def transform_attention(self, attentions: Attentions) -> dict[int, str]:
+        """What all its attention transforms change, in order."""
+        return transformed_by(self.methods, attentions)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the plan's JSON file."""

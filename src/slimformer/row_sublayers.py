@@ -329,11 +329,11 @@ class Run:
 
     def _check_compact_keys(self, by_rows: RowAttention | None) -> None:
         possible = by_rows is not None and by_rows.can_choose_rows(self.stream, self.kwargs)
-        if by_rows is None or not possible or by_rows.window is not None:
+        if by_rows is None or not possible or by_rows.window is not None or by_rows.counts_keys:
             raise PlanError(
                 f"{type(self.of.layer).__name__} cannot leave rows out of its keys in this call: its attention must "
-                "be one whose projections are known, without a sliding window, in evaluation mode, with padding at "
-                "the ends only and without output_attentions. Use dense keys."
+                "be one whose projections are known, without a sliding window or SelfExtend, in evaluation mode, "
+                "with padding at the ends only and without output_attentions. Use dense keys."
             )
         if by_rows.cache_of(self.kwargs) is not None:
             raise PlanError(
