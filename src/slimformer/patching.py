@@ -26,9 +26,10 @@ from slimformer.cache import compact_slots
 from slimformer.errors import PlanError
 from slimformer.executor import LayerExecutor, TokenPolicy
 from slimformer.methods.unpadding import Unpadding
-from slimformer.plan import FILE, Plan
+from slimformer.plan import Plan
 from slimformer.replacements import keeps_state
 from slimformer.row_sublayers import row_sublayers
+from slimformer.stored_plan import save_with_plan, stored_plan
 from slimformer.stream import is_observed
 
 Model = TypeVar("Model")
@@ -83,7 +84,8 @@ def patch(model: Model, *methods: TokenPolicy | str | os.PathLike[str]) -> Model
     residual additions run as fused kernels.
 
     Args:
-        model: A transformers model, or a SentenceTransformer or Pipeline that holds one.
+        model: A transformers model, or a SentenceTransformer, CrossEncoder or Pipeline that holds one. What saves it
+            writes the plan beside it.
         methods: What to apply: methods, plans, or where a plan is (folder, file or Hub id). They compose by
             intersection: a sublayer computes what all of them keep. With none, the plan that lies beside the
             checkpoint is applied, and without one only what loses nothing.
@@ -163,9 +165,9 @@ def _method(given: TokenPolicy | str | os.PathLike[str]) -> TokenPolicy:
 
 
 def _plan_beside_checkpoint(model: nn.Module) -> tuple[TokenPolicy, ...]:
-    checkpoint = getattr(getattr(model, "config", None), "name_or_path", "")
-    if checkpoint and os.path.isfile(os.path.join(checkpoint, FILE)):
-        return (Plan.from_pretrained(checkpoint),)
+    found = stored_plan(getattr(getattr(model, "config", None), "name_or_path", ""))
+    if found is not None:
+        return (found,)
     _logger.info(
         "No plan lies beside the checkpoint, so only what loses nothing is applied. "
         "slimformer.calibrate(model, tokenizer, drop=4) makes one that is faster still."
@@ -187,6 +189,8 @@ def _apply(model: nn.Module, methods: tuple[TokenPolicy, ...]) -> None:
     ledger = Ledger()
     try:
         ledger.set(model, _ATTRIBUTE, Patch(methods, executors, ledger))
+        if methods:
+            ledger.set(model, "save_pretrained", partial(save_with_plan, model, methods))
         for index, executor in executors.items():
             _replace(executor, anatomy.causal, slots[index], ledger)
             if anatomy.causal and not keeps_state(executor.replacements.get("attention")):
