@@ -25,9 +25,8 @@ from tiny_checkpoints import tiny_checkpoint, tiny_tokenizer
 from tiny_models import dropped, tiny_model
 
 DROP = LayerDrop(attention=[1], mlp=[2])
-WORDS = (
-    "a cat sat on the mat and saw no dog run over hills of glass while seven old kings were asleep".split()
-)
+SENTENCE = "a cat sat on the mat and saw no dog run over hills of glass while seven old kings were asleep"
+WORDS = SENTENCE.split()
 TEXTS = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(1 + i * i % 37)) for i in range(24)]
 ODD = ["", " ", "😀👩🏽‍🚀🇫🇷", "\n\t", "ünïcödé 漢字 ﷽", "x" * 400, "word " * 10_000]
 
@@ -260,7 +259,7 @@ def test_another_backend_is_refused_by_name(tmp_path: Path) -> None:
     transformer = Transformer(tiny_checkpoint(tmp_path, "bert"))
     model = SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu", backend="onnx")
     with pytest.raises(
-        UnsupportedModelError, match="SentenceTransformer runs on the backend 'onnx'.*backend='torch'"
+        UnsupportedModelError, match=r"SentenceTransformer runs on the backend 'onnx'.*backend='torch'"
     ):
         slimformer.patch(model)
     assert "_slimformer" not in vars(transformer.auto_model)

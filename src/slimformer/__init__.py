@@ -7,16 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slimformer.calibration.calibrate import calibrate
+    from slimformer.methods.early_exit import EarlyExit
     from slimformer.methods.layer_drop import LayerDrop
     from slimformer.methods.token_elimination import TokenElimination
     from slimformer.patching import patch, patched, status, unpatch
     from slimformer.plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["LayerDrop", "Plan", "TokenElimination", "calibrate", "patch", "patched", "status", "unpatch"]
+__all__ = [
+    "EarlyExit",
+    "LayerDrop",
+    "Plan",
+    "TokenElimination",
+    "calibrate",
+    "patch",
+    "patched",
+    "status",
+    "unpatch",
+]
 
 # Imported at first use: torch takes seconds, and `slimformer --help` needs none of it.
 _HOMES = {
+    "EarlyExit": "slimformer.methods.early_exit",
     "LayerDrop": "slimformer.methods.layer_drop",
     "TokenElimination": "slimformer.methods.token_elimination",
     "Plan": "slimformer.plan",

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from slimformer.anatomy import Anatomy, Kind, find_anatomy
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.executor import SublayerPlan
+from slimformer.methods.early_exit import EarlyExit
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.methods.token_elimination import TokenElimination
 
@@ -52,6 +53,7 @@ class PlannedMethod(Protocol):
 
 
 METHODS: dict[str, type[Any]] = {
+    "EarlyExit": EarlyExit,
     "LayerDrop": LayerDrop,
     "TokenElimination": TokenElimination,
 }
@@ -107,6 +109,17 @@ class Plan:
         """Those of its methods that drop sublayers."""
         return tuple(method for method in self.methods if isinstance(method, LayerDrop))
 
+    @property
+    def exit(self) -> int | None:
+        """How many layers run, where a method stops at one."""
+        return min((method.layer for method in self.methods if isinstance(method, EarlyExit)), default=None)
+
+    def dropped(self, kind: Kind) -> tuple[int, ...]:
+        """The layers without this sublayer, each once; those above an exit only where the model is known."""
+        listed = [layer for method in self.drops for layer in method.dropped(kind)]
+        above = [] if self.exit is None else range(self.exit, int(self.fingerprint.get("layers", 0)))
+        return tuple(dict.fromkeys((*listed, *above)))
+
     def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
         """The decisions of all its methods; refused for another model than it was made for.
 
@@ -129,10 +142,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The content of the plan's JSON file."""
         skip: dict[str, list[str]] = {}
-        for method in self.drops:
-            for name, layers in (("self_attn", method.dropped("attention")), ("mlp", method.dropped("mlp"))):
-                for index in layers:
-                    skip.setdefault(str(index), []).append(name)
+        for name, layers in (("self_attn", self.dropped("attention")), ("mlp", self.dropped("mlp"))):
+            for index in layers:
+                skip.setdefault(str(index), []).append(name)
         return {
             "format": FORMAT,
             "fingerprint": dict(self.fingerprint),
