@@ -258,7 +258,19 @@ def _provenance(
     steps: Sequence[Step],
     search: Search | None,
 ) -> dict[str, Any]:
-    device = text.anatomy.stack.device
+    return {
+        **environment(text.anatomy.stack.device),
+        "arguments": arguments,
+        "data": text.source,
+        "tokens": text.tokens,
+        "similarity": {unit: list(getattr(similarity, unit)) for unit in UNITS},
+        **({} if search is None else {"divergence_name": search.divergence.name}),
+        "steps": [step.to_dict() for step in steps],
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and device, as a plan's provenance holds them."""
     return {
         "versions": {
             "slimformer": __version__,
@@ -267,10 +279,4 @@ def _provenance(
             "python": platform.python_version(),
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "arguments": arguments,
-        "data": text.source,
-        "tokens": text.tokens,
-        "similarity": {unit: list(getattr(similarity, unit)) for unit in UNITS},
-        **({} if search is None else {"divergence_name": search.divergence.name}),
-        "steps": [step.to_dict() for step in steps],
     }

@@ -11,8 +11,16 @@ from typing import Annotated, Any
 import typer
 
 from slimformer.cli import options
+from slimformer.cli.embeddings import calibrate_exits
 from slimformer.cli.output import check_output, note, print_json, print_tables
 from slimformer.cli.partial import partial_results
+
+
+class Method(str, Enum):
+    """What is calibrated."""
+
+    drop = "drop"
+    elastic = "elastic"
 
 
 class Selection(str, Enum):
@@ -52,6 +60,13 @@ def calibrate(
     output: options.Output,
     data: options.Data = None,
     text_field: options.TextField = "text",
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="drop: sublayers to leave out; elastic: for embedding models, the quality of every exit at every "
+            "width on --data, which may also be a folder in BEIR's layout or a .tsv file of pairs."
+        ),
+    ] = Method.drop,
     hold_out: Annotated[
         bool, typer.Option(help="Leave every fifth text unread, for `slimformer eval`.")
     ] = True,
@@ -79,6 +94,19 @@ def calibrate(
         typer.Option(help="What stands in for a dropped sublayer: nothing, its mean, a fitted filter."),
     ] = Replace.nothing,
     taps: Annotated[int, typer.Option(min=1, help="How many tokens back a filter reads.")] = 4,
+    layer: Annotated[
+        int | None,
+        typer.Option(min=0, show_default=False, help="elastic: the plan's exit, how many layers run."),
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            min=0, show_default=False, help="elastic: the lowest exit that loses at most this fraction."
+        ),
+    ] = None,
+    head: Annotated[
+        bool, typer.Option(help="elastic: fit a linear head for every exit on the texts.")
+    ] = True,
     budget: Annotated[Budget, typer.Option(help="quick: a minute for a small model.")] = Budget.quick,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -86,10 +114,19 @@ def calibrate(
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Choose the sublayers that MODEL can lose and write the plan to the output folder.
+    """Choose the sublayers, or the layers above an exit, that MODEL can lose; write the plan to the output folder.
 
-    Interrupted with Ctrl-C, it keeps what it has measured: the same command goes on from there.
+    Interrupted with Ctrl-C, it keeps what it has measured: the same command goes on from there
+    (--method elastic starts anew).
     """
+    if method is Method.elastic:
+        if (layer is None) == (max_loss is None):
+            raise typer.BadParameter("Say where to exit: give either --layer or --max-loss.")
+        check_output(output, force)
+        calibrate_exits(
+            model, output, data, text_field, layer, max_loss, head, hold_out, device, dtype.value, as_json
+        )
+        return
     if drop is None and max_divergence is None and speedup is None:
         raise typer.BadParameter("Say when to stop: give --drop, --max-divergence or --speedup.")
     check_output(output, force)

@@ -29,7 +29,7 @@ def show(
         raise typer.BadParameter(f"The page is written to a file that ends in .html, got {html}.")
 
     from slimformer.plan import Plan
-    from slimformer.report import comparison_table, plan_page, plan_table
+    from slimformer.report import comparison_table, grid_table, plan_page, plan_table
 
     found = Plan.from_pretrained(plan)
     if html is not None:
@@ -38,5 +38,6 @@ def show(
     if as_json:
         print_json(found.to_dict())
     else:
+        grid = grid_table(found)
         measured = [comparison_table(found.measured, "measured")] if found.measured else []
-        print_tables(plan_table(found), *measured)
+        print_tables(plan_table(found), *([] if grid is None else [grid]), *measured)

@@ -40,8 +40,16 @@ class EmbeddingTask(Protocol):
         """Its texts, for whatever is fitted on unlabelled text."""
         ...
 
+    def recorded(self, model: Any) -> EmbeddingTask:
+        """The task with what it needs of the dense model, which is given unpatched."""
+        ...
+
     def split(self) -> tuple[EmbeddingTask, EmbeddingTask]:
         """A part to choose by, and a part to report on."""
+        ...
+
+    def apart(self) -> tuple[EmbeddingTask, list[str]]:
+        """What to judge by, and texts to fit on that do not flatter what is fitted."""
         ...
 
     def scores(self, model: Any, dimensions: Sequence[int | None] = (None,)) -> list[float]:
@@ -75,6 +83,10 @@ class PairTask:
         """Every sentence once."""
         return list(dict.fromkeys(text for pair in self.pairs for text in pair))
 
+    def recorded(self, model: Any) -> PairTask:
+        """The task itself: gold scores need no dense model."""
+        return self
+
     def split(self) -> tuple[PairTask, PairTask]:
         """Every other pair to choose by, and the others to report on."""
         first, second = (
@@ -84,6 +96,12 @@ class PairTask:
             for start, part in enumerate(("every other pair", "the held-out pairs"))
         )
         return first, second
+
+    def apart(self) -> tuple[PairTask, list[str]]:
+        """One half of the pairs, and those sentences of the other that are not in it."""
+        judged = dataclasses.replace(self, pairs=self.pairs[::2], gold=self.gold[::2])
+        seen = set(judged.texts)
+        return judged, [text for text in self.texts if text not in seen]
 
     def scores(self, model: Any, dimensions: Sequence[int | None] = (None,)) -> list[float]:
         """The correlation of cosines with the gold scores, times 100."""
@@ -131,6 +149,10 @@ class NeighbourTask:
             dataclasses.replace(self, source=f"{self.source}, four fifths", texts=kept),
             dataclasses.replace(self, source=f"{self.source}, the held-out fifth", texts=held_out),
         )
+
+    def apart(self) -> tuple[NeighbourTask, list[str]]:
+        """One half of the texts, and the other."""
+        return dataclasses.replace(self, texts=self.texts[::2]), self.texts[1::2]
 
     def scores(self, model: Any, dimensions: Sequence[int | None] = (None,)) -> list[float]:
         """The share, between 0 and 1.

@@ -51,6 +51,10 @@ class RetrievalTask:
         """The corpus, for whatever is fitted on unlabelled text."""
         return list(self.corpus.values())
 
+    def recorded(self, model: Any) -> RetrievalTask:
+        """The task itself: judgements need no dense model."""
+        return self
+
     def split(self) -> tuple[RetrievalTask, RetrievalTask]:
         """Every other query to choose by, and the others to report on; both search the whole corpus.
 
@@ -69,6 +73,10 @@ class RetrievalTask:
             for part, chosen in (("every other query", ids[::2]), ("the held-out queries", ids[1::2]))
         )
         return first, second
+
+    def apart(self) -> tuple[RetrievalTask, list[str]]:
+        """The task, and its corpus: what is fitted on the documents searched has seen no query."""
+        return self, self.texts
 
     def scores(self, model: Any, dimensions: Sequence[int | None] = (None,)) -> list[float]:
         """nDCG@10 with embeddings cut to each of the `dimensions`, encoding the corpus once."""
