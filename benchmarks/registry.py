@@ -24,6 +24,8 @@ MODULES = (
     "layer_drop_compiled",
     "drop_table",
     "encoder_drop",
+    "elastic",
+    "encode",
     "lossless",
     "executor_rows",
 )
