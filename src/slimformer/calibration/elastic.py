@@ -149,6 +149,11 @@ def _halves(whole: int) -> list[int]:
 
 def _lowest(grid: Grid, max_loss: float) -> int:
     full = [row[0] for row in grid.scores]
+    if grid.dense <= 0:
+        raise CalibrationError(
+            f"The dense {grid.name} is {grid.dense:.4g}, and of that no fraction can be lost. Check the data, or "
+            "choose a layer."
+        )
     for index, score in zip(grid.layers[:-1], full, strict=False):
         if score >= (1 - max_loss) * grid.dense:
             return index
