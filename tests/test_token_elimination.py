@@ -261,7 +261,7 @@ def test_undo_is_exact_and_plans_carry_it(tmp_path: Path) -> None:
         ({"schedule": {1: 0.0}}, "above 0 and up to 1"),
         ({"schedule": {1: 1.5}}, "above 0 and up to 1"),
         ({"schedule": {1: 0.3, 2: 0.5}}, "must not grow"),
-        ({"schedule": {1: 0.5}, "scorer": "best"}, "one of attention, norm, random"),
+        ({"schedule": {1: 0.5}, "scorer": "best"}, "one of attention, norm, predictor, random"),
         ({"schedule": {1: 0.5}, "block": 0}, "from 1 up"),
         ({"schedule": {1: 0.5}, "window": 0}, "from 1 up"),
     ],
@@ -279,7 +279,39 @@ def test_models_and_caches_that_cannot_lose_tokens_are_refused() -> None:
             slimformer.patch(tiny_model(name), RANDOM)
     with pytest.raises(PlanError, match="projections that are not known"):
         slimformer.patch(tiny_model("mpnet"), RANDOM)
-    model = slimformer.patch(tiny_model("llama"), RANDOM)
-    cache = StaticCache(config=model.config, max_cache_len=40)
-    with torch.no_grad(), pytest.raises(PlanError, match="Use a DynamicCache"):
-        model(ids(1, TOKENS), past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_static_cache_gives_what_a_dynamic_one_gives(name: str, attention: str) -> None:
+    model, mask = slimformer.patch(tiny_model(name, attn_implementation=attention), RANDOM), mask_of(0, 5, 11)
+    place, whole = positions(mask), torch.cat([mask, torch.ones(3, NEW, dtype=torch.long)], 1)
+    caches = [DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)]
+    logits: list[Tensor] = []
+    with torch.no_grad():
+        # A prompt in two chunks of which the second loses tokens too, then steps.
+        for cache in caches:
+            got = []
+            for start, end in ((0, 13), (13, TOKENS), *((t, t + 1) for t in range(TOKENS, TOKENS + NEW))):
+                at = place[:, start:end] if end <= TOKENS else place[:, -1:] + 1 + start - TOKENS
+                out = model(
+                    ids()[:, start:end],
+                    attention_mask=whole[:, :end],
+                    position_ids=at,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                got.append(out.logits[:, -1])
+            logits.append(torch.stack(got))
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=0)
+
+
+def test_generate_with_a_static_cache_is_generate_with_a_dynamic_one() -> None:
+    model, mask = slimformer.patch(tiny_model("llama"), RANDOM), mask_of(0, 5, 11)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    dynamic = model.generate(ids()[:, :TOKENS], attention_mask=mask, **options)
+    for _ in range(2):
+        static = model.generate(
+            ids()[:, :TOKENS], attention_mask=mask, cache_implementation="static", **options
+        )
+        assert torch.equal(static, dynamic)

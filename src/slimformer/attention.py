@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,10 +21,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from slimformer.anatomy import positional_names
 from slimformer.attention_backend import fastest_backend
 from slimformer.attention_projections import Projections, match_projections
-from slimformer.cache import layer_cache
+from slimformer.cache import extended, layer_cache
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
-from slimformer.shorter_cache import ShorterLayer, shorter_layer
+from slimformer.shorter_cache import ShorterLayer, ShorterStaticLayer, shorter_layer
 from slimformer.stream import Stream
 from slimformer_kernels.attention_rows import WIDEST_HEAD, attention_rows_op, attention_rows_reference
 from slimformer_kernels.dispatch import runs_kernel
@@ -63,15 +64,20 @@ class RowAttention:
             functions = functions.__wrapped__
         self.eager = functions.__globals__.get("eager_attention_forward")
 
+    @property
+    def slot(self) -> int:
+        """The attention's slot in the cache, which other methods may have moved."""
+        return int(getattr(self.core, "layer_idx", 0))
+
     def can_choose_rows(self, stream: Stream, kwargs: dict[str, Any]) -> bool:
         """Whether the arguments of this call say which keys a chosen query sees."""
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
-        if getattr(cache, "is_compileable", False) or kwargs.get("output_attentions"):
-            return False
-        if self.core.training or kwargs.get("cu_seq_lens_q") is not None:
+        if self.core.training or kwargs.get("output_attentions") or kwargs.get("cu_seq_lens_q") is not None:
             return False
         if stream.shorter:
             return True
+        if getattr(cache, "is_compileable", False):
+            return False
         if mask is None:
             # Flash attention finds the texts of a packed row by itself.
             return "flash" not in str(self._implementation()) or stream.tokens == 1
@@ -97,7 +103,7 @@ class RowAttention:
         q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
         cache = self.cache_of(kwargs)
         if cache is not None:
-            k, v = cache.update(k, v, self.core.layer_idx)
+            k, v = extended(cache, self.slot, k, v)
         mask = kwargs.get("attention_mask")
         rest = {name: value for name, value in kwargs.items() if name not in self.names}
         implementation = self._implementation()
@@ -149,12 +155,9 @@ class RowAttention:
         q, k, v = self._project(h_query, h_key, rows, key_rows, stream, kwargs, kernels)
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
         if cache is not None and stream.shorter:
-            layer = shorter_layer(cache, int(getattr(self.core, "layer_idx", 0)), mask)
-            past = layer.get_seq_length()
-            slots, valid = stream.slots()
-            layer.append(self._filled_up(k, slots, valid), self._filled_up(v, slots, valid), valid)
-            if past:
-                return self._output(self._behind_past(q, rows, stream, layer, past).flatten(1))
+            layer = shorter_layer(cache, self.slot, mask)
+            if layer.store(k, v, stream):
+                return self._output(self._behind_past(q, rows, stream, layer).flatten(1))
         if (cache is None or stream.shorter) and (compact_keys or stream.held is not None):
             # Every sequence's keys lie behind those of the sequence before.
             ranges, keys, values = stream.ranges(key_rows), k[None], v[None]
@@ -163,7 +166,8 @@ class RowAttention:
             shape = (stream.batch, stream.tokens, -1, self.head_dim)
             keys, values = (stream.padded(t).view(shape) for t in (k, v))
             if cache is not None:
-                keys, values = cache.update(keys.transpose(1, 2), values.transpose(1, 2), self.core.layer_idx)
+                keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+                keys, values = extended(cache, self.slot, keys, values)
                 keys, values = keys.transpose(1, 2), values.transpose(1, 2)
             total = keys.shape[1]
             known = None if mask is None else stream.key_ranges(mask, self.window)
@@ -183,39 +187,30 @@ class RowAttention:
             self.scale,
             # Encoders' kernels and masks count the distance that is still seen.
             self.window if self.window is None or stream.causal else self.window - 1,
-            # What the model itself does: its SDPA function has no cap (5.16 leaves it out, 5.23 refuses).
-            None if self._implementation() == "sdpa" else self.softcap,
+            self._cap,
         )
         # Without the checks of `attention_rows`, which take as long as the launch.
         fits = runs_kernel(q, keys, values) and self.head_dim <= WIDEST_HEAD
         output = (attention_rows_op if fits else attention_rows_reference)(q, keys, values, *rules)
         return self._output(output.flatten(1))
 
-    def _filled_up(self, x: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
-        """Rows `[held, heads, head_dim]` as `[batch, heads, longest, head_dim]`, zeros in front."""
-        batch, longest = valid.shape
-        full = x.new_zeros(batch * longest, *x.shape[1:]).index_copy_(0, slots, x)
-        return full.view(batch, longest, *x.shape[1:]).transpose(1, 2)
-
     def _behind_past(
-        self, q: Tensor, rows: Rows | None, stream: Stream, layer: ShorterLayer, past: int
+        self, q: Tensor, rows: Rows | None, stream: Stream, layer: ShorterLayer | ShorterStaticLayer
     ) -> Tensor:
         """Attention of a later chunk of a prompt, whose earlier chunks have left gaps in the cache."""
         slots, valid = stream.slots()
         if rows is not None:
             q = q.new_zeros(stream.rows, *q.shape[1:]).index_copy_(0, rows.index, q)
-        queries = self._filled_up(q, slots, valid)
-        keys, values, seen = layer.keys, layer.values, layer.valid
-        new = valid.shape[1]
-        allowed = torch.ones(new, past + new, dtype=torch.bool, device=q.device).tril(past)
-        mask = allowed if seen is None else allowed & seen[:, None, None, :]
         # Fillers must see something, and nobody reads the result.
-        mask = mask | ~valid[:, None, :, None]
-        groups = queries.shape[1] // keys.shape[1]
-        keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
-        out = nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, scale=self.scale
-        )
+        mask = layer.seen_by(stream) | ~valid[:, None, :, None]
+        queries = stream.filled_up(q)
+        groups = queries.shape[1] // layer.keys.shape[1]
+        keys, values = (t.repeat_interleave(groups, 1) for t in (layer.keys, layer.values))
+        if self._cap is None:
+            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
+        else:
+            logits = self._capped((queries @ keys.mT).float() * self.scale)
+            out = logits.masked_fill(~mask, float("-inf")).softmax(-1).to(values.dtype) @ values
         out = out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
         return out if rows is None else out.index_select(0, rows.index)
 
@@ -231,15 +226,11 @@ class RowAttention:
         Returns:
             Softmax weights summed over queries and heads, float32 `[batch, tokens]`.
         """
-        whole = dataclasses.replace(stream, held=None, full=None)
-        q, k, _ = self._project(h, h, None, None, whole, dict(stream.arguments), kernels=False)
-        shape = (stream.batch, stream.tokens, -1, self.head_dim)
-        k = k.view(shape).transpose(1, 2)
-        q = q.view(shape).transpose(1, 2)
+        q, k = self.queries_and_keys(h, stream)
         asking = queries.clamp_min(0)[:, None, :, None].expand(-1, q.shape[1], -1, self.head_dim)
         q = q.gather(2, asking)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        logits = (q @ k.mT).float() * self.scale
+        logits = self._capped((q @ k.mT).float() * self.scale)
         seen = real[:, None, None, :] & (queries >= 0)[:, None, :, None]
         if stream.causal:
             token = torch.arange(stream.tokens, device=h.device)
@@ -248,9 +239,14 @@ class RowAttention:
 
     def key_norms(self, h: Tensor, stream: Stream) -> Tensor:
         """The mean norm of every token's keys, float32 `[batch, tokens]`, from `h` as in `scores`."""
+        return self.queries_and_keys(h, stream)[1].float().norm(dim=-1).mean(1)
+
+    def queries_and_keys(self, h: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Rotated queries and keys of all tokens `[batch, heads, tokens, head_dim]`, from `h` as in `scores`."""
         whole = dataclasses.replace(stream, held=None, full=None)
-        _, k, _ = self._project(h, h, None, None, whole, dict(stream.arguments), kernels=False)
-        return k.float().norm(dim=-1).mean(-1).view(stream.batch, stream.tokens)
+        q, k, _ = self._project(h, h, None, None, whole, dict(stream.arguments), kernels=False)
+        shape = (stream.batch, stream.tokens, -1, self.head_dim)
+        return q.view(shape).transpose(1, 2), k.view(shape).transpose(1, 2)
 
     def _project(
         self,
@@ -326,6 +322,15 @@ class RowAttention:
             return heads
         y: Tensor = getattr(self.core, p.output)(heads)
         return y if p.dropout is None else getattr(self.core, p.dropout)(y)
+
+    @property
+    def _cap(self) -> float | None:
+        """The cap on logits. SDPA functions of models have none: 5.16 leaves it out, 5.23 refuses."""
+        return None if self._implementation() == "sdpa" else self.softcap
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self._cap
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     def _implementation(self) -> Any:
         return getattr(getattr(self.core, "config", None), "_attn_implementation", None)

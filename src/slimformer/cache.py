@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 from slimformer.errors import PlanError
 
@@ -52,6 +52,26 @@ def compact_slots(layer_types: Sequence[str], dropped: Sequence[int]) -> list[in
             "the cache of the first of them. Keep at least one attention of this type."
         )
     return slots
+
+
+def extended(cache: Cache, slot: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Put new keys and values `[batch, kv_heads, tokens, head_dim]` into a slot; returns all that it holds.
+
+    The first tokens of an empty slot are kept as they are: appending them to nothing would copy the whole prompt.
+    """
+    layer: Any = cache.layers[slot] if slot < len(cache.layers) else None
+    empty = type(layer) is DynamicLayer and not (layer.is_initialized or cache.offloading)
+    if empty and not torch.compiler.is_compiling() and _alone(keys) and _alone(values):
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        return keys, values
+    held: tuple[Tensor, Tensor] = cache.update(keys, values, slot)
+    return held
+
+
+def _alone(x: Tensor) -> bool:
+    """Whether a tensor is all that its memory holds, so that keeping it keeps nothing else alive."""
+    return x.untyped_storage().nbytes() == x.numel() * x.element_size()
 
 
 class FilterState(CacheLayerMixin):

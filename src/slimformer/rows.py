@@ -27,6 +27,7 @@ class Rows:
         given_mask: bool `[total]`; None if only indices were given.
         each: How many rows every sequence keeps, where that is the same number for all.
         leave_caches: Whether the other rows, if they leave the stream, leave the caches of later layers too.
+        mean_behind: Whether those come out of the model as the mean of the rows of their sequence that stayed.
         derived: What was computed from these rows for the layers that share them.
 
     Example:
@@ -42,6 +43,7 @@ class Rows:
     given_mask: Tensor | None = None
     each: int | None = None
     leave_caches: bool = False
+    mean_behind: bool = False
     derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -1,4 +1,4 @@
-"""The cache slot of a layer that no longer computes every token: shorter than the text, and with its own mask."""
+"""The cache slot of a layer that no longer computes every token: it holds those that stayed, and has its own mask."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from slimformer.errors import PlanError
+from slimformer.stream import Stream
 
 
 class ShorterLayer(DynamicLayer):
@@ -26,12 +27,21 @@ class ShorterLayer(DynamicLayer):
         self.valid: Tensor | None = None
         self.has_fillers = False
 
-    def append(self, keys: Tensor, values: Tensor, valid: Tensor) -> None:
-        """Add entries of which some are fillers."""
-        before = self.valid
+    def store(self, keys: Tensor, values: Tensor, stream: Stream) -> bool:
+        """Add the keys and values `[held, kv_heads, head_dim]` of a stream's rows; returns whether it held others."""
+        before, valid = self.valid, stream.slots()[1]
+        past = self.get_seq_length()
         self.has_fillers = self.has_fillers or not bool(valid.all())
-        super().update(keys, values)
+        super().update(stream.filled_up(keys), stream.filled_up(values))
         self.valid = valid if before is None else torch.cat([before, valid], dim=1)
+        return past > 0
+
+    def seen_by(self, stream: Stream) -> Tensor:
+        """Which entries the rows just stored see, filled up in front, bool `[batch, 1, longest, kept]`."""
+        new = stream.slots()[1].shape[1]
+        past = self.get_seq_length() - new
+        allowed = torch.ones(new, past + new, dtype=torch.bool, device=self.device).tril(past)
+        return allowed[None, None] if self.valid is None else allowed & self.valid[:, None, None, :]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -96,7 +106,51 @@ class ShorterLayer(DynamicLayer):
             self.valid = self.valid[indices]
 
 
-def shorter_layer(cache: Cache, slot: int, mask: Any) -> ShorterLayer:
+class ShorterStaticLayer(StaticLayer):
+    """A static slot in which the places of tokens that left stay empty: shapes are those that a graph was compiled for.
+
+    Attributes:
+        valid: Which places are no longer empty for good, bool `[batch, max_cache_len]`; None before the first call.
+    """
+
+    valid: Tensor | None = None
+
+    def store(self, keys: Tensor, values: Tensor, stream: Stream) -> bool:
+        """As `ShorterLayer.store`."""
+        past = int(self.get_seq_length())
+        shape = (stream.batch, stream.tokens, *keys.shape[1:])
+        super().update(*(stream.padded(t).view(shape).transpose(1, 2) for t in (keys, values)))
+        if self.valid is None:
+            self.valid = torch.ones(stream.batch, self.max_cache_len, dtype=torch.bool, device=keys.device)
+            torch._dynamo.mark_static_address(self.valid)
+        everything = torch.ones_like(self.valid[:, : stream.tokens])
+        held = everything if stream.held is None else stream.held.mask.view_as(everything)
+        self.valid[:, past : past + stream.tokens] = held
+        return past > 0
+
+    def seen_by(self, stream: Stream) -> Tensor:
+        """As `ShorterLayer.seen_by`."""
+        slots, filled = stream.slots()
+        first = int(self.get_seq_length()) - stream.tokens
+        token = stream.token_of(None)
+        place = torch.arange(stream.rows, device=slots.device) if token is None else token
+        own = (
+            torch.full_like(filled, -1, dtype=torch.long)
+            .flatten()
+            .index_copy_(0, slots, place % stream.tokens + first)
+        )
+        key = torch.arange(self.max_cache_len, device=slots.device)
+        allowed = key <= own.view_as(filled)[:, None, :, None]
+        return allowed if self.valid is None else allowed & self.valid[:, None, None, :]
+
+    def reset(self) -> None:
+        """Back to empty."""
+        super().reset()
+        if self.valid is not None:
+            self.valid.fill_(True)
+
+
+def shorter_layer(cache: Cache, slot: int, mask: Any) -> ShorterLayer | ShorterStaticLayer:
     """The shorter layer in `slot`, put there if need be; what the slot held before stays.
 
     Args:
@@ -105,17 +159,22 @@ def shorter_layer(cache: Cache, slot: int, mask: Any) -> ShorterLayer:
         mask: The attention mask of the call, which says what of the past is padding; None for nothing.
 
     Raises:
-        PlanError: If the slot is of a kind that cannot be shorter, such as a static cache's.
+        PlanError: If the slot is of a kind that cannot lose tokens, such as a quantised cache's.
     """
     while len(cache.layers) <= slot:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[slot]
-    if isinstance(layer, ShorterLayer):
+    if isinstance(layer, (ShorterLayer, ShorterStaticLayer)):
         return layer
+    if type(layer) is StaticLayer:
+        static = ShorterStaticLayer(layer.max_cache_len)
+        static.__dict__.update(layer.__dict__)
+        cache.layers[slot] = static
+        return static
     if type(layer) is not DynamicLayer:
         raise PlanError(
-            f"Tokens cannot be eliminated from a cache whose layers are {type(layer).__name__}. Use a DynamicCache, "
-            "or patch the model without elimination."
+            f"Tokens cannot be eliminated from a cache whose layers are {type(layer).__name__}. Use a DynamicCache or "
+            "a StaticCache, or patch the model without elimination."
         )
     shorter = ShorterLayer()
     past = layer.get_seq_length()
@@ -145,6 +204,8 @@ def mask_of_slot(cache: Cache | None, slot: int | None, tokens: int, mask: Any, 
     if cache is None or slot is None or slot >= len(cache.layers):
         return mask
     layer = cache.layers[slot]
+    if isinstance(layer, ShorterStaticLayer):
+        return _without_empty_places(mask, layer)
     if not isinstance(layer, ShorterLayer):
         return mask
     own = layer.mask(tokens)
@@ -154,3 +215,20 @@ def mask_of_slot(cache: Cache | None, slot: int | None, tokens: int, mask: Any, 
         return torch.cat([layer.valid, layer.valid.new_ones(own.shape[0], tokens)], dim=1)
     lowest = torch.finfo(layer.keys.dtype).min
     return torch.zeros(own.shape, dtype=layer.keys.dtype, device=own.device).masked_fill(~own, lowest)
+
+
+def _without_empty_places(mask: Any, layer: ShorterStaticLayer) -> Any:
+    """The model's mask over all places of a static cache, without those whose tokens left."""
+    if layer.valid is None:
+        return mask
+    if not isinstance(mask, Tensor):
+        raise PlanError(
+            "A static cache from which tokens were eliminated needs a mask, and this attention implementation makes "
+            "none. Use attn_implementation='sdpa' or 'eager', or a DynamicCache."
+        )
+    if mask.dim() == 2:
+        return mask.bool() & layer.valid[:, : mask.shape[1]]
+    valid = layer.valid[:, None, None, : mask.shape[3]]
+    if mask.dtype == torch.bool:
+        return mask & valid
+    return mask.masked_fill(~valid, torch.finfo(mask.dtype).min)

@@ -37,6 +37,7 @@ class Stream:
         held: The tokens that are still in the stream, out of `batch * tokens`; None for all.
         full: The residual `[batch * tokens, hidden]` as it was when tokens left.
         shorter: Whether tokens that left are in no cache of the layers from there on.
+        mean_behind: Whether tokens that left come out as the mean of those of their sequence that stayed.
         layer: What is known about the modules of the layer that runs.
         known: What was derived from masks and position embeddings, by the identity of the tensor.
         arguments: What the layer got beside the residual.
@@ -50,6 +51,7 @@ class Stream:
     held: Rows | None = None
     full: Tensor | None = None
     shorter: bool = False
+    mean_behind: bool = False
     layer: RowSublayers | None = None
     known: dict[Any, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -91,16 +93,30 @@ class Stream:
         full = self.full
         if self.held is not None:
             index = self.held.index.index_select(0, rows.index)
-            full = self.restored(x)
+            full = self._among_the_others(x)
         else:
             index, full = rows.index, x
         held = Rows(self.batch * self.tokens, given_index=index)
-        shorter = self.shorter or rows.leave_caches
-        smaller = dataclasses.replace(self, held=held, full=full, shorter=shorter)
+        smaller = dataclasses.replace(
+            self,
+            held=held,
+            full=full,
+            shorter=self.shorter or rows.leave_caches,
+            mean_behind=self.mean_behind or rows.mean_behind,
+        )
         return smaller, x.index_select(0, rows.index)
 
     def restored(self, x: Tensor) -> Tensor:
-        """The rows `x` `[held, hidden]` among those that left, `[batch * tokens, hidden]`."""
+        """What comes out of the model: the rows `x` `[held, hidden]` and the others, `[batch * tokens, hidden]`."""
+        if self.held is None or not self.mean_behind:
+            return self._among_the_others(x)
+        sequence = self.held.index // self.tokens
+        total = x.new_zeros(self.batch, x.shape[1], dtype=torch.float32).index_add_(0, sequence, x.float())
+        mean = (total / self.offsets(None).diff().clamp_min(1)[:, None]).to(x.dtype)
+        return mean.repeat_interleave(self.tokens, 0).index_copy_(0, self.held.index, x)
+
+    def _among_the_others(self, x: Tensor) -> Tensor:
+        """The rows `x` `[held, hidden]` among those that left, as these were, `[batch * tokens, hidden]`."""
         if self.held is None or self.full is None:
             return x
         return self.full.index_copy(0, self.held.index, x)
@@ -161,6 +177,13 @@ class Stream:
         slots, valid = where["slots"]
         return slots, valid
 
+    def filled_up(self, x: Tensor) -> Tensor:
+        """Rows `[held, heads, head_dim]` as `[batch, heads, longest, head_dim]`, zeros in front."""
+        slots, valid = self.slots()
+        batch, longest = valid.shape
+        full = x.new_zeros(batch * longest, *x.shape[1:]).index_copy_(0, slots, x)
+        return full.view(batch, longest, *x.shape[1:]).transpose(1, 2)
+
     def derived(self, rows: Rows | None) -> dict[Any, Any]:
         """Where what is computed from a choice of rows is kept, with the rows themselves."""
         if rows is not None:
@@ -205,7 +228,10 @@ class Stream:
 
     def padding_mask(self) -> Tensor:
         """Which tokens of the batch are text, bool `[batch, tokens]`."""
-        mask = self.arguments.get("attention_mask")
+        mask, cache = self.arguments.get("attention_mask"), layer_cache(self.arguments)
+        if isinstance(mask, Tensor) and cache is not None and getattr(cache, "is_compileable", False):
+            # Its keys go on behind this call's tokens, which the first layer's slot holds already.
+            mask = mask[..., : int(cache.get_seq_length())]
         own = own_key(mask, self.batch, self.tokens) if isinstance(mask, Tensor) else None
         if own is None:
             return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)

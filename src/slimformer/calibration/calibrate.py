@@ -109,7 +109,7 @@ def calibrate(
     sizes = BUDGETS[budget]
     with evaluating(inner), Stages(progress) as stages:
         text = read_text(
-            inner, anatomy, tokenizer or _tokenizer_of(model), data, text_field, hold_out, sizes, seed
+            inner, anatomy, tokenizer or tokenizer_of(model), data, text_field, hold_out, sizes, seed
         )
         pool = None if sizes.pool is None or drop is None else max(sizes.pool * drop, drop + 1)
         deciding = {name: arguments[name] for name in arguments if name not in _WHEN_TO_STOP}
@@ -241,7 +241,12 @@ def _check(arguments: dict[str, Any]) -> None:
             raise CalibrationError(f"{name} must be at least {least}, got {arguments[name]!r}.")
 
 
-def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that a SentenceTransformer or Pipeline brings.
+
+    Raises:
+        CalibrationError: If it brings none.
+    """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise CalibrationError(
@@ -259,7 +264,7 @@ def _provenance(
     search: Search | None,
 ) -> dict[str, Any]:
     return {
-        **environment(text.anatomy.stack.device),
+        **versions(text.anatomy),
         "arguments": arguments,
         "data": text.source,
         "tokens": text.tokens,
@@ -269,8 +274,9 @@ def _provenance(
     }
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and device, as a plan's provenance holds them."""
+def versions(anatomy: Anatomy) -> dict[str, Any]:
+    """What a plan's provenance says of the software and the device."""
+    device = anatomy.stack.device
     return {
         "versions": {
             "slimformer": __version__,

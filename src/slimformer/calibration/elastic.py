@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from slimformer.anatomy import find_anatomy, transformer_of
-from slimformer.calibration.calibrate import environment
+from slimformer.calibration.calibrate import versions
 from slimformer.calibration.exit_heads import fit_exits, pooling_of
 from slimformer.calibration.progress import Stages
 from slimformer.errors import CalibrationError
@@ -118,7 +118,7 @@ def calibrate_elastic(
         "hold_out": hold_out,
     }
     provenance = {
-        **environment(anatomy.stack.device),
+        **versions(anatomy),
         "arguments": arguments,
         "data": task.source,
         **({"head_fitted_on": f"{len(final)} texts"} if head else {}),

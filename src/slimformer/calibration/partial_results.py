@@ -35,16 +35,24 @@ class PartialResults:
         if isinstance(found, dict) and found.get("identity") == self.content["identity"]:
             self.content = found
 
+    def kept(self, name: str) -> Any:
+        """What was kept under a name; None if nothing was."""
+        return self.content.get(name)
+
+    def keep(self, name: str, value: Any) -> None:
+        """Write a value that JSON can hold."""
+        self._write({**self.content, name: value})
+
     def similarity(self) -> Similarity | None:
         """The cosines, if they were measured."""
-        found = self.content.get("similarity")
+        found = self.kept("similarity")
         if found is None:
             return None
         return Similarity(tokens=found["tokens"], **{unit: tuple(found[unit]) for unit in UNITS})
 
     def keep_similarity(self, similarity: Similarity) -> None:
         """Write the cosines."""
-        self._write({**self.content, "similarity": dataclasses.asdict(similarity)})
+        self.keep("similarity", dataclasses.asdict(similarity))
 
     def steps(self) -> list[Step]:
         """The removals so far."""
@@ -52,7 +60,7 @@ class PartialResults:
 
     def keep_steps(self, steps: Sequence[Step]) -> None:
         """Write the removals."""
-        self._write({**self.content, "steps": [step.to_dict() for step in steps]})
+        self.keep("steps", [step.to_dict() for step in steps])
 
     def _write(self, content: dict[str, Any]) -> None:
         self.content = content

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from slimformer import __version__
-from slimformer.cli import calibrate, demo, generate, measure, show
+from slimformer.cli import calibrate, demo, generate, measure, show, train_predictor
 from slimformer.cli.output import note
 from slimformer.errors import SlimformerError, SlimformerWarning
 
@@ -85,13 +85,14 @@ def _version(wanted: bool) -> None:
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for _command in (
     calibrate.calibrate,
+    train_predictor.train_predictor,
     measure.eval_plan,
     measure.bench,
     generate.generate,
     show.show,
     demo.demo,
 ):
-    app.command(_command.__name__.removesuffix("_plan"))(_command)
+    app.command(_command.__name__.removesuffix("_plan").replace("_", "-"))(_command)
 
 
 @app.callback()

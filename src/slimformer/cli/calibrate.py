@@ -1,4 +1,4 @@
-"""`slimformer calibrate`: find out which sublayers a model can lose, and write the plan."""
+"""`slimformer calibrate`: find out what a model need not compute, and write the plan."""
 
 # Commands import torch when they run, so that --help does not wait for it.
 # ruff: noqa: PLC0415
@@ -21,6 +21,7 @@ class Method(str, Enum):
 
     drop = "drop"
     elastic = "elastic"
+    elimination = "elimination"
 
 
 class Selection(str, Enum):
@@ -58,15 +59,16 @@ class Budget(str, Enum):
 def calibrate(
     model: options.Model,
     output: options.Output,
-    data: options.Data = None,
-    text_field: options.TextField = "text",
     method: Annotated[
         Method,
         typer.Option(
-            help="drop: sublayers to leave out; elastic: for embedding models, the quality of every exit at every "
-            "width on --data, which may also be a folder in BEIR's layout or a .tsv file of pairs."
+            help="drop: which sublayers can go. elimination: from which layer on which fraction of a long prompt's "
+            "tokens can go, within --max-divergence. elastic: for embedding models, the quality of every early exit "
+            "at every width on --data, which may also be a folder in BEIR's layout or a .tsv file of pairs."
         ),
     ] = Method.drop,
+    data: options.Data = None,
+    text_field: options.TextField = "text",
     hold_out: Annotated[
         bool, typer.Option(help="Leave every fifth text unread, for `slimformer eval`.")
     ] = True,
@@ -107,6 +109,9 @@ def calibrate(
     head: Annotated[
         bool, typer.Option(help="elastic: fit a linear head for every exit on the texts.")
     ] = True,
+    prompt: Annotated[
+        int, typer.Option(min=1, help="Tokens of a prompt, for elimination: as many as yours have.")
+    ] = 2048,
     budget: Annotated[Budget, typer.Option(help="quick: a minute for a small model.")] = Budget.quick,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -114,7 +119,7 @@ def calibrate(
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Choose the sublayers, or the layers above an exit, that MODEL can lose; write the plan to the output folder.
+    """Choose what MODEL need not compute and write the plan to the output folder.
 
     Interrupted with Ctrl-C, it keeps what it has measured: the same command goes on from there
     (--method elastic starts anew).
@@ -127,39 +132,52 @@ def calibrate(
             model, output, data, text_field, layer, max_loss, head, hold_out, device, dtype.value, as_json
         )
         return
-    if drop is None and max_divergence is None and speedup is None:
+    if method is Method.drop and drop is None and max_divergence is None and speedup is None:
         raise typer.BadParameter("Say when to stop: give --drop, --max-divergence or --speedup.")
+    if method is Method.elimination and (max_divergence is None or drop is not None or speedup is not None):
+        raise typer.BadParameter(
+            "--method elimination takes --max-divergence, and neither --drop nor --speedup."
+        )
     check_output(output, force)
 
     import slimformer
+    from slimformer.calibration.elimination import calibrate_elimination
     from slimformer.cli.loading import load_model, load_tokenizer
-    from slimformer.report import plan_table
+    from slimformer.report import curve_table, plan_table
 
     units: Any = tuple(kinds.value.split(","))
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, device, dtype.value)
     with partial_results(output) as partial:
-        plan = slimformer.calibrate(
-            loaded,
-            tokenizer,
-            data=data,
-            text_field=text_field,
-            hold_out=hold_out,
-            selection=selection.value,
-            kinds=units,
-            drop=drop,
-            max_divergence=max_divergence,
-            speedup=speedup,
-            replace=replace.value,
-            taps=taps,
-            budget=budget.value,
-            seed=seed,
-            checkpoint=partial,
-            progress=True,
-        )
+        common: dict[str, Any] = {
+            "data": data,
+            "text_field": text_field,
+            "hold_out": hold_out,
+            "seed": seed,
+            "checkpoint": partial,
+            "progress": True,
+        }
+        if max_divergence is not None and method is Method.elimination:
+            plan = calibrate_elimination(
+                loaded, tokenizer, max_divergence=max_divergence, prompt=prompt, **common
+            )
+        else:
+            plan = slimformer.calibrate(
+                loaded,
+                tokenizer,
+                selection=selection.value,
+                kinds=units,
+                drop=drop,
+                max_divergence=max_divergence,
+                speedup=speedup,
+                replace=replace.value,
+                taps=taps,
+                budget=budget.value,
+                **common,
+            )
         plan.save_pretrained(output)
     note(f"The plan is in {output}.")
     if as_json:
         print_json(plan.to_dict())
     else:
-        print_tables(plan_table(plan))
+        print_tables(curve_table(plan) if method is Method.elimination else plan_table(plan))

@@ -2,47 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from slimformer.anatomy import Anatomy, Kind
-from slimformer.cache import layer_cache
+from slimformer.anatomy import KINDS, Anatomy, Kind
+from slimformer.block_predictor import BlockPredictor
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
-from slimformer.methods.random_keep import chances
-from slimformer.rows import Rows
-from slimformer.stream import Stream
+from slimformer.token_scores import TokenScore, by_attention, by_chance, by_key_norm, by_predictor
+from slimformer.token_selection import SharedSelection, TokenSelection, protecting
 
-SCORERS = ("attention", "norm", "random")
-# Queries that ask, and how many neighbours share a score: FastKV's.
-_ASKING, _POOLED = 8, 7
+SCORERS = ("attention", "norm", "predictor", "random")
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "scorer": SCORERS,
+    "asking": (None, "last", "all"),
+    "left_as": ("residual", "mean"),
+}
 
 
 @dataclass(frozen=True)
 class TokenElimination:
-    """Tokens of a prompt leave the model at chosen layers: no later layer computes them or keeps their keys.
+    """Tokens of a prompt are no longer computed from chosen layers on.
 
-    A token's residual stays as it was when it left. Positions stay the original ones. Decode steps, and prompts of
-    fewer than `least` tokens, compute every token.
+    By default they leave for good: no later layer computes them or keeps their keys, so that caches shrink too.
+    Positions stay the original ones. Decode steps, and prompts of fewer than `least` tokens, compute every token; so do
+    calls that are compiled, captured in a CUDA graph, differentiated, or asked for hidden states.
 
     Attributes:
-        schedule: Layer to the fraction of the text's tokens that stays from it on; fractions never grow.
-        scorer: Who stays: those that the last 8 tokens attend to (`"attention"`), those with small keys (`"norm"`), or
-            by chance (`"random"`, to compare with).
-        block: Tokens come and go in blocks of so many neighbours.
+        schedule: Layer to the fraction of the text's tokens that is computed from it on. Fractions never grow, unless
+            tokens may come back.
+        scorer: Which are: those that others attend to (`"attention"`), those of which a trained predictor says so
+            before anything is computed (`"predictor"`), those with small keys (`"norm"`), or some by chance
+            (`"random"`, to compare with).
+        block: Tokens come and go in blocks of so many neighbours; predictors score blocks of 64.
         sink: The first tokens always stay.
         window: The last tokens always stay.
-        least: The shortest text from which tokens leave.
+        least: The shortest text from which tokens go.
+        threshold: The schedule's numbers are no fractions but thresholds: how many times the mean score of its text a
+            token needs. They never fall. For attention and predictors.
+        revivable: Every layer chooses afresh among all tokens, and every token supplies keys and values to all layers
+            (LeMo's way); nothing leaves a cache.
+        kinds: Which sublayers pass tokens by; the MLP alone only where tokens may come back.
+        asking: Whose attention counts: that of the `"last"` tokens, or of `"all"` (some, spread over the text). None:
+            the last ones in decoders, all in encoders.
+        left_as: What comes out for tokens that left: the `"residual"` that they had, or the `"mean"` of those that
+            stayed in their text, so that mean pooling reads only these (exactly so where no norm follows the layers).
         seed: For `"random"`.
+        weights: The predictors' weights by name, as `slimformer train-predictor` makes them.
 
     Raises:
-        PlanError: If a field is not one of those allowed, or the schedule grows.
+        PlanError: If a field is not one of those allowed, the schedule grows, or a predictor is missing or damaged.
 
     Example:
         >>> TokenElimination({15: 0.5, 20: 0.25}).schedule
@@ -50,145 +64,170 @@ class TokenElimination:
     """
 
     schedule: Mapping[int, float]
-    scorer: Literal["attention", "norm", "random"] = "attention"
+    scorer: Literal["attention", "norm", "predictor", "random"] = "attention"
     block: int = 1
     sink: int = 4
     window: int = 64
     least: int = 256
+    threshold: bool = False
+    revivable: bool = False
+    kinds: Sequence[Kind] = KINDS
+    asking: Literal["last", "all"] | None = None
+    left_as: Literal["residual", "mean"] = "residual"
     seed: int = 0
+    weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.schedule:
-            raise PlanError("TokenElimination(schedule=...) takes at least one layer and fraction, got none.")
-        before = 1.0
-        # JSON has only text for keys.
-        given = {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in self.schedule.items()}
-        ordered = dict(sorted(given.items()))
-        for layer, keep in ordered.items():
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
+        object.__setattr__(self, "schedule", _checked(self.schedule, self.threshold, self.revivable))
+        object.__setattr__(self, "kinds", tuple(self.kinds))
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
                 raise PlanError(
-                    f"TokenElimination(schedule=...) takes layers from 1 up, since positions are counted in the "
-                    f"cache of layer 0; got {layer!r}."
+                    f"TokenElimination({name}=...) takes one of {', '.join(map(str, allowed))}, got "
+                    f"{getattr(self, name)!r}."
                 )
-            if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-                raise PlanError(
-                    f"TokenElimination(schedule=...) takes fractions above 0 and up to 1, got {layer}: {keep!r}."
-                )
-            if keep > before:
-                raise PlanError(
-                    f"TokenElimination(schedule=...) keeps {keep} from layer {layer} on and {before} before: tokens "
-                    "that have left do not come back. Fractions must not grow."
-                )
-            before = keep
-        object.__setattr__(self, "schedule", ordered)
-        if self.scorer not in SCORERS:
-            raise PlanError(
-                f"TokenElimination(scorer=...) takes one of {', '.join(SCORERS)}, got {self.scorer!r}."
-            )
         for name, least in (("block", 1), ("sink", 0), ("window", 1), ("least", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PlanError(
                     f"TokenElimination({name}=...) takes a number from {least} up, got {value!r}."
                 )
+        if not self.kinds or not set(self.kinds) <= set(KINDS):
+            raise PlanError(
+                f"TokenElimination(kinds=...) takes some of {', '.join(KINDS)}, got {self.kinds!r}."
+            )
+        if not self.revivable and set(self.kinds) != set(KINDS):
+            raise PlanError(
+                f"TokenElimination(kinds={self.kinds!r}) leaves tokens to the other sublayer, so they cannot leave for "
+                "good. Add revivable=True."
+            )
+        if self.revivable and self.left_as != "residual":
+            raise PlanError(
+                "TokenElimination(left_as='mean') is for tokens that leave; with revivable=True none does."
+            )
+        if self.threshold and self.scorer not in ("attention", "predictor"):
+            raise PlanError(
+                f"TokenElimination(threshold=True) compares scores with their mean, which means nothing for "
+                f"scorer={self.scorer!r}. Use 'attention' or 'predictor'."
+            )
+        if self.scorer == "predictor":
+            for layer in self.schedule:
+                BlockPredictor.from_tensors(self.weights, layer)
+
+    def protecting(self, mask: Tensor) -> contextlib.AbstractContextManager[None]:
+        """A block in which the tokens of `mask`, bool `[batch, tokens]` over the prompt, always stay.
+
+        Example:
+            >>> import torch
+            >>> question = torch.tensor([[False, False, True, True]])
+            >>> with TokenElimination({15: 0.5}).protecting(question):
+            ...     pass  # model.generate(...)
+        """
+        return protecting(mask)
 
     def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
-        """A selection before the attention of every layer in the schedule.
+        """A selection before the attention of every layer in the schedule, or for every sublayer from the first on.
 
         Raises:
-            PlanError: If a layer does not exist, or one from the first on has a sliding window: distances in it would
-                be counted without the tokens that left.
+            PlanError: If a layer does not exist, or tokens would leave one that has a sliding window: distances in it
+                would be counted without the tokens that left.
         """
-        count = len(anatomy.layers)
+        count, name = len(anatomy.layers), type(anatomy.stack).__name__
         for layer in self.schedule:
             if layer >= count:
                 raise PlanError(
-                    f"TokenElimination names layer {layer}, but {type(anatomy.stack).__name__} has {count} layers: "
-                    f"allowed are 1 to {count - 1}."
+                    f"TokenElimination names layer {layer}, but {name} has {count} layers: allowed are 1 to "
+                    f"{count - 1}."
                 )
+        if self.revivable:
+            return self._per_layer(count)
         first = min(self.schedule)
         sliding = [i for i in range(first, count) if "sliding" in anatomy.layer_types[i]]
         if sliding:
             raise PlanError(
-                f"TokenElimination from layer {first} on reaches layers with a sliding window ({sliding}), which "
-                f"would see further back than they were trained to. {type(anatomy.stack).__name__} is not supported."
+                f"Tokens cannot leave {name} from layer {first} on: layers with a sliding window ({sliding}) would see "
+                "further back than they were trained to. Use revivable=True, with which no token leaves."
             )
         return {
-            (layer, "attention"): SublayerPlan(staying=(_Selection(self, keep),), leave_caches=True)
+            (layer, "attention"): SublayerPlan(staying=(self._selection(layer, keep),), leave_caches=True)
             for layer, keep in self.schedule.items()
         }
 
+    def _per_layer(self, count: int) -> dict[tuple[int, Kind], SublayerPlan]:
+        plans: dict[tuple[int, Kind], SublayerPlan] = {}
+        starts = [*self.schedule, count]
+        for (start, keep), end in zip(self.schedule.items(), starts[1:], strict=True):
+            # A predictor serves the layers up to the next one.
+            selection = self._selection(start, keep)
+            for layer in range(start, end):
+                for kind in self.kinds:
+                    plans[layer, kind] = SublayerPlan(rows=(SharedSelection(selection, layer),))
+        return plans
+
+    def _selection(self, layer: int, keep: float) -> TokenSelection:
+        return TokenSelection(
+            self._score(layer),
+            keep,
+            threshold=self.threshold,
+            block=self.block,
+            sink=self.sink,
+            window=self.window,
+            least=self.least,
+            leave=not self.revivable,
+            mean_behind=self.left_as == "mean",
+        )
+
+    def _score(self, layer: int) -> TokenScore:
+        if self.scorer == "attention":
+            return by_attention(self.asking)
+        if self.scorer == "norm":
+            return by_key_norm
+        if self.scorer == "random":
+            return by_chance(self.seed)
+        return by_predictor(BlockPredictor.from_tensors(self.weights, layer), PREDICTED_BLOCK, self.asking)
+
     def settings(self) -> dict[str, Any]:
         """What a plan saves in the JSON."""
-        return {**dataclasses.asdict(self), "schedule": {str(k): v for k, v in self.schedule.items()}}
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "weights"}
+        # JSON has only text for keys, and lists.
+        schedule = {str(layer): keep for layer, keep in self.schedule.items()}
+        return {**settings, "schedule": schedule, "kinds": list(self.kinds)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Nothing is learned."""
-        return {}
+        """What a plan saves beside the JSON."""
+        return dict(self.weights)
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """Which rows of the stream stay at one layer."""
+# LeMo's, and what a predictor is trained for.
+PREDICTED_BLOCK = 64
 
-    of: TokenElimination
-    keep: float
 
-    def __call__(self, stream: Stream, x: Tensor) -> Rows | None:
-        """Rows of the residual `x` `[rows, hidden]`; None if all stay."""
-        if stream.tokens < self.of.least or self.keep == 1.0:
-            return None
-        if getattr(layer_cache(stream.arguments), "is_compileable", False):
+def _checked(given: Mapping[Any, Any], threshold: bool, revivable: bool) -> dict[int, float]:
+    """The schedule in the order of layers; JSON has only text for keys.
+
+    Raises:
+        PlanError: If it is empty, names what is no layer or number, or computes more tokens later than earlier.
+    """
+    where = "TokenElimination(schedule=...)"
+    if not given:
+        raise PlanError(f"{where} takes at least one layer and number, got none.")
+    schedule = {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in given.items()}
+    before: float | None = None
+    for layer, keep in sorted(schedule.items(), key=lambda entry: str(entry[0]).zfill(9)):
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
             raise PlanError(
-                "Tokens cannot be eliminated from a static cache, whose layers all have one length. Use a DynamicCache."
+                f"{where} takes layers from 1 up, since positions are counted in the cache of layer 0; got {layer!r}."
             )
-        padding = stream.padding_mask()
-        here = padding if stream.held is None else padding & stream.held.mask.view_as(padding)
-        length = padding.sum(1)
-        # Counted in the whole text, so that a schedule says what it means whatever left before.
-        target = (length * self.keep).ceil().clamp(min=1)
-        target = torch.where(length < self.of.least, length, target)
-        place = (padding.cumsum(1) - 1).clamp_min(0)
-        protected = here & ((place < self.of.sink) | (place >= length[:, None] - self.of.window))
-        score = self._scores(stream, x, here, place, length)
-        if self.of.block > 1:
-            score = _by_block(score, here, place, self.of.block)
-        score = score.masked_fill(protected, float("inf")).masked_fill(~here, float("-inf"))
-        rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        stay = (here & (rank < target[:, None])) | protected
-        mask = stay.flatten() if stream.held is None else stay.flatten()[stream.held.index]
-        return Rows(x.shape[0], given_mask=mask, leave_caches=True)
-
-    def _scores(self, stream: Stream, x: Tensor, here: Tensor, place: Tensor, length: Tensor) -> Tensor:
-        """A number per token, float32 `[batch, tokens]`; higher ones stay."""
-        if self.of.scorer == "random":
-            return chances(place.flatten(), self.of.seed).view_as(place).float()
-        by_rows = stream.layer
-        attention = None if by_rows is None else by_rows.attention
-        if by_rows is None or attention is None:
+        number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
+        if not number or not (keep > 0 and (threshold or keep <= 1)):
+            allowed = "numbers above 0" if threshold else "fractions above 0 and up to 1"
+            raise PlanError(f"{where} takes {allowed}, got {layer}: {keep!r}.")
+        grows = before is not None and (keep < before if threshold else keep > before)
+        if grows and not revivable:
+            rule = "Thresholds must not fall" if threshold else "Fractions must not grow"
             raise PlanError(
-                f"TokenElimination(scorer={self.of.scorer!r}) reads the layer's keys, and this model's attention has "
-                "projections that are not known. Only scorer='random' works with it."
+                f"{where} has {before} before layer {layer} and {keep} from it on: tokens that have left do not come "
+                f"back. {rule}, or use revivable=True."
             )
-        norm = by_rows.structure.attention.norm_before
-        h = stream.padded(x if norm is None else by_rows.norms(norm, x, None, False))
-        if self.of.scorer == "norm":
-            return -attention.key_norms(h, stream)
-        # The last tokens of every text ask, wherever its padding is.
-        token = torch.arange(stream.tokens, device=x.device)
-        last = torch.where(here, token, -1).topk(min(_ASKING, stream.tokens), dim=1).values
-        return _pooled(attention.scores(h, stream, last, here)) / _pooled(here.float()).clamp_min(1e-6)
-
-
-def _pooled(score: Tensor) -> Tensor:
-    return F.avg_pool1d(score[:, None], _POOLED, 1, _POOLED // 2)[:, 0]
-
-
-def _by_block(score: Tensor, here: Tensor, place: Tensor, block: int) -> Tensor:
-    """The mean score of the block of the text that each token is in."""
-    number = place // block
-    blocks = int(number.max()) + 1
-    counted = torch.where(here, score, 0.0)
-    total = score.new_zeros(score.shape[0], blocks).scatter_add_(1, number, counted)
-    count = score.new_zeros(score.shape[0], blocks).scatter_add_(1, number, here.to(score.dtype))
-    return (total / count.clamp_min(1)).gather(1, number)
+        before = keep
+    return dict(sorted(schedule.items()))

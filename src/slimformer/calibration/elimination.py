@@ -1,0 +1,303 @@
+"""Find from which layer on, and how far, tokens can be eliminated within a budget of quality."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from slimformer.anatomy import Anatomy, find_anatomy, transformer_of
+from slimformer.calibration.calibrate import tokenizer_of, versions
+from slimformer.calibration.calibration_text import longest, predicts_tokens
+from slimformer.calibration.data import load_texts, token_blocks
+from slimformer.calibration.held_out import split_texts
+from slimformer.calibration.partial_results import PartialResults
+from slimformer.calibration.progress import Stages
+from slimformer.errors import CalibrationError, DataError
+from slimformer.evaluation.perplexity import evaluating
+from slimformer.methods.token_elimination import TokenElimination
+from slimformer.patching import patched, status
+from slimformer.plan import Plan, fingerprint
+
+# Tokens of a passage that stand before the answer when it is to be recalled.
+_CUE = 32
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting that was tried.
+
+    Attributes:
+        layer: From which layer on tokens are eliminated.
+        keep: Which fraction stays.
+        flops: Of the dense prefill's multiplications.
+        divergence: Mean KL(dense || slim) over answer tokens, in nats.
+        continued: The same where the answer continues the text.
+        recalled: The same where it repeats a passage from further up; None if none did.
+        chosen: Whether the plan has this setting.
+    """
+
+    layer: int
+    keep: float
+    flops: float
+    divergence: float
+    continued: float
+    recalled: float | None
+    chosen: bool = False
+
+
+def calibrate_elimination(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_divergence: float = 0.05,
+    data: str | os.PathLike[str] | Iterable[str] | None = None,
+    text_field: str = "text",
+    hold_out: bool = True,
+    prompt: int = 2048,
+    answer: int = 64,
+    texts: int = 8,
+    recall: bool = True,
+    layers: Sequence[int] | None = None,
+    keeps: Sequence[float] = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1),
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    **elimination: Any,
+) -> Plan:
+    """Choose the layer and the fraction of tokens that save most of the prefill within a budget.
+
+    Quality is the KL divergence from the dense model on the tokens of an answer, which is read behind the prompt's
+    cache. Every other answer repeats a passage from further up in its prompt: what merely continues a text needs few of
+    its tokens, and would let every choice look good.
+
+    Args:
+        model: An unpatched decoder; it is left as it was.
+        tokenizer: Its tokenizer; a Pipeline brings its own.
+        max_divergence: The budget, in nats per answer token.
+        data: As for `slimformer.calibrate`; its texts are read one behind the other.
+        text_field: The field with the text, in JSON lines, Parquet and Hub datasets.
+        hold_out: Leave every fifth text alone, so that `slimformer eval` can measure on it.
+        prompt: Tokens of a prompt: as many as yours have.
+        answer: Tokens of an answer.
+        texts: How many prompts are tried.
+        recall: Whether every other answer is to be recalled from further up.
+        layers: Candidates; None takes five, spread over the model.
+        keeps: Candidate fractions.
+        seed: Which of the text is read.
+        checkpoint: A folder for partial results. The same call resumes from them after an interruption.
+        progress: Show progress bars with the time left.
+        elimination: Further fields of `TokenElimination`, such as `scorer` or `window`.
+
+    Returns:
+        The plan; `plan.provenance["curve"]` has every setting tried.
+
+    Raises:
+        CalibrationError: If the model is patched or no decoder, an argument is not one of those allowed, or no setting
+            stays within the budget.
+        DataError: If the text is too short.
+
+    Example:
+        >>> from slimformer.calibration.elimination import calibrate_elimination
+        >>> plan = calibrate_elimination(model, tokenizer, data="notes.txt", max_divergence=0.02)  # doctest: +SKIP
+    """
+    if status(model):
+        raise CalibrationError(
+            "The model is patched; plans are made for the dense model. Call unpatch first."
+        )
+    inner, anatomy = transformer_of(model), find_anatomy(model)
+    if not isinstance(inner, PreTrainedModel) or not predicts_tokens(inner, anatomy):
+        raise CalibrationError(
+            f"{type(inner).__name__} predicts no tokens, and the budget is one of predictions. For encoders choose a "
+            "TokenElimination by hand, and measure it on your own task."
+        )
+    tokenizer = tokenizer or tokenizer_of(model)
+    count = len(anatomy.layers)
+    candidates = sorted({round(count * part / 6) for part in range(1, 6)}) if layers is None else list(layers)
+    _check(max_divergence, prompt, answer, texts, keeps, candidates, count, longest(anatomy, tokenizer))
+    least = TokenElimination({1: 1.0}, **elimination).least
+    if not answer < least <= prompt:
+        raise CalibrationError(
+            f"Tokens leave texts of {least} tokens and more: a prompt of {prompt} must be as long, and an answer of "
+            f"{answer} shorter."
+        )
+    rows, source = _rows(tokenizer, data, text_field, hold_out, prompt + answer, texts, seed)
+    identity = {
+        "data": source,
+        "model": fingerprint(inner),
+        "arguments": [prompt, answer, texts, recall, seed, max_divergence, candidates, list(keeps)],
+        "elimination": repr(sorted(elimination.items())),
+    }
+    partial = PartialResults(checkpoint, identity)
+    with evaluating(inner), Stages(progress) as stages:
+        trials = [
+            _Trial.of(inner, row, answer, recall and number % 2 == 1) for number, row in enumerate(rows)
+        ]
+        curve = [Point(**point) for point in partial.kept("curve") or []]
+        for layer in stages.track(candidates, "layers"):
+            for keep in sorted(keeps, reverse=True):
+                if any(p.layer == layer and (p.keep == keep or p.divergence > max_divergence) for p in curve):
+                    # Measured before, or already too far with more tokens.
+                    continue
+                method = TokenElimination({layer: keep}, **elimination)
+                curve.append(_measure(inner, anatomy, method, layer, keep, trials))
+                partial.keep("curve", [asdict(point) for point in curve])
+    within = [point for point in curve if point.divergence <= max_divergence]
+    if not within:
+        nearest = min(curve, key=lambda point: point.divergence)
+        raise CalibrationError(
+            f"No setting stays within {max_divergence} nats per answer token; the nearest, {nearest.keep} of the "
+            f"tokens from layer {nearest.layer} on, is {nearest.divergence:.4f} away. Allow more, or later layers."
+        )
+    best = min(within, key=lambda point: point.flops)
+    provenance = {
+        **versions(anatomy),
+        "arguments": {"prompt": prompt, "answer": answer, "texts": texts, "recall": recall, "seed": seed,
+                      "max_divergence": max_divergence, "hold_out": hold_out},
+        "data": source,
+        "tokens": rows.numel(),
+        "curve": [{**asdict(point), "chosen": point == best} for point in curve],
+    }  # fmt: skip
+    return Plan([TokenElimination({best.layer: best.keep}, **elimination)], fingerprint(inner), provenance)
+
+
+def prefill_flops(anatomy: Anatomy, tokens: int, layer: int, keep: float) -> float:
+    """The multiplications of a prefill whose tokens leave before `layer`, as a part of the dense one's.
+
+    Linear layers, and attention's scores and their use; the head, of which generation computes one row, is left out.
+    """
+    config = anatomy.stack.config
+    weights = sum(p.numel() for p in anatomy.layers[0].parameters() if p.dim() == 2)
+    width = config.num_attention_heads * getattr(
+        config, "head_dim", config.hidden_size // config.num_attention_heads
+    )
+
+    def cost(count: float) -> float:
+        return weights * count + width * count * count
+
+    layers = len(anatomy.layers)
+    return (layer * cost(tokens) + (layers - layer) * cost(keep * tokens)) / (layers * cost(tokens))
+
+
+@dataclass
+class _Trial:
+    """One prompt, the answer behind it, and what the dense model makes of that.
+
+    Attributes:
+        prompt: `[1, tokens]`.
+        answer: `[1, answer]`.
+        recalled: Whether the answer stands further up.
+        expected: The dense model's log-probabilities at the answer `[answer, vocabulary]`.
+    """
+
+    prompt: Tensor
+    answer: Tensor
+    recalled: bool
+    expected: Tensor
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, row: Tensor, answer: int, recalled: bool) -> _Trial:
+        row = row[None].to(model.device)
+        prompt, wanted = row[:, :-answer], row[:, -answer:]
+        if recalled:
+            # A passage from the first third, whose first words stand at the end again.
+            start = prompt.shape[1] // 6
+            passage = prompt[:, start : start + _CUE + answer]
+            prompt = torch.cat([prompt[:, : prompt.shape[1] - _CUE], passage[:, :_CUE]], dim=1)
+            wanted = passage[:, _CUE:]
+        return cls(prompt, wanted, recalled, _answer(model, prompt, wanted))
+
+    def divergence(self, model: PreTrainedModel) -> float:
+        actual = _answer(model, self.prompt, self.answer)
+        return float(F.kl_div(actual, self.expected, log_target=True, reduction="sum")) / len(actual)
+
+
+def _answer(model: PreTrainedModel, prompt: Tensor, answer: Tensor) -> Tensor:
+    """Log-probabilities at every answer token, float32 `[answer, vocabulary]`, read behind the prompt's cache."""
+    cache = DynamicCache(config=model.config)
+    first = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    rest = model(input_ids=answer[:, :-1], past_key_values=cache, use_cache=True).logits
+    return torch.cat([first, rest], dim=1)[0].float().log_softmax(-1)
+
+
+def _measure(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    method: TokenElimination,
+    layer: int,
+    keep: float,
+    trials: Sequence[_Trial],
+) -> Point:
+    with patched(model, method):
+        found = [trial.divergence(model) for trial in trials]
+    far = [value for value, trial in zip(found, trials, strict=True) if trial.recalled]
+    near = [value for value, trial in zip(found, trials, strict=True) if not trial.recalled]
+    tokens = trials[0].prompt.shape[1]
+    return Point(
+        layer,
+        keep,
+        prefill_flops(anatomy, tokens, layer, keep),
+        sum(found) / len(found),
+        sum(near) / len(near),
+        sum(far) / len(far) if far else None,
+    )
+
+
+def _rows(
+    tokenizer: PreTrainedTokenizerBase,
+    data: Any,
+    text_field: str,
+    hold_out: bool,
+    tokens: int,
+    count: int,
+    seed: int,
+) -> tuple[Tensor, str]:
+    found, source = load_texts(
+        os.fspath(data) if isinstance(data, os.PathLike) else data, text_field=text_field
+    )
+    if hold_out:
+        found = split_texts(found)[0]
+    rows = token_blocks(found, tokenizer, sequence_length=tokens, count=count, seed=seed)
+    if not len(rows):
+        raise DataError(
+            f"A prompt and its answer have {tokens} tokens, and {source} gives fewer. Give more text, or a shorter "
+            "prompt."
+        )
+    return rows, source
+
+
+def _check(
+    max_divergence: float,
+    prompt: int,
+    answer: int,
+    texts: int,
+    keeps: Sequence[float],
+    layers: Sequence[int],
+    count: int,
+    most: int,
+) -> None:
+    if not max_divergence > 0:
+        raise CalibrationError(f"max_divergence must be above 0, got {max_divergence!r}.")
+    for name, value, least in (
+        ("answer", answer, 2),
+        ("texts", texts, 1),
+        ("prompt", prompt, 6 * (answer + _CUE)),
+    ):
+        if value < least:
+            raise CalibrationError(f"{name} must be at least {least}, got {value!r}.")
+    if prompt + answer > most:
+        raise CalibrationError(
+            f"A prompt of {prompt} tokens and an answer of {answer} are longer than the {most} that the model reads. "
+            "Ask for shorter ones."
+        )
+    if not keeps or not all(0 < keep < 1 for keep in keeps):
+        raise CalibrationError(f"keeps must be fractions between 0 and 1, got {list(keeps)!r}.")
+    wrong = [layer for layer in layers if not 1 <= layer < count]
+    if wrong or not layers:
+        raise CalibrationError(f"layers must be from 1 to {count - 1}, got {list(layers)!r}.")

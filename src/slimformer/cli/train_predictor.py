@@ -1,0 +1,120 @@
+"""`slimformer train-predictor`: learn which tokens will matter, and write the plan that eliminates the others."""
+
+# Commands import torch when they run, so that --help does not wait for it.
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from slimformer.cli import options
+from slimformer.cli.output import check_output, note, print_json, print_tables
+from slimformer.cli.partial import partial_results
+
+
+class Precision(str, Enum):
+    """What the trained modules compute in."""
+
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def train_predictor(
+    model: options.Model,
+    output: options.Output,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYER=KEEP,...",
+            show_default=False,
+            help="From which layers on which fraction of the tokens is computed, such as 10=0.5,15=0.25.",
+        ),
+    ],
+    data: options.Data = None,
+    text_field: options.TextField = "text",
+    hold_out: Annotated[
+        bool, typer.Option(help="Measure on every fifth text, which is not trained on.")
+    ] = True,
+    revivable: Annotated[
+        bool, typer.Option("--revivable", help="Every layer chooses afresh, and nothing leaves a cache.")
+    ] = False,
+    length: Annotated[
+        int, typer.Option(min=128, help="Tokens per row: about as many as prompts have.")
+    ] = 4096,
+    size: Annotated[int, typer.Option(min=1, help="Neurons of a predictor's towers.")] = 256,
+    rank: Annotated[
+        int, typer.Option(min=1, help="Width of the vectors whose products are the scores.")
+    ] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 400,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of text at a time.")] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches per update.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-3,
+    precision: Annotated[Precision, typer.Option(help="Mixed precision of what is trained.")] = Precision.no,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Train the predictors of token elimination for MODEL, whose own weights stay as they are.
+
+    Interrupted with Ctrl-C, it keeps a checkpoint: the same command goes on from there. Several GPUs: run it under
+    `accelerate launch`.
+    """
+    layers = _schedule(schedule)
+    check_output(output, force)
+
+    from slimformer.calibration.predictors import train_predictors
+    from slimformer.cli.loading import load_model, load_tokenizer
+    from slimformer.report import predictor_table
+    from slimformer.training.loop import TrainingSettings
+
+    settings = TrainingSettings(
+        steps=steps,
+        rows=rows,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        precision=precision.value,
+        seed=seed,
+    )
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model, device, dtype.value)
+    with partial_results(output) as partial:
+        plan = train_predictors(
+            loaded,
+            tokenizer,
+            schedule=layers,
+            data=data,
+            text_field=text_field,
+            hold_out=hold_out,
+            length=length,
+            size=size,
+            rank=rank,
+            settings=settings,
+            checkpoint=partial,
+            progress=True,
+            revivable=revivable,
+        )
+        plan.save_pretrained(output)
+    note(f"The plan is in {output}.")
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        print_tables(predictor_table(plan))
+
+
+def _schedule(given: str) -> dict[int, float]:
+    found = {}
+    for entry in given.split(","):
+        layer, _, keep = entry.partition("=")
+        try:
+            found[int(layer)] = float(keep)
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"--schedule takes entries such as 15=0.25, separated by commas; got {entry!r}."
+            ) from error
+    return found

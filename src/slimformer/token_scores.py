@@ -1,0 +1,136 @@
+"""How much a token of a text still matters at a layer: by attention, by its keys, by a learned predictor, by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slimformer.attention import RowAttention
+from slimformer.block_predictor import BlockPredictor, block_features
+from slimformer.errors import PlanError
+from slimformer.methods.random_keep import chances
+from slimformer.stream import Stream
+
+# Queries that ask, and how many neighbours share a score: FastKV's.
+LAST_QUERIES, NEIGHBOURS = 8, 7
+# Queries that stand for all of a text.
+SPREAD_QUERIES = 64
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """Which tokens of a batch are text.
+
+    Attributes:
+        here: Those still in the stream, bool `[batch, tokens]`.
+        place: The place of every token in its text, from 0 up, int64 `[batch, tokens]`.
+        length: Tokens of every text, those that left included, int64 `[batch]`.
+    """
+
+    here: Tensor
+    place: Tensor
+    length: Tensor
+
+
+# A number per token, float32 `[batch, tokens]`, from the stream, its residual `[rows, hidden]` and its texts; higher
+# ones stay. Where a text may be measured against its mean, no number is negative.
+TokenScore = Callable[[Stream, Tensor, TextTokens], Tensor]
+
+
+def by_chance(seed: int) -> TokenScore:
+    """Scores that say nothing, to compare with."""
+
+    def score(stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
+        return chances(text.place.flatten(), seed).view_as(text.place).float()
+
+    return score
+
+
+def by_attention(asking: str | None) -> TokenScore:
+    """The attention that a token gets, summed over heads and over the queries that ask."""
+
+    def score(stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
+        attention, h = _attention_and_input(stream, x, "attention")
+        if (asking or _default_asking(stream)) == "last":
+            token = torch.arange(stream.tokens, device=x.device)
+            count = min(LAST_QUERIES, stream.tokens)
+            # The last tokens of every text ask, wherever its padding is.
+            queries = torch.where(text.here, token, -1).topk(count, dim=1).values
+        else:
+            queries = _spread(text.here)
+        scores = attention.scores(h, stream, queries, text.here)
+        return _pooled(scores) / _pooled(text.here.float()).clamp_min(1e-6)
+
+    return score
+
+
+def by_key_norm(stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
+    """Small keys stay: large ones belong to tokens that little attends to."""
+    attention, h = _attention_and_input(stream, x, "norm")
+    return -attention.key_norms(h, stream)
+
+
+def by_predictor(predictor: BlockPredictor, block: int, asking: str | None) -> TokenScore:
+    """What a trained predictor says of the block that a token is in, before the layer computes anything."""
+    on_device: dict[torch.device, BlockPredictor] = {}
+
+    def score(stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
+        if predictor.hidden_size != x.shape[-1]:
+            raise PlanError(
+                f"The plan's predictor reads a hidden size of {predictor.hidden_size}, and this model's is "
+                f"{x.shape[-1]}. Train one for this model with `slimformer train-predictor`."
+            )
+        if x.device not in on_device:
+            on_device[x.device] = BlockPredictor.from_tensors(predictor.tensors(0), 0).to(x.device)
+        features = block_features(_layer_input(stream, x), text.here, text.place, block)
+        matrix = on_device[x.device](features.to(x.dtype)).float().relu()
+        blocks = torch.arange(matrix.shape[1], device=x.device)
+        last = (text.length - 1).div(block, rounding_mode="floor")[:, None]
+        asks = (blocks >= last - 1) & (blocks <= last)
+        if (asking or _default_asking(stream)) == "all":
+            asks = blocks <= last
+        matrix = matrix * asks[:, :, None]
+        if stream.causal:
+            matrix = matrix.tril()
+        return matrix.sum(1).gather(1, (text.place // block).clamp_max(matrix.shape[1] - 1))
+
+    return score
+
+
+def _default_asking(stream: Stream) -> str:
+    return "last" if stream.causal else "all"
+
+
+def _attention_and_input(stream: Stream, x: Tensor, scorer: str) -> tuple[RowAttention, Tensor]:
+    """The layer's attention, and what it reads: the normed residual of all tokens `[batch * tokens, hidden]`."""
+    attention = None if stream.layer is None else stream.layer.attention
+    if attention is None:
+        raise PlanError(
+            f"TokenElimination(scorer={scorer!r}) reads the layer's keys, and this model's attention has projections "
+            "that are not known. Only the scorers 'random' and 'predictor' work with it."
+        )
+    return attention, _layer_input(stream, x).flatten(0, 1)
+
+
+def _layer_input(stream: Stream, x: Tensor) -> Tensor:
+    """The normed residual `[batch, tokens, hidden]`, zeros at tokens that left."""
+    layer = stream.layer
+    norm = None if layer is None else layer.structure.attention.norm_before
+    h = x if layer is None or norm is None else layer.norms(norm, x, None, False)
+    return stream.padded(h).view(stream.batch, stream.tokens, -1)
+
+
+def _spread(here: Tensor) -> Tensor:
+    """Tokens at equal distances in every text, the first and the last among them, int64 `[batch, asking]`."""
+    count = here.sum(1, keepdim=True)
+    step = torch.linspace(0, 1, min(SPREAD_QUERIES, here.shape[1]), device=here.device)
+    wanted = (step * (count - 1).clamp_min(0)).round().long() + 1
+    return torch.where(count > 0, torch.searchsorted(here.cumsum(1), wanted), -1)
+
+
+def _pooled(score: Tensor) -> Tensor:
+    return F.avg_pool1d(score[:, None], NEIGHBOURS, 1, NEIGHBOURS // 2)[:, 0]

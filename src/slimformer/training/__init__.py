@@ -1,0 +1,1 @@
+"""Training of what is learned beside a frozen model."""

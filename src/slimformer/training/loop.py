@@ -1,0 +1,242 @@
+"""The one training loop: small modules beside a frozen model, on accelerate."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from slimformer.calibration.progress import Stages
+from slimformer.errors import CalibrationError
+
+Precision = Literal["no", "bf16", "fp16"]
+_STATE, _HISTORY = "state", "training.json"
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long and how fast.
+
+    Attributes:
+        steps: Updates of the parameters.
+        rows: Rows of text per process and forward pass.
+        accumulate: Forward passes per update.
+        learning_rate: Its peak, after a linear warm-up and before a cosine decay to zero.
+        warmup: The fraction of the steps that warm up.
+        weight_decay: AdamW's.
+        clip: The largest norm of the gradient.
+        precision: What the trained module computes in: `"no"` for float32, `"bf16"` or `"fp16"` mixed.
+        keep_every: Steps between checkpoints.
+        seed: Decides the order of the rows and the initial weights.
+
+    Raises:
+        CalibrationError: If a number is not one of those allowed.
+    """
+
+    steps: int = 400
+    rows: int = 1
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    precision: Precision = "no"
+    keep_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows", "accumulate", "keep_every"):
+            if getattr(self, name) < 1:
+                raise CalibrationError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
+        for name in ("learning_rate", "clip"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise CalibrationError(f"{name} must be above 0, got {value!r}.")
+        if not 0 <= self.warmup <= 1:
+            raise CalibrationError(f"warmup must be a fraction from 0 to 1, got {self.warmup!r}.")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise CalibrationError(f"precision must be one of no, bf16, fp16, got {self.precision!r}.")
+
+
+@dataclass
+class History:
+    """What happened, step by step.
+
+    Attributes:
+        losses: The training loss of every step.
+        measured: What `after_step` returned, by step.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    module: nn.Module,
+    loss: Callable[[nn.Module, Tensor], Tensor],
+    rows: Tensor,
+    settings: TrainingSettings,
+    *,
+    identity: Mapping[str, Any],
+    folder: str | os.PathLike[str] | None = None,
+    stages: Stages | None = None,
+    after_step: Callable[[int], Any] | None = None,
+) -> History:
+    """Train `module` in place.
+
+    Under `accelerate launch` every process reads its own share of the rows, and gradients are averaged.
+
+    Args:
+        module: What is trained, on the device where it is to run.
+        loss: From the module, perhaps wrapped, and a batch `[rows, tokens]` to a scalar.
+        rows: Text `[rows, tokens]` on the CPU, taken in an order that the seed decides.
+        settings: How long and how fast.
+        identity: What must be equal for a checkpoint to be taken over.
+        folder: Where checkpoints are kept; the same call resumes from them. None keeps none.
+        stages: Where a progress bar is shown.
+        after_step: Called with the number of every finished step; what it returns, unless None, goes into the history.
+
+    Raises:
+        CalibrationError: If accelerate is not installed, the loss is no finite number, or memory runs out.
+    """
+    accelerator = _accelerator(module, settings)
+    optimizer = torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+    # The accelerator moves the schedule on once per process.
+    steps = settings.steps * accelerator.num_processes
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(settings.warmup * steps), steps)
+    wrapped, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
+    kept = _Checkpoint(folder, {**identity, "processes": accelerator.num_processes}, accelerator)
+    history = kept.resume()
+    order, done = _Order(len(rows), settings, accelerator), len(history.losses)
+    remaining = range(done, settings.steps)
+    module.train()
+    try:
+        for step in remaining if stages is None else stages.track(remaining, "training"):
+            total = 0.0
+            for part in range(settings.accumulate):
+                batch = rows[order.of(step, part)].to(accelerator.device)
+                with torch.enable_grad():
+                    with accelerator.autocast():
+                        value = loss(wrapped, batch) / settings.accumulate
+                    accelerator.backward(value)
+                total += float(value.detach())
+            if not math.isfinite(total):
+                raise CalibrationError(
+                    f"The loss is {total} at step {step + 1}. {kept.place()}Try a lower learning rate, or "
+                    "precision='no'."
+                )
+            accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            history.losses.append(total)
+            measured = None if after_step is None else after_step(step + 1)
+            if measured is not None:
+                history.measured[str(step + 1)] = measured
+            if (step + 1) % settings.keep_every == 0:
+                kept.write(history)
+    except torch.OutOfMemoryError as error:
+        raise CalibrationError(
+            f"Memory ran out with {settings.rows} row(s) of {rows.shape[1]} tokens at a time. {kept.place()}Use fewer "
+            "rows with accumulate to make up for them, shorter rows, or a smaller dtype for the model."
+        ) from error
+    except KeyboardInterrupt:
+        kept.write(history)
+        raise
+    module.eval()
+    return history
+
+
+def _accelerator(module: nn.Module, settings: TrainingSettings) -> Any:
+    try:
+        accelerate: Any = importlib.import_module("accelerate")
+    except ImportError as error:
+        raise CalibrationError(
+            "Training needs accelerate, which is not installed. Install it with `pip install slimformer[training]`."
+        ) from error
+    accelerate.utils.set_seed(settings.seed)
+    device = next(module.parameters()).device
+    try:
+        return accelerate.Accelerator(mixed_precision=settings.precision, cpu=device.type == "cpu")
+    except ValueError as error:
+        raise CalibrationError(
+            f"precision={settings.precision!r} does not work on {device}: {error}. Use precision='no'."
+        ) from error
+
+
+class _Order:
+    """Which rows each step reads: an order of all of them for every pass over the text, which the seed decides."""
+
+    def __init__(self, count: int, settings: TrainingSettings, accelerator: Any) -> None:
+        self.count, self.settings = count, settings
+        self.process, self.processes = accelerator.process_index, accelerator.num_processes
+
+    def of(self, step: int, part: int) -> Tensor:
+        each = self.settings.rows
+        first = ((step * self.settings.accumulate + part) * self.processes + self.process) * each
+        return torch.tensor([self._row(number) for number in range(first, first + each)])
+
+    def _row(self, number: int) -> int:
+        turn, place = divmod(number, self.count)
+        generator = torch.Generator().manual_seed(self.settings.seed + turn)
+        return int(torch.randperm(self.count, generator=generator)[place])
+
+
+class _Checkpoint:
+    """The state of one training in a folder: written beside the old one and then renamed."""
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, identity: Mapping[str, Any], accelerator: Any
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        self.accelerator = accelerator
+
+    def resume(self) -> History:
+        if self.folder is None:
+            return History()
+        try:
+            content = json.loads((self.folder / _STATE / _HISTORY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return History()  # none, or one cut short: training starts anew
+        if content.get("identity") != self.identity:
+            return History()
+        self.accelerator.load_state(str(self.folder / _STATE))
+        return History(content["losses"], content["measured"])
+
+    def write(self, history: History) -> None:
+        if self.folder is None or not history.losses:
+            return
+        new, old = self.folder / f"{_STATE}.new", self.folder / _STATE
+        try:
+            new.mkdir(parents=True, exist_ok=True)
+            self.accelerator.save_state(str(new))
+            if self.accelerator.is_main_process:
+                content = {"identity": self.identity, "losses": history.losses, "measured": history.measured}
+                (new / _HISTORY).write_text(json.dumps(content), encoding="utf-8")
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(new, old)
+            self.accelerator.wait_for_everyone()
+        except OSError as error:
+            raise CalibrationError(
+                f"The checkpoint cannot be kept in {self.folder}: {error}. Give another folder."
+            ) from error
+
+    def place(self) -> str:
+        if self.folder is None or not (self.folder / _STATE).is_dir():
+            return ""
+        return f"The last good checkpoint is in {self.folder / _STATE}. "
