@@ -284,6 +284,44 @@ def test_a_loss_that_no_exit_keeps_to_names_what_there_is(model: SentenceTransfo
         calibrate_elastic(model, NeighbourTask("text", TEXTS), max_loss=0.0, layers=[0], head=False)
 
 
+def test_removals_are_chosen_by_the_task(tmp_path: Path, model: SentenceTransformer) -> None:
+    task = read_retrieval(beir(tmp_path / "tiny"))
+    plan = slimformer.calibrate(
+        model, objective=task, kinds=("block",), drop=2, budget="standard", hold_out=False
+    )
+    dense, lost = task.scores(model)[0], {}
+    for first in range(4):
+        with slimformer.patched(model, LayerDrop(block=[first])):
+            lost[first] = 1 - task.scores(model)[0] / dense
+    steps = plan.provenance["steps"]
+    assert lost[steps[0]["layer"]] == min(lost.values())
+    assert steps[0]["divergence"] == pytest.approx(min(lost.values()), abs=1e-9)
+    with slimformer.patched(model, plan):
+        assert 1 - task.scores(model)[0] / dense == pytest.approx(steps[1]["divergence"], abs=1e-9)
+    assert plan.provenance["divergence_name"] == "share lost of the dense nDCG@10"
+    assert plan.provenance["data"].startswith("list, 40 texts")
+
+
+def test_what_is_left_in_place_is_fitted_before_the_task_judges(model: SentenceTransformer) -> None:
+    task = NeighbourTask("text", TEXTS)
+    plan = slimformer.calibrate(model, objective=task, drop=1, replace="filter", taps=1, budget="standard")
+    assert plan.methods[0].weights.keys() == {
+        f"attention.{plan.methods[0].attention[0]}.{part}" for part in ("weight", "bias")
+    }
+    assert plan.provenance["arguments"]["objective"] == "text, four fifths"
+    assert plan.provenance["steps"][0]["divergence"] < 1
+
+
+def test_an_objective_that_would_not_be_used_is_refused(model: SentenceTransformer) -> None:
+    task = NeighbourTask("text", TEXTS)
+    with pytest.raises(CalibrationError, match="Nothing is judged by the objective"):
+        slimformer.calibrate(model, objective=task, drop=1, selection="cosine")
+    with pytest.raises(CalibrationError, match="SentenceTransformer, got BertModel"):
+        slimformer.calibrate(tiny_model("bert"), model.tokenizer, objective=task, drop=1)
+    limited = slimformer.calibrate(model, objective=task, selection="cosine", max_divergence=0.9, drop=1)
+    assert limited.provenance["steps"][0]["divergence"] <= 0.9
+
+
 def run(*arguments: object, code: int = 0) -> Result:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
@@ -322,6 +360,29 @@ def test_the_command_calibrates_measures_and_shows(tmp_path: Path) -> None:
         "--no-hold-out",
     )
     assert "overestimated" in run("eval", folder, "--plan", whole, "--task", data).stderr
+
+
+def test_the_command_drops_by_a_task_and_reports_on_the_rest(tmp_path: Path) -> None:
+    folder, data, out = tmp_path / "model", beir(tmp_path / "tiny"), tmp_path / "plan"
+    pipeline(folder).save_pretrained(str(folder))
+    shown = run("calibrate", folder, "-o", out, "--task", data, "--drop", 1, "--budget", "standard").stdout
+    assert "attention" in shown
+    figures = json.loads(run("eval", folder, "--plan", out, "--task", data, "--json").stdout)
+    assert figures["data"].endswith("the held-out queries")
+    wrong = run(
+        "calibrate",
+        folder,
+        "-o",
+        out,
+        "--task",
+        data,
+        "--method",
+        "elimination",
+        "--max-divergence",
+        1,
+        code=2,
+    )
+    assert "--task goes with --method drop" in " ".join(wrong.stderr.split())
 
 
 def test_the_command_refuses_before_it_loads_a_model(tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def calibrate(
     head: Annotated[
         bool, typer.Option(help="elastic: fit a linear head for every exit on the texts.")
     ] = True,
+    task: options.Task = None,
     prompt: Annotated[
         int, typer.Option(min=1, help="Tokens of a prompt, for elimination: as many as yours have.")
     ] = 2048,
@@ -132,6 +133,8 @@ def calibrate(
             model, output, data, text_field, layer, max_loss, head, hold_out, device, dtype.value, as_json
         )
         return
+    if task is not None and method is not Method.drop:
+        raise typer.BadParameter("--task goes with --method drop; elastic takes the same as --data.")
     if method is Method.drop and drop is None and max_divergence is None and speedup is None:
         raise typer.BadParameter("Say when to stop: give --drop, --max-divergence or --speedup.")
     if method is Method.elimination and (max_divergence is None or drop is not None or speedup is not None):
@@ -142,12 +145,18 @@ def calibrate(
 
     import slimformer
     from slimformer.calibration.elimination import calibrate_elimination
-    from slimformer.cli.loading import load_model, load_tokenizer
+    from slimformer.cli.loading import load_embedder, load_model, load_tokenizer
+    from slimformer.evaluation.embedding_tasks import read_task
     from slimformer.report import curve_table, plan_table
 
     units: Any = tuple(kinds.value.split(","))
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model, device, dtype.value)
+    objective = None if task is None else read_task(task, text_field=text_field)
+    loaded: Any
+    if objective is None:
+        tokenizer, loaded = load_tokenizer(model), load_model(model, device, dtype.value)
+    else:
+        loaded = load_embedder(model, device, dtype.value)
+        tokenizer = loaded.tokenizer
     with partial_results(output) as partial:
         common: dict[str, Any] = {
             "data": data,
@@ -172,6 +181,7 @@ def calibrate(
                 speedup=speedup,
                 replace=replace.value,
                 taps=taps,
+                objective=objective,
                 budget=budget.value,
                 **common,
             )

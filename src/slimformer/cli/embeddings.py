@@ -71,13 +71,16 @@ def measure_task(
 
     found = Plan.from_pretrained(plan)
     task: EmbeddingTask = read_task(source, text_field=text_field)
-    if str(found.provenance.get("data", "")).startswith(task.source):
-        if str(found.provenance["data"]) == task.source:
-            _logger.warning(
-                "The plan was chosen by all of this task, so its quality is overestimated: measure by another."
-            )
-        else:
-            task = task.split()[1]
+    arguments = found.provenance.get("arguments")
+    chosen_by = str(
+        (arguments.get("objective") if isinstance(arguments, dict) else None) or found.provenance.get("data")
+    )
+    if chosen_by == task.source:
+        _logger.warning(
+            "The plan was chosen by all of this task, so its quality is overestimated: measure by another."
+        )
+    elif chosen_by.startswith(task.source):
+        task = task.split()[1]
     loaded = load_embedder(model, device, dtype)
     with rich.get_console().status("measuring embeddings"):
         task = task.recorded(loaded)

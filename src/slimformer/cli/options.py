@@ -41,8 +41,8 @@ Task = Annotated[
     typer.Option(
         metavar="SOURCE",
         show_default=False,
-        help="Measure embeddings instead: a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/), a .tsv file "
-        "of pairs (score, sentence1, sentence2), or text as --data takes it, for agreement with the dense model.",
+        help="What embeddings are measured by: a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/), a .tsv "
+        "file of pairs (score, sentence1, sentence2), or text as --data takes it, for agreement with the dense model.",
     ),
 ]
 Device = Annotated[
