@@ -150,6 +150,11 @@ def test_a_plan_keeps_the_head(tmp_path: Path) -> None:
                                                   "3": {"skip": ["self_attn", "mlp"]}}  # fmt: skip
 
 
+@pytest.mark.parametrize("layers", [None, "many", 10**12])
+def test_a_plan_for_an_impossible_model_is_still_written(layers: object) -> None:
+    assert Plan([EarlyExit(2)], {"layers": layers}).to_dict()["per_layer_config"] == {}
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_dropped_sublayer_does_not_take_the_head_with_it(order: int) -> None:
     model = tiny_model("bert")

@@ -207,6 +207,15 @@ def test_a_patch_that_no_plan_can_hold_is_not_saved_and_says_so(tmp_path: Path) 
     assert not (tmp_path / "lossless" / FILE).exists()
 
 
+def test_a_checkpoint_is_not_uploaded_without_its_plan(tmp_path: Path) -> None:
+    model = slimformer.patch(tiny_model("bert"), DROP)
+    with pytest.raises(PlanError, match=r"model\.push_to_hub\(repo_id\), which uploads both"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    assert list(tmp_path.iterdir()) == []
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / FILE).exists()
+
+
 def test_a_cross_encoder_is_patched_in_place_and_saved_with_its_plan(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "from", "bert")
     config = tiny_model("bert").config

@@ -57,6 +57,7 @@ METHODS: dict[str, type[Any]] = {
     "LayerDrop": LayerDrop,
     "TokenElimination": TokenElimination,
 }
+_MOST_LAYERS = 10_000
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -117,7 +118,10 @@ class Plan:
     def dropped(self, kind: Kind) -> tuple[int, ...]:
         """The layers without this sublayer, each once; those above an exit only where the model is known."""
         listed = [layer for method in self.drops for layer in method.dropped(kind)]
-        above = [] if self.exit is None else range(self.exit, int(self.fingerprint.get("layers", 0)))
+        count = self.fingerprint.get("layers")
+        # A plan may come from anywhere, and a number that no model has would take all memory.
+        known = self.exit is not None and isinstance(count, int) and count <= _MOST_LAYERS
+        above = range(self.exit or 0, count or 0) if known else range(0)
         return tuple(dict.fromkeys((*listed, *above)))
 
     def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:

@@ -56,13 +56,16 @@ def save_with_plan(
         options: The other arguments of `save_pretrained`.
 
     Raises:
-        PlanError: If the plan cannot be written.
+        PlanError: If the plan cannot be written, or if with `push_to_hub` the checkpoint would go without it.
     """
-    type(model).save_pretrained(model, save_directory, **options)
-    if not options.get("is_main_process", True):
-        return
     plan = _plan_of(model, methods)
-    if plan is not None:
+    if plan is not None and options.get("push_to_hub"):
+        raise PlanError(
+            "save_pretrained(push_to_hub=True) uploads the checkpoint before the plan lies beside it. Call "
+            "model.push_to_hub(repo_id), which uploads both."
+        )
+    type(model).save_pretrained(model, save_directory, **options)
+    if plan is not None and options.get("is_main_process", True):
         plan.save_pretrained(save_directory)
 
 
