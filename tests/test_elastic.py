@@ -7,6 +7,7 @@ import json
 import warnings
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from slimformer import EarlyExit, LayerDrop, Plan
 from slimformer.calibration.elastic import calibrate_elastic
 from slimformer.calibration.exit_heads import fit_exits
 from slimformer.cli import app
-from slimformer.errors import CalibrationError, DataError
+from slimformer.errors import CalibrationError, DataError, PlanError
 from slimformer.evaluation.elastic_grid import Grid
 from slimformer.evaluation.embedding_tasks import (
     NeighbourTask,
@@ -30,7 +31,7 @@ from slimformer.evaluation.embedding_tasks import (
     read_task,
 )
 from slimformer.evaluation.retrieval import RetrievalTask, ir_evaluator, read_retrieval
-from slimformer.report import grid_table, plan_page
+from slimformer.report import grid_picture, grid_table, plan_page
 from tiny_checkpoints import tiny_checkpoint
 from tiny_models import tiny_model
 
@@ -343,6 +344,9 @@ def test_the_command_calibrates_measures_and_shows(tmp_path: Path) -> None:
     assert figures["dense"] == pytest.approx(held_out.figures(model), abs=1e-6)
     assert figures["slim"] == pytest.approx(held_out.figures(slimformer.patch(model, str(out))), abs=1e-6)
     assert "nDCG@10" in run("show", out).stdout
+    run("show", out, "--svg", tmp_path / "grid.svg")
+    picture = ElementTree.fromstring((tmp_path / "grid.svg").read_text())
+    assert len(picture.findall(".//{http://www.w3.org/2000/svg}title")) == 5 * 2
     result = run("eval", folder, "--plan", out, "--task", tsv(tmp_path / "pairs.tsv"))
     assert "Spearman" in result.stdout
     whole = tmp_path / "whole"
@@ -404,5 +408,7 @@ def test_a_page_shows_the_grid_and_takes_no_broken_one() -> None:
     assert "2 of 4 sublayers dropped" in page
     assert grid_table(plan).row_count == 3
     broken = Plan([LayerDrop(mlp=[0])], provenance={"elastic": {"scores": "x"}})
+    with pytest.raises(PlanError, match="no grid of depth and width"):
+        grid_picture(broken)
     assert grid_table(broken) is None
     assert "Depth and width" not in plan_page(broken)

@@ -7,10 +7,16 @@ from html import escape
 from rich.table import Table
 from rich.text import Text
 
+from slimformer.errors import PlanError
 from slimformer.evaluation.elastic_grid import Grid
 from slimformer.plan import Plan
 from slimformer.report.charts import svg_text
 
+# What the page's style sheet says of these classes, in colours that read on light and on dark ground.
+_STYLE = (
+    "<style>svg{font:11.5px system-ui,sans-serif}.cell{fill:#3b7dd8}.ring{fill:none;stroke:#3b7dd8;stroke-width:2}"
+    ".tick,.axis{fill:#808080}.label{fill:#808080;font-weight:600}</style>"
+)
 _LEFT, _TOP, _BELOW = 64.0, 30.0, 44.0
 _WIDTH, _HEIGHT, _GAP = 76.0, 30.0, 4.0
 
@@ -105,6 +111,21 @@ def elastic_chart(grid: Grid, chosen: int | None = None) -> str:
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="width:{width:.0f}px" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg>"
     )
+
+
+def grid_picture(plan: Plan) -> str:
+    """The grid as an SVG file of its own, with its style.
+
+    Raises:
+        PlanError: If the plan carries no grid.
+    """
+    grid = grid_of(plan)
+    if grid is None:
+        raise PlanError(
+            "The plan carries no grid of depth and width. slimformer calibrate --method elastic measures one."
+        )
+    head, _, body = elastic_chart(grid, plan.exit).partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{_STYLE}{body}\n'
 
 
 def _name(grid: Grid, layer: int, chosen: int | None) -> str:
