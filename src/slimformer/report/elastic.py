@@ -12,10 +12,11 @@ from slimformer.evaluation.elastic_grid import Grid
 from slimformer.plan import Plan
 from slimformer.report.charts import svg_text
 
-# What the page's style sheet says of these classes, in colours that read on light and on dark ground.
+# What the page's style sheet says of these classes, for a file of its own on light or on dark ground.
 _STYLE = (
-    "<style>svg{font:11.5px system-ui,sans-serif}.cell{fill:#3b7dd8}.ring{fill:none;stroke:#3b7dd8;stroke-width:2}"
-    ".tick,.axis{fill:#808080}.label{fill:#808080;font-weight:600}</style>"
+    "<style>svg{font:11.5px system-ui,sans-serif}.cell{fill:#24705a}.ring{fill:none;stroke:#24705a;stroke-width:2}"
+    ".tick,.axis{fill:#5a626c}.label{fill:#1b1f24;font-weight:600}@media (prefers-color-scheme:dark){.cell{fill:#66c9a6}"
+    ".ring{stroke:#66c9a6}.tick,.axis{fill:#a2abb6}.label{fill:#e8eaed}}</style>"
 )
 _LEFT, _TOP, _BELOW = 64.0, 30.0, 44.0
 _WIDTH, _HEIGHT, _GAP = 76.0, 30.0, 4.0
@@ -50,7 +51,7 @@ def grid_table(plan: Plan) -> Table | None:
         table.add_column(str(dimension), justify="right")
     for layer, row in zip(grid.layers, grid.scores, strict=True):
         cells = (
-            f"{score:.4g}{'*' if (layer, dimension) in front else ' '}"
+            f"{score:#.4g}{'*' if (layer, dimension) in front else ' '}"
             for dimension, score in zip(grid.dimensions, row, strict=True)
         )
         table.add_row(_name(grid, layer, plan.exit), *(Text(cell) for cell in cells))
@@ -92,14 +93,14 @@ def elastic_chart(grid: Grid, chosen: int | None = None) -> str:
         for column, (dimension, score) in enumerate(zip(grid.dimensions, row, strict=True)):
             filled = 0.08 + 0.5 * ((score - low) / (high - low) if high > low else 1.0)
             on_front = (layer, dimension) in front
-            label = f"{layer} layers, {dimension} dimensions: {score:.4g}{', on the Pareto front' if on_front else ''}"
+            label = f"{layer} layers, {dimension} dimensions: {score:#.4g}{', on the Pareto front' if on_front else ''}"
             box = f'x="{_LEFT + column * (_WIDTH + _GAP):.1f}" y="{y:.1f}" width="{_WIDTH}" height="{_HEIGHT}" rx="4"'
             parts.append(
                 f'<rect class="cell total" style="fill-opacity:{filled:.3f}" {box}><title>{label}</title></rect>'
             )
             if on_front:
                 parts.append(f'<rect class="ring total" {box}/>')
-            parts.append(svg_text(_middle(column), y + _HEIGHT / 2 + 4, f"{score:.4g}", "middle", "label"))
+            parts.append(svg_text(_middle(column), y + _HEIGHT / 2 + 4, f"{score:#.4g}", "middle", "label"))
     below = _TOP + len(grid.layers) * (_HEIGHT + _GAP) + 14
     across = len(grid.dimensions) * (_WIDTH + _GAP)
     parts.append(
