@@ -15,8 +15,8 @@ from slimformer.report.charts import svg_text
 # What the page's style sheet says of these classes, for a file of its own on light or on dark ground.
 _STYLE = (
     "<style>svg{font:11.5px system-ui,sans-serif}.cell{fill:#24705a}.ring{fill:none;stroke:#24705a;stroke-width:2}"
-    ".tick,.axis{fill:#5a626c}.label{fill:#1b1f24;font-weight:600}@media (prefers-color-scheme:dark){.cell{fill:#66c9a6}"
-    ".ring{stroke:#66c9a6}.tick,.axis{fill:#a2abb6}.label{fill:#e8eaed}}</style>"
+    ".tick,.axis{fill:#5a626c}.label{fill:#1b1f24;font-weight:600}@media (prefers-color-scheme:dark)"
+    "{.cell{fill:#66c9a6}.ring{stroke:#66c9a6}.tick,.axis{fill:#a2abb6}.label{fill:#e8eaed}}</style>"
 )
 _LEFT, _TOP, _BELOW = 64.0, 30.0, 44.0
 _WIDTH, _HEIGHT, _GAP = 76.0, 30.0, 4.0
