@@ -47,7 +47,7 @@ _BLOCKS, _TOKENS = 64, 1024
 )
 def run(settings: Settings) -> Iterator[Measurement]:
     """Calibrate on C4 and read WikiText-2, in float32."""
-    model, tokenizer = _load(settings)
+    model, tokenizer = load_model(settings)
     calibration, evaluation = _texts(settings)
     blocks = wikitext_blocks(
         evaluation, tokenizer, settings.pick(_TOKENS, 128), count=settings.pick(_BLOCKS, 2)
@@ -84,8 +84,10 @@ def run(settings: Settings) -> Iterator[Measurement]:
                 yield Measurement({"removed": count}, name, values=values, note=f"in order: {order}")
 
 
-def _load(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32 and its tokenizer: a checkpoint folder, or a GGUF file."""
+def load_model(
+    settings: Settings, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer: a checkpoint folder, or a GGUF file."""
     path = settings.model
     if path is None:
         if not settings.smoke:
@@ -93,7 +95,7 @@ def _load(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         return _tiny_model(), tiny_tokenizer()
     folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     return model.to(settings.device).eval(), tokenizer
 
 

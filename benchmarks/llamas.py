@@ -83,6 +83,7 @@ def logits_in_float32(
     model: LlamaForCausalLM,
     ids: Tensor,
     keeps: Callable[[int, str], Tensor | None] = lambda layer, kind: None,
+    stays: Callable[[int], Tensor | None] = lambda layer: None,
 ) -> Tensor:
     """Logits of the last token in float32, layer by layer, every token computed and those that are kept used.
 
@@ -93,13 +94,17 @@ def logits_in_float32(
         model: An unpatched model.
         ids: `[batch, tokens]`.
         keeps: Whether each token is computed in a sublayer, bool `[1, tokens, 1]`; None for all.
+        stays: Which of the tokens that are left stay from a layer on, sorted indices; None for all.
     """
     stack, positions = model.model, torch.arange(ids.shape[1], device=ids.device)[None]
     with torch.no_grad():
         h = stack.embed_tokens(ids).float()
         rotary = stack.rotary_emb(h, position_ids=positions)
         for index, layer in enumerate(stack.layers):
-            wide = copy.deepcopy(layer).float()
+            wide, stay = copy.deepcopy(layer).float(), stays(index)
+            if stay is not None:
+                h = h[:, stay]
+                rotary = tuple(part[:, stay] for part in rotary)
             y = _attention_in_float32(wide.self_attn, wide.input_layernorm(h), rotary)
             h = _kept(h, y, keeps(index, "attention"))
             h = _kept(h, wide.mlp(wide.post_attention_layernorm(h)), keeps(index, "mlp"))

@@ -28,6 +28,8 @@ MODULES = (
     "encode",
     "lossless",
     "executor_rows",
+    "elimination_speed",
+    "elimination_quality",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}

@@ -134,9 +134,10 @@ def test_a_text_is_treated_alike_alone_and_among_others(scorer: Any, block: int)
             torch.testing.assert_close(together[row, -1], alone[0, -1], atol=1e-5, rtol=0)
 
 
-def test_the_attention_scorer_keeps_what_the_last_tokens_look_at() -> None:
+@pytest.mark.parametrize("heads", ["sum", "max"])
+def test_the_attention_scorer_keeps_what_the_last_tokens_look_at(heads: Any) -> None:
     model = tiny_model("llama")
-    method = TokenElimination({2: 0.4}, **SHORT)
+    method = TokenElimination({2: 0.4}, heads=heads, **SHORT)
     with torch.no_grad():
         slimformer.patch(model, method)
         slim = model(ids()[:1, :TOKENS], use_cache=False).logits[0, -1]
@@ -152,7 +153,8 @@ def test_the_attention_scorer_keeps_what_the_last_tokens_look_at() -> None:
         hook = model.model.layers[2].register_forward_pre_hook(look, with_kwargs=True)
         model(ids()[:1, :TOKENS], use_cache=False)
         hook.remove()
-        score = weights[0][0, :, -8:].sum((0, 1))
+        score = weights[0][0, :, -8:].sum(1)
+        score = score.sum(0) if heads == "sum" else score.amax(0)
         pooled = torch.stack([score[max(i - 3, 0) : i + 4].mean() for i in range(TOKENS)])
         pooled[:2] = pooled[-3:] = math.inf
         stay = pooled.argsort(descending=True)[: math.ceil(0.4 * TOKENS)].sort().values

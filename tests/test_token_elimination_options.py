@@ -14,7 +14,7 @@ from torch import Tensor
 import slimformer
 from slimformer import LayerDrop, Plan, TokenElimination
 from slimformer.anatomy import KINDS, Kind
-from slimformer.block_predictor import BlockPredictor, block_features
+from slimformer.block_predictor import BlockPredictor
 from slimformer.errors import PlanError
 from slimformer.methods.random_keep import chances
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, positions, slowly, small  # noqa: F401
@@ -153,21 +153,21 @@ def test_blocks_stay_or_go_as_a_whole() -> None:
     torch.testing.assert_close(slim[0, -1], expected[0, -1], atol=1e-5, rtol=0)
 
 
-def predicted(
-    model: Any, predictor: BlockPredictor, layer: int, text: Tensor, asking: str, block: int
-) -> Tensor:
+def predicted(model: Any, predictor: BlockPredictor, layer: int, text: Tensor, asking: str) -> Tensor:
     """Scores of a text's blocks by the documentation, from the residual in front of a layer."""
     with torch.no_grad():
         hidden = model(text, output_hidden_states=True).hidden_states[layer]
         h = model.model.layers[layer].input_layernorm(hidden)[0]
-        parts = [h[start : start + block] for start in range(0, len(h), block)]
-        features = torch.stack(
-            [
-                torch.cat([F.layer_norm(p.mean(0), h.shape[1:]), F.layer_norm(p.amax(0), h.shape[1:])])
-                for p in parts
-            ]
-        )
-        matrix = predictor(features[None])[0].relu().tril()
+        towers = []
+        for tower in (predictor.query, predictor.key):
+            neurons = tower.first(h).relu()
+            blocks = [neurons[start : start + 64].amax(0) for start in range(0, len(h), 64)]
+            towers.append(tower.last(torch.stack(blocks)))
+        query, key = towers
+        # Near blocks get more attention than far ones, whatever is in them.
+        block = torch.arange(len(query))
+        matrix = query @ key.T / 2 + predictor.near[(block[:, None] - block).abs()]
+        matrix = matrix.relu().tril()
     return matrix[-2:].sum(0) if asking == "last" else matrix.sum(0)
 
 
@@ -175,7 +175,9 @@ def predicted(
 def test_a_predictor_chooses_blocks_by_its_scores(asking: Any) -> None:
     torch.manual_seed(3)
     model, text, predictor = tiny_model("llama"), ids(1, 300), BlockPredictor(32, 8, 4).eval()
-    score = predicted(model, predictor, 2, text, asking, 64)
+    with torch.no_grad():
+        predictor.near.normal_()
+    score = predicted(model, predictor, 2, text, asking)
     score[-1] = math.inf  # the window
     best = score.argsort(descending=True)[:2].sort().values
     stay = (best[:, None] * 64 + torch.arange(64)).flatten()
@@ -225,31 +227,35 @@ def test_plans_carry_predictors(tmp_path: Path) -> None:
 
 def test_neurons_that_are_never_used_are_not_saved_and_nobody_misses_them() -> None:
     torch.manual_seed(0)
-    predictor, features = BlockPredictor(16, 40, 4), torch.randn(3, 6, 32)
+    predictor, h = BlockPredictor(16, 40, 4), torch.randn(3, 200, 16)
+    text, place = torch.ones(3, 200, dtype=torch.bool), torch.arange(200).expand(3, 200)
     with torch.no_grad():
         predictor.query.first.bias[:10] = -100.0
         for _ in range(400):
-            predictor(features)
+            predictor(h, text, place)
         predictor.retire(share=0.99, least=4)
         used = predictor.sizes
-        assert used[0] <= 30
+        assert used[0] == 30
         saved = BlockPredictor.from_tensors(predictor.tensors(3), 3)
         assert (saved.query.first.out_features, saved.key.first.out_features) == used
-        torch.testing.assert_close(saved(features), predictor(features), atol=1e-5, rtol=0)
+        torch.testing.assert_close(saved(h, text, place), predictor(h, text, place), atol=1e-5, rtol=0)
         predictor.retire(share=0.0, least=4)
     assert predictor.sizes == (4, 4)
 
 
-def test_features_of_a_block_are_those_of_its_tokens_alone() -> None:
-    h, text = torch.randn(2, 11, 8), mask_of(0, 4, tokens=11).bool()
-    place = positions(text.long())
-    features = block_features(h, text, place, 4)
-    for row, start in ((0, 0), (1, 4)):
+def test_scores_of_a_padded_text_are_those_of_the_text_alone() -> None:
+    predictor, h, text = (
+        BlockPredictor(8, 6, 4).eval(),
+        torch.randn(2, 300, 8),
+        mask_of(0, 100, tokens=300).bool(),
+    )
+    together = predictor(h, text, positions(text.long()))
+    for row, start in ((0, 0), (1, 100)):
         alone = h[row : row + 1, start:]
-        known = torch.ones(alone.shape[:2], dtype=torch.bool)
-        expected = block_features(alone, known, positions(known.long()), 4)
-        torch.testing.assert_close(features[row, : expected.shape[1]], expected[0])
-    assert not features[1, 2].any()
+        whole = torch.ones(alone.shape[:2], dtype=torch.bool)
+        expected = predictor(alone, whole, positions(whole.long()))
+        blocks = expected.shape[1]
+        torch.testing.assert_close(together[row, :blocks, :blocks], expected[0])
 
 
 @pytest.mark.parametrize(

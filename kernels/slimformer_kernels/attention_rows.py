@@ -7,27 +7,15 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import (
-    check_device,
-    check_dtype,
-    check_floating,
-    check_last_stride,
-    check_positive,
-    check_shape,
-    debugging,
-)
+from .arguments import check_positive
+from .attention_rows_arguments import check_arguments
+from .attention_rows_reference import attention_rows_reference
 from .dispatch import jit, kernel_op, runs_kernel, tl, wrap_triton
-from .errors import KernelArgumentError
 
 # Above this head width the tiles of queries, keys and values no longer fit into shared memory side by side.
 WIDEST_HEAD = 256
-# The reference holds at most this many scores at a time: 256 MiB in float32.
-_REFERENCE_SCORES = 2**26
-# Queries per call of the reference where a mask is needed: later ones see more keys than earlier ones.
-_REFERENCE_QUERIES = 256
 
 
 class _Blocks(NamedTuple):
@@ -112,7 +100,7 @@ def attention_rows(
         ...                longest=2, causal=True, scale=1.0).flatten()
         tensor([2., 4.])
     """
-    _check(query, key, value, positions, query_offsets, key_ranges, longest, causal)
+    check_arguments(query, key, value, positions, query_offsets, key_ranges, longest)
     check_positive("scale", scale)
     if window is not None:
         check_positive("window", window)
@@ -122,146 +110,6 @@ def attention_rows(
     if runs_kernel(query, key, value) and query.shape[2] <= WIDEST_HEAD:
         return attention_rows_op(query, key, value, *rules)
     return attention_rows_reference(query, key, value, *rules)
-
-
-def attention_rows_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    query_offsets: Tensor,
-    key_ranges: Tensor,
-    longest: int,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """``attention_rows`` in plain PyTorch: runs without Triton, and the kernel is tested against it.
-
-    It reads offsets and ranges on the host; under ``torch.compile`` one masked product stands in for that.
-    """
-    batch = key_ranges.shape[0]
-    counts = query_offsets.diff()
-    # Which keys a query sees is one range: all of the rules are bounds on the key's position.
-    ranges = key_ranges.repeat_interleave(counts, 0, output_size=query.shape[0]).long()
-    low, high = _seen(positions.long(), ranges[:, 0], ranges[:, 1], causal, window)
-    if torch.compiler.is_compiling():
-        return _in_one_graph(query, key, value, counts, low, high, scale, softcap)
-    if query.shape[0] == 0:
-        return query.contiguous()
-    lengths = counts.tolist()
-    if key.shape[0] == batch and min(lengths) == max(lengths):
-        # Sequences of one length, as without selection and in decoding, go together.
-        shape = (batch, lengths[0])
-        out = _attend(
-            query.unflatten(0, shape), key, value, low.view(shape), high.view(shape), scale, softcap
-        )
-        return out.flatten(0, 1)
-    outs, start = [], 0
-    for b, length in enumerate(lengths):
-        if length:
-            own, home = slice(start, start + length), 0 if key.shape[0] == 1 else b
-            parts = (query[None, own], key[home, None], value[home, None], low[None, own], high[None, own])
-            outs.append(_attend(*parts, scale, softcap)[0])
-        start += length
-    return torch.cat(outs)
-
-
-def _seen(
-    positions: Tensor, start: Tensor, end: Tensor, causal: bool, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """The range of keys that each query sees: from the first tensor up to, without, the second."""
-    low, high = start, end
-    if causal:
-        high = torch.minimum(high, positions + 1)
-    elif window is not None:
-        high = torch.minimum(high, positions + window + 1)
-    if window is not None:
-        low = torch.maximum(low, positions - window + (1 if causal else 0))
-    return low, torch.maximum(high, low)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, low: Tensor, high: Tensor, scale: float, softcap: float | None
-) -> Tensor:
-    """Attention of ``[batch, m, heads, head_dim]`` queries over the keys from ``low`` to ``high [batch, m]``."""
-    batch, count, heads, _ = query.shape
-    first, last = int(low.min()), int(high.max())
-    same = int(low.max()) == first and softcap is None and last > first
-    if same and int(high.min()) == last:
-        return _weighted(query, key[:, first:last], value[:, first:last], None, False, scale, None)
-    own = torch.arange(first + 1, first + count + 1, device=high.device)
-    if same and last == first + count and bool((high == own).all()):
-        return _weighted(query, key[:, first:last], value[:, first:last], None, True, scale, None)
-    step = max(1, min(_REFERENCE_QUERIES, _REFERENCE_SCORES // (batch * heads * max(last - first, 1))))
-    outs = []
-    for part, lower, upper in zip(query.split(step, 1), low.split(step, 1), high.split(step, 1), strict=True):
-        first, last = int(lower.min()), int(upper.max())
-        keys = torch.arange(first, last, device=query.device)
-        mask = (keys >= lower[..., None]) & (keys < upper[..., None])
-        outs.append(_weighted(part, key[:, first:last], value[:, first:last], mask, False, scale, softcap))
-    return torch.cat(outs, dim=1)
-
-
-def _weighted(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """``[batch, m, heads, head_dim]`` queries over ``[batch, n, kv_heads, head_dim]`` keys.
-
-    ``mask [batch, m, n]`` is True where a query sees a key.
-    """
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    blind = None
-    if mask is not None:
-        # A row without any key would be 0 / 0: let it see all, and take zeros instead of what it saw.
-        blind = ~mask.any(-1, keepdim=True)
-        mask, blind = (mask | blind)[:, None], blind[:, None]
-    if softcap is None:
-        # A branch: while tracing, head counts may be symbols, whose comparison is no bool to SDPA.
-        grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-        out = F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=causal, scale=scale, **grouped
-        )
-    else:
-        group = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        compute = torch.promote_types(query.dtype, torch.float32)
-        scores = softcap * torch.tanh((query @ key.mT).to(compute) * (scale / softcap))
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        out = scores.softmax(-1).to(value.dtype) @ value
-    if blind is not None:
-        out = out.masked_fill(blind, 0.0)
-    return out.transpose(1, 2)
-
-
-def _in_one_graph(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    low: Tensor,
-    high: Tensor,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """The reference without reading a value on the host: every query meets the keys of every sequence."""
-    keys = torch.arange(key.shape[1], device=query.device)
-    mask = ((keys >= low[:, None]) & (keys < high[:, None]))[None]
-    if key.shape[0] > 1:
-        sequences = torch.arange(key.shape[0], device=query.device)
-        owner = sequences.repeat_interleave(counts, output_size=query.shape[0])
-        mask = mask & (owner == sequences[:, None])[..., None]
-    queries = query.expand(key.shape[0], *query.shape)
-    # A query is blind, hence zero, in all sequences but its own.
-    return _weighted(queries, key, value, mask, False, scale, softcap).sum(0)
 
 
 @kernel_op("attention_rows")
@@ -592,116 +440,3 @@ def _attend_tiles(
         total = tl.dot(weights.to(value.dtype), value, total, input_precision="ieee")
         peak = new_peak
     return total, weight, peak
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    query_offsets: Tensor,
-    key_ranges: Tensor,
-    longest: int,
-    causal: bool,
-) -> None:
-    for name, x, dims, shape in (
-        ("query", query, 3, "[queries, heads, head_dim]"),
-        ("key", key, 4, "[batch or 1, keys, kv_heads, head_dim]"),
-    ):
-        check_floating(name, x)
-        if x.dim() != dims or 0 in x.shape[1:]:
-            raise KernelArgumentError.of(
-                f"{name} has the wrong dimensions",
-                got=f"shape {tuple(x.shape)}",
-                allowed=f"{shape}, at least one key, head and channel",
-                remedy="lay the queries of all sequences behind each other and transpose keys and values",
-            )
-    check_last_stride("query", query)
-    for name, x in (("key", key), ("value", value)):
-        check_dtype(name, x, query, "query")
-        check_device(name, x, query, "query")
-        check_last_stride(name, x)
-    check_shape("value", value, key.shape, "the shape of key")
-    if key.shape[3] != query.shape[2]:
-        raise KernelArgumentError.of(
-            "the heads of query and key differ in width",
-            got=f"{query.shape[2]} and {key.shape[3]}",
-            allowed="one head_dim",
-            remedy="pass the tensors as the attention layer holds them",
-        )
-    if query.shape[1] % key.shape[2]:
-        raise KernelArgumentError.of(
-            "the heads of query must be a multiple of the heads of key",
-            got=f"{query.shape[1]} and {key.shape[2]}",
-            allowed="heads = group * kv_heads",
-            remedy="pass the tensors as the attention layer holds them",
-        )
-    for name, x in (("positions", positions), ("query_offsets", query_offsets), ("key_ranges", key_ranges)):
-        if x.dtype not in (torch.int64, torch.int32):
-            raise KernelArgumentError.of(
-                f"{name} must hold integers",
-                got=x.dtype,
-                allowed="int64 or int32",
-                remedy=f"call {name}.long()",
-            )
-        check_device(name, x, query, "query")
-    check_shape("positions", positions, (query.shape[0],), "[queries]")
-    if key_ranges.dim() != 2 or key_ranges.shape[0] == 0 or key_ranges.shape[1] != 2:
-        raise KernelArgumentError.of(
-            "key_ranges must hold a start and an end per sequence",
-            got=f"shape {tuple(key_ranges.shape)}",
-            allowed="[batch, 2], at least one sequence",
-            remedy="stack the first index and the one past the last",
-        )
-    batch = key_ranges.shape[0]
-    check_shape("query_offsets", query_offsets, (batch + 1,), "[batch + 1] of key_ranges")
-    if key.shape[0] not in (1, batch):
-        raise KernelArgumentError.of(
-            "key does not fit key_ranges",
-            got=f"{key.shape[0]} sequences of keys and {batch} ranges",
-            allowed=f"{batch} sequences, or 1 that holds all of them behind each other",
-            remedy="pass one range per sequence",
-        )
-    if longest < 0:
-        raise KernelArgumentError.of(
-            "longest must not be negative",
-            got=longest,
-            allowed="an upper bound on the queries of one sequence",
-            remedy="pass the number of queries",
-        )
-    if debugging():
-        _check_values(query, key, positions, query_offsets, key_ranges, longest)
-
-
-def _check_values(
-    query: Tensor, key: Tensor, positions: Tensor, query_offsets: Tensor, key_ranges: Tensor, longest: int
-) -> None:
-    counts = query_offsets.diff()
-    if int(query_offsets[0]) != 0 or int(query_offsets[-1]) != query.shape[0] or bool((counts < 0).any()):
-        raise KernelArgumentError.of(
-            "query_offsets must ascend from 0 to the number of queries",
-            got=f"{int(query_offsets[0])} to {int(query_offsets[-1])}",
-            allowed=f"0 to {query.shape[0]}",
-            remedy="take the cumulated counts of queries, with a zero in front",
-        )
-    if int(counts.max()) > longest:
-        raise KernelArgumentError.of(
-            "longest is less than the queries of a sequence",
-            got=longest,
-            allowed=f"at least {int(counts.max())}",
-            remedy="pass an upper bound, the padded length for one",
-        )
-    if int(key_ranges.min()) < 0 or int(key_ranges.max()) > key.shape[1]:
-        raise KernelArgumentError.of(
-            "key_ranges points outside key",
-            got=f"{int(key_ranges.min())} to {int(key_ranges.max())}",
-            allowed=f"0 to {key.shape[1]}",
-            remedy="count along dimension 1 of key",
-        )
-    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < key.shape[1]:
-        raise KernelArgumentError.of(
-            "positions points outside key",
-            got=f"{int(positions.min())} to {int(positions.max())}",
-            allowed=f"0 to {key.shape[1] - 1}",
-            remedy="count along dimension 1 of key",
-        )

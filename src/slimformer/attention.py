@@ -26,7 +26,8 @@ from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.shorter_cache import ShorterLayer, ShorterStaticLayer, shorter_layer
 from slimformer.stream import Stream
-from slimformer_kernels.attention_rows import WIDEST_HEAD, attention_rows_op, attention_rows_reference
+from slimformer_kernels.attention_rows import WIDEST_HEAD, attention_rows_op
+from slimformer_kernels.attention_rows_reference import attention_rows_reference
 from slimformer_kernels.dispatch import runs_kernel
 from slimformer_kernels.rotary import rotary_op, rotary_reference
 
@@ -214,7 +215,7 @@ class RowAttention:
         out = out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
         return out if rows is None else out.index_select(0, rows.index)
 
-    def scores(self, h: Tensor, stream: Stream, queries: Tensor, real: Tensor) -> Tensor:
+    def scores(self, h: Tensor, stream: Stream, queries: Tensor, real: Tensor, heads: str = "sum") -> Tensor:
         """How much attention chosen tokens pay to every token of their text.
 
         Args:
@@ -222,9 +223,10 @@ class RowAttention:
             stream: What the tokens are.
             queries: Which tokens ask, int64 `[batch, asking]`; -1 for none.
             real: Which tokens may be seen, bool `[batch, tokens]`.
+            heads: Whether the `"sum"` over heads counts, or the `"max"`.
 
         Returns:
-            Softmax weights summed over queries and heads, float32 `[batch, tokens]`.
+            Softmax weights summed over queries, over heads as said, float32 `[batch, tokens]`.
         """
         q, k = self.queries_and_keys(h, stream)
         asking = queries.clamp_min(0)[:, None, :, None].expand(-1, q.shape[1], -1, self.head_dim)
@@ -235,7 +237,8 @@ class RowAttention:
         if stream.causal:
             token = torch.arange(stream.tokens, device=h.device)
             seen = seen & (token <= queries[:, None, :, None])
-        return logits.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0).sum((1, 2))
+        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0).sum(2)
+        return weights.sum(1) if heads == "sum" else weights.amax(1)
 
     def key_norms(self, h: Tensor, stream: Stream) -> Tensor:
         """The mean norm of every token's keys, float32 `[batch, tokens]`, from `h` as in `scores`."""

@@ -11,14 +11,20 @@ from torch import Tensor, nn
 from slimformer.errors import PlanError
 
 TOWERS = ("query", "key")
+# Tokens per block, LeMo's.
+BLOCK = 64
+# Blocks further apart than this count as equally far.
+DISTANCES = 128
+_NEAR = "near"
 _PARTS = ("first.weight", "first.bias", "last.weight", "last.bias")
 
 
 class BlockPredictor(nn.Module):
-    """Two small towers over blocks of tokens; their products are the predicted block scores.
+    """Two small towers over the tokens of a text; their products are the predicted scores of blocks.
 
-    A tower is a linear layer, ReLU and another linear layer. It reads one vector per block, as `block_features` makes
-    them, and `scores[m, n]` predicts how much the queries of block m attend to the keys of block n.
+    A tower is a linear layer and ReLU on every token, the maximum over the tokens of each block, and another linear
+    layer: what one token among 64 has is not lost in their mean. `scores[m, n]` predicts how much the queries of block
+    m attend to the keys of block n. What depends on the distance of the two alone is a number per distance.
 
     Args:
         hidden: The model's hidden size.
@@ -27,19 +33,33 @@ class BlockPredictor(nn.Module):
 
     Example:
         >>> predictor = BlockPredictor(hidden=16, size=8, rank=4)
-        >>> predictor(torch.randn(2, 5, 32)).shape
+        >>> text, place = torch.ones(2, 300, dtype=torch.bool), torch.arange(300).expand(2, 300)
+        >>> predictor(torch.randn(2, 300, 16), text, place).shape
         torch.Size([2, 5, 5])
     """
 
     def __init__(self, hidden: int, size: int = 256, rank: int = 64) -> None:
         super().__init__()
-        self.query = _Tower(2 * hidden, size, rank)
-        self.key = _Tower(2 * hidden, size, rank)
+        self.query = _Tower(hidden, size, rank)
+        self.key = _Tower(hidden, size, rank)
+        self.near = nn.Parameter(torch.zeros(DISTANCES))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Scores `[batch, blocks, blocks]` from features `[batch, blocks, 2 * hidden]`, in their dtype."""
-        query, key = self.query(features), self.key(features)
-        scores: Tensor = query @ key.mT * query.shape[-1] ** -0.5
+    def forward(self, h: Tensor, text: Tensor, place: Tensor) -> Tensor:
+        """Scores of blocks, in the dtype of `h`.
+
+        Args:
+            h: What the layer's attention reads, the normed residual `[batch, tokens, hidden]`.
+            text: Which tokens are there, bool `[batch, tokens]`.
+            place: The place of every token in its text `[batch, tokens]`, from 0 up.
+
+        Returns:
+            `[batch, blocks, blocks]`.
+        """
+        where = blocks_of(text, place)
+        query, key = self.query(h, where), self.key(h, where)
+        block = torch.arange(query.shape[1], device=h.device)
+        distance = (block[:, None] - block).abs().clamp_max(DISTANCES - 1)
+        scores: Tensor = query @ key.mT * query.shape[-1] ** -0.5 + self.near.to(h.dtype)[distance]
         return scores
 
     def retire(self, share: float = 0.8, least: int = 16) -> None:
@@ -49,7 +69,7 @@ class BlockPredictor(nn.Module):
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """The weights by the names that a plan saves them under, without neurons that take no part."""
-        found: dict[str, Tensor] = {}
+        found = {f"{layer}.{_NEAR}": self.near.detach().clone()}
         for name in TOWERS:
             for part, linear in zip(("first", "last"), getattr(self, name).shrunk(), strict=True):
                 found[f"{layer}.{name}.{part}.weight"] = linear.weight.detach().clone()
@@ -69,15 +89,14 @@ class BlockPredictor(nn.Module):
             PlanError: If weights are missing, or their shapes do not fit each other.
         """
         found: dict[str, Tensor] = {}
-        for tower in TOWERS:
-            for part in _PARTS:
-                name = f"{layer}.{tower}.{part}"
-                if name not in tensors:
-                    raise PlanError(
-                        f"There is no trained predictor for layer {layer}: the weight {name!r} is missing. "
-                        "`slimformer train-predictor` trains one for every layer of a schedule."
-                    )
-                found[f"{tower}.{part}"] = tensors[name]
+        for part in (_NEAR, *(f"{tower}.{part}" for tower in TOWERS for part in _PARTS)):
+            name = f"{layer}.{part}"
+            if name not in tensors:
+                raise PlanError(
+                    f"There is no trained predictor for layer {layer}: the weight {name!r} is missing. "
+                    "`slimformer train-predictor` trains one for every layer of a schedule."
+                )
+            found[part] = tensors[name]
         predictor = BlockPredictor(1, 1, 1)
         try:
             for which in TOWERS:
@@ -86,6 +105,8 @@ class BlockPredictor(nn.Module):
                 made = _Tower(features, size, own["last.weight"].shape[0]).to(own["first.weight"].dtype)
                 made.load_state_dict(own, strict=False)
                 setattr(predictor, which, made)
+            with torch.no_grad():
+                predictor.near.copy_(found[_NEAR])
             if predictor.query.last.out_features != predictor.key.last.out_features:
                 raise ValueError("its towers have outputs of different widths")
         except (RuntimeError, ValueError, IndexError) as error:
@@ -98,14 +119,14 @@ class BlockPredictor(nn.Module):
     @property
     def hidden_size(self) -> int:
         """The hidden size of the models that it reads."""
-        return self.query.first.in_features // 2
+        return self.query.first.in_features
 
 
 class _Tower(nn.Module):
-    """Linear, ReLU, linear, in the input's dtype.
+    """Linear, ReLU, maximum over each block, linear, in the input's dtype.
 
     Attributes:
-        zero_share: How often each neuron was zero in training, a running mean `[size]`.
+        zero_share: In which part of the blocks each neuron was zero in training, a running mean `[size]`.
         alive: Which neurons take part, bool `[size]`.
     """
 
@@ -119,13 +140,14 @@ class _Tower(nn.Module):
         self.register_buffer("zero_share", torch.zeros(size))
         self.register_buffer("alive", torch.ones(size, dtype=torch.bool))
 
-    def forward(self, x: Tensor) -> Tensor:
-        middle = F.linear(x, self.first.weight.to(x.dtype), self.first.bias.to(x.dtype)).relu()
+    def forward(self, h: Tensor, where: Tensor) -> Tensor:
+        middle = F.linear(h, self.first.weight.to(h.dtype), self.first.bias.to(h.dtype)).relu()
+        middle = block_maxima(middle, where)
         if self.training:
             zero = (middle.detach() == 0).float().flatten(0, -2).mean(0)
             self.zero_share.lerp_(zero, 0.05)
             middle = middle * self.alive
-        return F.linear(middle, self.last.weight.to(x.dtype), self.last.bias.to(x.dtype))
+        return F.linear(middle, self.last.weight.to(h.dtype), self.last.bias.to(h.dtype))
 
     def retire(self, share: float, least: int) -> None:
         """Let neurons that are zero at least this share of the time take no part any more."""
@@ -148,32 +170,32 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
-def block_features(h: Tensor, text: Tensor, place: Tensor, block: int) -> Tensor:
-    """One vector per block of a text: mean and maximum of its tokens, each normed.
+def blocks_of(text: Tensor, place: Tensor) -> Tensor:
+    """Which token stands at each place of each block, int64 `[batch, blocks, 64]`; -1 where none does.
 
     Args:
-        h: The normed residual `[batch, tokens, hidden]`.
         text: Which tokens are there, bool `[batch, tokens]`.
         place: The place of every token in its text `[batch, tokens]`, from 0 up.
-        block: Tokens per block.
+    """
+    batch, tokens = text.shape
+    places = -(-tokens // BLOCK) * BLOCK
+    # One place more, cut off behind, takes those that are not there.
+    at = torch.full((batch, places + 1), -1, device=text.device)
+    token = torch.arange(tokens, device=text.device).expand(batch, tokens)
+    at = at.scatter_(1, torch.where(text, place, places), token)
+    return at[:, :-1].view(batch, -1, BLOCK)
 
-    Returns:
-        `[batch, blocks, 2 * hidden]`; zeros for a block without tokens.
+
+def block_maxima(x: Tensor, where: Tensor) -> Tensor:
+    """The maximum over the tokens of every block `[batch, blocks, size]`; `x` `[batch, tokens, size]` is not negative.
 
     Example:
-        >>> h = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [5.0, 1.0]]])
-        >>> block_features(h, torch.ones(1, 3, dtype=torch.bool), torch.arange(3)[None], 2).shape
-        torch.Size([1, 2, 4])
+        >>> x = torch.arange(70.0).view(1, 70, 1)
+        >>> where = blocks_of(torch.ones(1, 70, dtype=torch.bool), torch.arange(70)[None])
+        >>> block_maxima(x, where).flatten()
+        tensor([63., 69.])
     """
-    batch, tokens, hidden = h.shape
-    blocks = -(-tokens // block)
-    # Which token stands at each place: the last, cut off behind, takes those that are not there.
-    at = torch.full((batch, blocks * block + 1), -1, device=h.device)
-    token = torch.arange(tokens, device=h.device).expand(batch, tokens)
-    at = at.scatter_(1, torch.where(text, place, blocks * block), token)[:, :-1]
-    there = (at >= 0).view(batch, blocks, block, 1)
-    rows = h.gather(1, at.clamp_min(0)[..., None].expand(-1, -1, hidden)).view(batch, blocks, block, hidden)
-    total = rows.masked_fill(~there, 0.0).sum(2, dtype=torch.float32)
-    mean = total / there.sum(2).clamp_min(1)
-    highest = rows.masked_fill(~there, float("-inf")).amax(2).float().masked_fill(~there.any(2), 0.0)
-    return torch.cat([F.layer_norm(part, (hidden,)) for part in (mean, highest)], dim=-1)
+    batch, blocks, _ = where.shape
+    index = where.clamp_min(0).view(batch, -1, 1).expand(-1, -1, x.shape[-1])
+    tokens = x.gather(1, index).view(batch, blocks, BLOCK, -1)
+    return tokens.masked_fill(where[..., None] < 0, 0.0).amax(2)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimformer.attention import RowAttention
-from slimformer.block_predictor import BlockPredictor, block_features
+from slimformer.block_predictor import BLOCK, BlockPredictor
 from slimformer.errors import PlanError
 from slimformer.methods.random_keep import chances
 from slimformer.stream import Stream
@@ -50,8 +50,8 @@ def by_chance(seed: int) -> TokenScore:
     return score
 
 
-def by_attention(asking: str | None) -> TokenScore:
-    """The attention that a token gets, summed over heads and over the queries that ask."""
+def by_attention(asking: str | None, heads: str) -> TokenScore:
+    """The attention that a token gets, summed over the queries that ask; over heads as said."""
 
     def score(stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
         attention, h = _attention_and_input(stream, x, "attention")
@@ -62,7 +62,7 @@ def by_attention(asking: str | None) -> TokenScore:
             queries = torch.where(text.here, token, -1).topk(count, dim=1).values
         else:
             queries = _spread(text.here)
-        scores = attention.scores(h, stream, queries, text.here)
+        scores = attention.scores(h, stream, queries, text.here, heads)
         return _pooled(scores) / _pooled(text.here.float()).clamp_min(1e-6)
 
     return score
@@ -74,7 +74,7 @@ def by_key_norm(stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
     return -attention.key_norms(h, stream)
 
 
-def by_predictor(predictor: BlockPredictor, block: int, asking: str | None) -> TokenScore:
+def by_predictor(predictor: BlockPredictor, asking: str | None) -> TokenScore:
     """What a trained predictor says of the block that a token is in, before the layer computes anything."""
     on_device: dict[torch.device, BlockPredictor] = {}
 
@@ -86,17 +86,16 @@ def by_predictor(predictor: BlockPredictor, block: int, asking: str | None) -> T
             )
         if x.device not in on_device:
             on_device[x.device] = BlockPredictor.from_tensors(predictor.tensors(0), 0).to(x.device)
-        features = block_features(_layer_input(stream, x), text.here, text.place, block)
-        matrix = on_device[x.device](features.to(x.dtype)).float().relu()
+        matrix = on_device[x.device](_layer_input(stream, x), text.here, text.place).float().relu()
         blocks = torch.arange(matrix.shape[1], device=x.device)
-        last = (text.length - 1).div(block, rounding_mode="floor")[:, None]
+        last = (text.length - 1).div(BLOCK, rounding_mode="floor")[:, None]
         asks = (blocks >= last - 1) & (blocks <= last)
         if (asking or _default_asking(stream)) == "all":
             asks = blocks <= last
         matrix = matrix * asks[:, :, None]
         if stream.causal:
             matrix = matrix.tril()
-        return matrix.sum(1).gather(1, (text.place // block).clamp_max(matrix.shape[1] - 1))
+        return matrix.sum(1).gather(1, (text.place // BLOCK).clamp_max(matrix.shape[1] - 1))
 
     return score
 

@@ -14,7 +14,8 @@ from transformers.masking_utils import (
 )
 
 from slimformer_kernels import KernelArgumentError, attention_rows, set_debug
-from slimformer_kernels.attention_rows import attention_rows_op, attention_rows_reference
+from slimformer_kernels.attention_rows import attention_rows_op
+from slimformer_kernels.attention_rows_reference import attention_rows_reference
 
 # Keys of each sequence: whole, padded on the left, padded on the right, or behind each other without padding.
 LAYOUTS = ["whole", "left", "right", "packed"]
@@ -132,7 +133,7 @@ def test_one_graph_without_values_on_the_host_gives_the_same(rule):
 def test_reference_is_the_same_in_small_pieces(layout, rule, monkeypatch):
     given = arguments(setting(layout, "some", 4, 2, 8, 19), rule)
     expected = attention_rows(**given)
-    module = importlib.import_module("slimformer_kernels.attention_rows")
+    module = importlib.import_module("slimformer_kernels.attention_rows_reference")
     for scores, queries in ((2**26, 3), (4 * 19 * 2, 256), (1, 256)):
         monkeypatch.setattr(module, "_REFERENCE_SCORES", scores)
         monkeypatch.setattr(module, "_REFERENCE_QUERIES", queries)

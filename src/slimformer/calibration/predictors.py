@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from slimformer.anatomy import Anatomy, find_anatomy, first_layer_call, transformer_of
-from slimformer.block_predictor import BlockPredictor, block_features
+from slimformer.block_predictor import BLOCK, BlockPredictor
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
 from slimformer.calibration.data import load_texts, token_blocks
@@ -22,7 +22,7 @@ from slimformer.calibration.progress import Stages
 from slimformer.calibration.replay import executors, record_call, run_layer
 from slimformer.errors import CalibrationError, DataError, UnsupportedModelError
 from slimformer.evaluation.perplexity import evaluating
-from slimformer.methods.token_elimination import PREDICTED_BLOCK, TokenElimination
+from slimformer.methods.token_elimination import TokenElimination
 from slimformer.patching import status
 from slimformer.plan import Plan, fingerprint
 from slimformer.row_sublayers import RowSublayers, row_sublayers
@@ -30,7 +30,7 @@ from slimformer.stream import Stream
 from slimformer.training.loop import TrainingSettings, fit
 from slimformer_kernels import pooled_scores
 
-_HELD_OUT_ROWS = 8
+_HELD_OUT_ROWS = 16
 # When neurons retire, as parts of the training: seldom enough that the others can make up for them.
 _RETIRE_AT = (0.25, 0.5, 0.75)
 
@@ -106,8 +106,8 @@ def train_predictors(
         }
 
         def loss(module: nn.Module, batch: Tensor) -> Tensor:
-            features, targets = teacher.lesson(batch)
-            return _loss(module(features), targets, anatomy.causal)
+            inputs, targets = teacher.lesson(batch)
+            return _loss(module(inputs), targets, anatomy.causal)
 
         def after(step: int) -> None:
             if step in {round(part * settings.steps) for part in _RETIRE_AT}:
@@ -182,8 +182,15 @@ class _Predictors(nn.Module):
     def by_layer(self) -> dict[int, BlockPredictor]:
         return {int(layer): cast(BlockPredictor, predictor) for layer, predictor in self.layers.items()}
 
-    def forward(self, features: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        return {layer: self.layers[str(layer)](x) for layer, x in features.items()}
+    def forward(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        return {layer: self.layers[str(layer)](h, *_whole(h)) for layer, h in inputs.items()}
+
+
+def _whole(h: Tensor) -> tuple[Tensor, Tensor]:
+    """That every token of `h` `[batch, tokens, hidden]` is text, and its place."""
+    batch, tokens, _ = h.shape
+    text = torch.ones(batch, tokens, dtype=torch.bool, device=h.device)
+    return text, torch.arange(tokens, device=h.device).expand(batch, tokens)
 
 
 @dataclass
@@ -214,26 +221,24 @@ class _Teacher:
 
     @torch.no_grad()
     def lesson(self, batch: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Features `[batch, blocks, 2 * hidden]` and true scores `[batch, blocks, blocks]` of each layer."""
+        """What each layer's attention reads `[batch, tokens, hidden]`, and true scores `[batch, blocks, blocks]`."""
         call = record_call(self.anatomy, {"input_ids": batch})
         layers, hidden = executors(self.anatomy, {}), call.hidden
-        features, targets = {}, {}
-        text = torch.ones_like(batch, dtype=torch.bool)
-        place = torch.arange(batch.shape[1], device=hidden.device).expand_as(batch)
+        inputs, targets = {}, {}
         for index in range(max(self.layers) + 1):
             if index in self.sublayers:
                 sublayers = self.sublayers[index]
                 norm = sublayers.structure.attention.norm_before
                 h = hidden if norm is None else sublayers.norms(norm, hidden, None, False)
-                features[index] = block_features(h, text.to(h.device), place, PREDICTED_BLOCK)
+                inputs[index] = h
                 stream = Stream.of(hidden, self.anatomy.causal, call.arguments[index])
                 if sublayers.attention is not None:
                     q, k = sublayers.attention.queries_and_keys(h.flatten(0, 1), stream)
-                    scores = pooled_scores(q, k, causal=self.anatomy.causal, block=PREDICTED_BLOCK)
+                    scores = pooled_scores(q, k, causal=self.anatomy.causal, block=BLOCK)
                     targets[index] = scores.matrix
             if index < max(self.layers):
                 hidden = run_layer(layers[index], call, hidden, index)
-        return features, targets
+        return inputs, targets
 
 
 def _loss(predicted: Mapping[int, Tensor], targets: Mapping[int, Tensor], causal: bool) -> Tensor:
@@ -258,10 +263,11 @@ def _measure(
     causal, sums = teacher.anatomy.causal, {layer: [0.0, 0.0, 0.0] for layer in predictors}
     count = 0
     for row in rows:
-        features, targets = teacher.lesson(row.to(teacher.anatomy.stack.device))
+        inputs, targets = teacher.lesson(row.to(teacher.anatomy.stack.device))
         count += 1
         for layer, predictor in predictors.items():
-            scores, target = predictor(features[layer]).float(), targets[layer]
+            h, target = inputs[layer], targets[layer]
+            scores = predictor(h, *_whole(h)).float()
             sums[layer][0] += float(_loss({layer: scores}, {layer: target}, causal))
             scores = scores.relu().tril() if causal else scores.relu()
             keep = schedule[layer] if schedule[layer] <= 1 else 0.5

@@ -21,6 +21,7 @@ SCORERS = ("attention", "norm", "predictor", "random")
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "scorer": SCORERS,
     "asking": (None, "last", "all"),
+    "heads": ("sum", "max"),
     "left_as": ("residual", "mean"),
 }
 
@@ -50,6 +51,7 @@ class TokenElimination:
         kinds: Which sublayers pass tokens by; the MLP alone only where tokens may come back.
         asking: Whose attention counts: that of the `"last"` tokens, or of `"all"` (some, spread over the text). None:
             the last ones in decoders, all in encoders.
+        heads: Whether a token's attention is the `"sum"` over heads, or that of the head that looks most (`"max"`).
         left_as: What comes out for tokens that left: the `"residual"` that they had, or the `"mean"` of those that
             stayed in their text, so that mean pooling reads only these (exactly so where no norm follows the layers).
         seed: For `"random"`.
@@ -73,6 +75,7 @@ class TokenElimination:
     revivable: bool = False
     kinds: Sequence[Kind] = KINDS
     asking: Literal["last", "all"] | None = None
+    heads: Literal["sum", "max"] = "sum"
     left_as: Literal["residual", "mean"] = "residual"
     seed: int = 0
     weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
@@ -179,12 +182,12 @@ class TokenElimination:
 
     def _score(self, layer: int) -> TokenScore:
         if self.scorer == "attention":
-            return by_attention(self.asking)
+            return by_attention(self.asking, self.heads)
         if self.scorer == "norm":
             return by_key_norm
         if self.scorer == "random":
             return by_chance(self.seed)
-        return by_predictor(BlockPredictor.from_tensors(self.weights, layer), PREDICTED_BLOCK, self.asking)
+        return by_predictor(BlockPredictor.from_tensors(self.weights, layer), self.asking)
 
     def settings(self) -> dict[str, Any]:
         """What a plan saves in the JSON."""
@@ -196,10 +199,6 @@ class TokenElimination:
     def tensors(self) -> dict[str, Tensor]:
         """What a plan saves beside the JSON."""
         return dict(self.weights)
-
-
-# LeMo's, and what a predictor is trained for.
-PREDICTED_BLOCK = 64
 
 
 def _checked(given: Mapping[Any, Any], threshold: bool, revivable: bool) -> dict[int, float]:
