@@ -49,8 +49,8 @@ def model(tmp_path: Path) -> SentenceTransformer:
     return pipeline(tmp_path / "model")
 
 
-def pipeline(folder: Path, mode: str = "mean") -> SentenceTransformer:
-    transformer = Transformer(tiny_checkpoint(folder, "bert"))
+def pipeline(folder: Path, mode: str = "mean", name: str = "bert") -> SentenceTransformer:
+    transformer = Transformer(tiny_checkpoint(folder, name))
     return SentenceTransformer(modules=[transformer, Pooling(32, pooling_mode=mode)], device="cpu")
 
 
@@ -217,6 +217,23 @@ def test_an_elastic_calibration_measures_every_exit_at_every_width(
     assert grid.scores[-1] == tuple(judged.scores(model, (32, 16, 8)))
     with slimformer.patched(model, fit_exits(model, texts, [1])[1]):
         assert grid.scores[1] == pytest.approx(judged.scores(model, (32, 16, 8)), abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["mean", "lasttoken"])
+def test_a_generative_model_goes_the_same_way(tmp_path: Path, mode: str) -> None:
+    model = pipeline(tmp_path, mode, "llama")
+    plan = calibrate_elastic(model, NeighbourTask("text", TEXTS), layer=2)
+    grid = Grid.from_dict(plan.provenance["elastic"])
+    # Positions are counted in the cache of an attention, so one layer runs at least.
+    assert grid.layers == (1, 2, 3, 4)
+    dense = model.encode(TEXTS)
+    with slimformer.patched(model, plan):
+        slim = model.encode(TEXTS)
+    with slimformer.patched(model, EarlyExit(2)):
+        bare = model.encode(TEXTS)
+    assert abs(slim - dense).mean() < abs(bare - dense).mean()
+    with pytest.raises(CalibrationError, match="no exit 0: allowed are 1 to 3"):
+        calibrate_elastic(model, NeighbourTask("text", TEXTS), layer=0)
 
 
 def test_the_lowest_exit_within_the_loss_is_taken(model: SentenceTransformer) -> None:
@@ -387,6 +404,19 @@ def test_the_command_drops_by_a_task_and_reports_on_the_rest(tmp_path: Path) -> 
         code=2,
     )
     assert "--task goes with --method drop" in " ".join(wrong.stderr.split())
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--method", "elastic", "--layer", 1, "--drop", 1), "none of --drop"),
+    (("--method", "elastic", "--layer", 1, "--task", "x"), "--task goes with --method drop"),
+    (("--drop", 1, "--layer", 1), "go with --method elastic"),
+    (("--drop", 1, "--max-loss", 0.1), "go with --method elastic"),
+])  # fmt: skip
+def test_options_that_would_not_be_used_are_refused(
+    tmp_path: Path, options: tuple[object, ...], message: str
+) -> None:
+    result = run("calibrate", "no/model", "-o", tmp_path / "plan", *options, code=2)
+    assert message in " ".join(word for word in result.stderr.split() if word != "│")
 
 
 def test_the_command_refuses_before_it_loads_a_model(tmp_path: Path) -> None:

@@ -125,7 +125,15 @@ def calibrate(
     Interrupted with Ctrl-C, it keeps what it has measured: the same command goes on from there
     (--method elastic starts anew).
     """
+    if task is not None and method is not Method.drop:
+        raise typer.BadParameter("--task goes with --method drop; elastic takes the same as --data.")
+    if method is not Method.elastic and (layer is not None or max_loss is not None):
+        raise typer.BadParameter("--layer and --max-loss go with --method elastic.")
     if method is Method.elastic:
+        if drop is not None or max_divergence is not None or speedup is not None:
+            raise typer.BadParameter(
+                "--method elastic takes --layer or --max-loss, and none of --drop, --max-divergence and --speedup."
+            )
         if (layer is None) == (max_loss is None):
             raise typer.BadParameter("Say where to exit: give either --layer or --max-loss.")
         check_output(output, force)
@@ -133,8 +141,6 @@ def calibrate(
             model, output, data, text_field, layer, max_loss, head, hold_out, device, dtype.value, as_json
         )
         return
-    if task is not None and method is not Method.drop:
-        raise typer.BadParameter("--task goes with --method drop; elastic takes the same as --data.")
     if method is Method.drop and drop is None and max_divergence is None and speedup is None:
         raise typer.BadParameter("Say when to stop: give --drop, --max-divergence or --speedup.")
     if method is Method.elimination and (max_divergence is None or drop is not None or speedup is not None):
