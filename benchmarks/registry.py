@@ -24,10 +24,13 @@ MODULES = (
     "layer_drop_compiled",
     "drop_table",
     "encoder_drop",
+    "elastic",
+    "encode",
     "lossless",
     "executor_rows",
     "elimination_speed",
     "elimination_quality",
+    "encoder_elimination",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}

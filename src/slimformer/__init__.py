@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slimformer.calibration.calibrate import calibrate
+    from slimformer.methods.early_exit import EarlyExit
     from slimformer.methods.layer_drop import LayerDrop
     from slimformer.methods.mixture_of_depths import MixtureOfDepths
     from slimformer.methods.self_extend import SelfExtend
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "EarlyExit",
     "LayerDrop",
     "MixtureOfDepths",
     "Plan",
@@ -32,6 +34,7 @@ __all__ = [
 
 # Imported at first use: torch takes seconds, and `slimformer --help` needs none of it.
 _HOMES = {
+    "EarlyExit": "slimformer.methods.early_exit",
     "LayerDrop": "slimformer.methods.layer_drop",
     "MixtureOfDepths": "slimformer.methods.mixture_of_depths",
     "SelfExtend": "slimformer.methods.self_extend",

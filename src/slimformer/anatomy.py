@@ -191,17 +191,28 @@ def match_structure(layer: nn.Module) -> Structure | None:
 
 
 def transformer_of(model: Any) -> Any:
-    """The transformers model inside a SentenceTransformer, a Pipeline or a PEFT model; any other object as it is."""
+    """The transformers model inside a SentenceTransformer, a CrossEncoder, a Pipeline or a PEFT model; any other
+    object as it is.
+
+    Raises:
+        UnsupportedModelError: If a sentence-transformers model runs on another backend than torch.
+    """
     if isinstance(model, PreTrainedModel):
         return model
     # A Pipeline's .model, a PEFT model's .base_model.model, a SentenceTransformer's first module's .model
-    # (.auto_model before version 6).
+    # (.auto_model before version 6), a CrossEncoder's .model before version 6.
     if not isinstance(model, nn.Module):
         return getattr(model, "model", model)
     base = getattr(model, "get_base_model", None)
     if callable(base):
         return transformer_of(base())
-    first = next(iter(model.children()), None) if isinstance(model, nn.Sequential) else None
+    backend = getattr(model, "backend", "torch")
+    if isinstance(backend, str) and backend != "torch":
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} runs on the backend {backend!r}, which does not call the layers that are "
+            "patched. Load it with backend='torch'."
+        )
+    first = next(iter(model.children()), None) if isinstance(model, nn.Sequential) else model
     for name in ("auto_model", "model"):
         if isinstance(getattr(first, name, None), PreTrainedModel):
             return getattr(first, name)
@@ -224,7 +235,8 @@ def find_anatomy(model: Any) -> Anatomy:
     model = transformer_of(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"Expected a transformers PreTrainedModel, a SentenceTransformer or a Pipeline, got {type(model).__name__}."
+            f"Expected a transformers PreTrainedModel that runs in torch, or a SentenceTransformer, CrossEncoder or "
+            f"Pipeline that holds one, got {type(model).__name__}."
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(

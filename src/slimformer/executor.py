@@ -17,6 +17,7 @@ from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, attention_core, 
 from slimformer.attention import for_attention
 from slimformer.attention_scores import own_implementation
 from slimformer.cache import layer_cache, leave_slot_empty
+from slimformer.errors import PlanError
 from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
 from slimformer.rows import Rows, RowSelector, intersection
 from slimformer.shorter_cache import mask_of_slot
@@ -51,9 +52,20 @@ class SublayerPlan:
     leave_caches: bool = False
 
     def __and__(self, other: SublayerPlan) -> SublayerPlan:
-        """Both decisions: what one drops is dropped, and rows are those that both keep."""
+        """Both decisions: what one drops is dropped, and rows are those that both keep.
+
+        Raises:
+            PlanError: If both leave something in the sublayer's place.
+        """
         if not (self.compute and other.compute):
             gone = self if not self.compute else other
+            if not (self.compute or other.compute):
+                gone = self if other.replacement is None else other
+                if self.replacement is not None and other.replacement is not None:
+                    raise PlanError(
+                        "Two methods leave something in place of the same sublayer, and only one can stand there. "
+                        "Take the sublayer out of one of them."
+                    )
             return SublayerPlan(
                 False,
                 gone.replacement,

@@ -27,9 +27,10 @@ from slimformer.cache import compact_slots
 from slimformer.errors import PlanError
 from slimformer.executor import LayerExecutor, TokenPolicy
 from slimformer.methods.unpadding import Unpadding
-from slimformer.plan import FILE, Plan
+from slimformer.plan import Plan
 from slimformer.replacements import keeps_state
 from slimformer.row_sublayers import row_sublayers
+from slimformer.stored_plan import save_with_plan, stored_plan
 from slimformer.stream import is_observed
 
 Model = TypeVar("Model")
@@ -86,7 +87,8 @@ def patch(model: Model, *methods: Method | str | os.PathLike[str]) -> Model:
     residual additions run as fused kernels.
 
     Args:
-        model: A transformers model, or a SentenceTransformer or Pipeline that holds one.
+        model: A transformers model, or a SentenceTransformer, CrossEncoder or Pipeline that holds one. What saves it
+            writes the plan beside it.
         methods: What to apply: methods, plans, or where a plan is (folder, file or Hub id). Token policies compose by
             intersection: a sublayer computes what all of them keep. Attention transforms follow each other in the
             order given. With none, the plan that lies beside the
@@ -172,9 +174,9 @@ def _method(given: Method | str | os.PathLike[str]) -> Method:
 
 
 def _plan_beside_checkpoint(model: nn.Module) -> tuple[Method, ...]:
-    checkpoint = getattr(getattr(model, "config", None), "name_or_path", "")
-    if checkpoint and os.path.isfile(os.path.join(checkpoint, FILE)):
-        return (Plan.from_pretrained(checkpoint),)
+    found = stored_plan(getattr(getattr(model, "config", None), "name_or_path", ""))
+    if found is not None:
+        return (found,)
     _logger.info(
         "No plan lies beside the checkpoint, so only what loses nothing is applied. "
         "slimformer.calibrate(model, tokenizer, drop=4) makes one that is faster still."
@@ -197,6 +199,8 @@ def _apply(model: nn.Module, methods: tuple[Method, ...]) -> None:
     try:
         patch = Patch(methods, executors, ledger)
         ledger.set(model, _ATTRIBUTE, patch)
+        if methods:
+            ledger.set(model, "save_pretrained", partial(save_with_plan, model, methods))
         # Before anything is examined, so that rows are attended to as transforms say.
         patch.notes = transformed_by(methods, Attentions(anatomy, ledger, call))
         for index, executor in executors.items():

@@ -29,6 +29,7 @@ from slimformer.attention_transforms import Attentions, transformed_by
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.executor import SublayerPlan, TokenPolicy
 from slimformer.methods.absolute_positions import GroupedPositions, PositionInterpolation, RecurrentPositions
+from slimformer.methods.early_exit import EarlyExit
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
 from slimformer.methods.rope_scaling import RopeScaling
@@ -54,6 +55,7 @@ class PlannedMethod(Protocol):
 
 
 METHODS: dict[str, type[Any]] = {
+    "EarlyExit": EarlyExit,
     "LayerDrop": LayerDrop,
     "MixtureOfDepths": MixtureOfDepths,
     "TokenElimination": TokenElimination,
@@ -65,6 +67,7 @@ METHODS: dict[str, type[Any]] = {
     "GroupedPositions": GroupedPositions,
     "RecurrentPositions": RecurrentPositions,
 }
+_MOST_LAYERS = 10_000
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -117,6 +120,20 @@ class Plan:
         """Those of its methods that drop sublayers."""
         return tuple(method for method in self.methods if isinstance(method, LayerDrop))
 
+    @property
+    def exit(self) -> int | None:
+        """How many layers run, where a method stops at one."""
+        return min((method.layer for method in self.methods if isinstance(method, EarlyExit)), default=None)
+
+    def dropped(self, kind: Kind) -> tuple[int, ...]:
+        """The layers without this sublayer, each once; those above an exit only where the model is known."""
+        listed = [layer for method in self.drops for layer in method.dropped(kind)]
+        count = self.fingerprint.get("layers")
+        # A plan may come from anywhere, and a number that no model has would take all memory.
+        known = self.exit is not None and isinstance(count, int) and count <= _MOST_LAYERS
+        above = range(self.exit or 0, count or 0) if known else range(0)
+        return tuple(dict.fromkeys((*listed, *above)))
+
     def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
         """The decisions of all its methods; refused for another model than it was made for.
 
@@ -144,10 +161,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The content of the plan's JSON file."""
         skip: dict[str, list[str]] = {}
-        for method in self.drops:
-            for name, layers in (("self_attn", method.dropped("attention")), ("mlp", method.dropped("mlp"))):
-                for index in layers:
-                    skip.setdefault(str(index), []).append(name)
+        for name, layers in (("self_attn", self.dropped("attention")), ("mlp", self.dropped("mlp"))):
+            for index in layers:
+                skip.setdefault(str(index), []).append(name)
         return {
             "format": FORMAT,
             "fingerprint": dict(self.fingerprint),

@@ -18,10 +18,13 @@ from slimformer.calibration.calibration_text import CalibrationText, read_text
 from slimformer.calibration.fitting import fit_together
 from slimformer.calibration.partial_results import PartialResults
 from slimformer.calibration.progress import Stages
+from slimformer.calibration.replay import saved_weights
 from slimformer.calibration.search import Search, Step, may_drop, sublayers_of
 from slimformer.calibration.similarity import UNITS, Similarity, Unit, measure_similarity
 from slimformer.calibration.stopping import Stop, dense_seconds
+from slimformer.calibration.task_judge import TaskJudge
 from slimformer.errors import CalibrationError
+from slimformer.evaluation.embedding_tasks import EmbeddingTask
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.patching import status
@@ -45,6 +48,7 @@ def calibrate(
     speedup: float | None = None,
     replace: Replace = "nothing",
     taps: int = 4,
+    objective: EmbeddingTask | None = None,
     budget: BudgetName = "quick",
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -68,6 +72,9 @@ def calibrate(
         speedup: Stop once a forward over one block is so many times as fast, by times measured here.
         replace: What a dropped sublayer leaves behind: `"nothing"`, its `"mean"` output, or a linear `"filter"`.
         taps: How many tokens a filter reads.
+        objective: For a SentenceTransformer, what `"greedy"` removals are to keep instead, as `read_task` of
+            `slimformer.evaluation.embedding_tasks` makes it: retrieval, scored pairs or neighbour lists. A divergence
+            is then the share lost of its figure; without `data`, its texts are read.
         budget: `"quick"`, `"standard"` or `"thorough"`: how much text is read (`slimformer.calibration.budgets`).
         seed: Which of the text is read.
         checkpoint: A folder for partial results. The same call resumes from them after an interruption.
@@ -98,6 +105,7 @@ def calibrate(
         "budget": budget,
         "seed": seed,
         "hold_out": hold_out,
+        "objective": None if objective is None else objective.source,
     }
     _check(arguments)
     if status(model):
@@ -105,6 +113,12 @@ def calibrate(
             "The model is patched; plans are made for the dense model. Call unpatch first."
         )
     inner, anatomy = transformer_of(model), find_anatomy(model)
+    task = objective.split()[0] if objective is not None and hold_out else objective
+    if task is not None:
+        arguments["objective"] = task.source
+        if data is None:
+            # A task holds out what it is measured by, not what it reads.
+            data, hold_out = task.texts, False
     stop = Stop(drop, max_divergence, speedup)
     sizes = BUDGETS[budget]
     with evaluating(inner), Stages(progress) as stages:
@@ -125,7 +139,8 @@ def calibrate(
             stop.seconds = dense_seconds(inner, anatomy, text.final_batches()[0], kinds)
         search = None
         if selection == "greedy" or max_divergence is not None:
-            search = text.search(replace, taps, stages.advance("candidates judged"))
+            judge = None if task is None else TaskJudge.record(model, task, replace, taps)
+            search = text.search(replace, taps, stages.advance("candidates judged"), judge)
         steps = (
             _greedy(units[:pool], stop, cast(Search, search), partial)
             if selection == "greedy"
@@ -135,12 +150,6 @@ def calibrate(
         fitted = (
             fit_together(anatomy, text.final_calls(), dropped, replace, taps) if replace != "nothing" else {}
         )
-    weights = {}
-    for (kind, index), found in fitted.items():
-        if found is not None:
-            weights[f"{kind}.{index}.bias"] = found.bias.cpu()
-            if found.weight is not None:
-                weights[f"{kind}.{index}.weight"] = found.weight.cpu()
     layers: dict[str, list[int]] = {
         unit: sorted(step.layer for step in steps if step.kind == unit) for unit in UNITS
     }
@@ -150,7 +159,7 @@ def calibrate(
         layers["block"],
         replace=replace,
         taps=taps if replace == "filter" else 1,
-        weights=weights,
+        weights=saved_weights(fitted),
     )
     return Plan([method], fingerprint(inner), _provenance(arguments, text, similarity, steps, search))
 
@@ -236,6 +245,15 @@ def _check(arguments: dict[str, Any]) -> None:
         )
     if arguments["drop"] is None and arguments["max_divergence"] is None and arguments["speedup"] is None:
         raise CalibrationError("Say when to stop: give drop, max_divergence or speedup.")
+    if (
+        arguments["objective"] is not None
+        and arguments["selection"] == "cosine"
+        and arguments["max_divergence"] is None
+    ):
+        raise CalibrationError(
+            "Nothing is judged by the objective with selection='cosine' and no max_divergence. Take "
+            "selection='greedy', or give max_divergence."
+        )
     for name, least in (("drop", 1), ("max_divergence", 0), ("speedup", 1), ("taps", 1)):
         if arguments[name] is not None and not arguments[name] >= least:
             raise CalibrationError(f"{name} must be at least {least}, got {arguments[name]!r}.")
@@ -269,7 +287,7 @@ def _provenance(
         "data": text.source,
         "tokens": text.tokens,
         "similarity": {unit: list(getattr(similarity, unit)) for unit in UNITS},
-        **({} if search is None else {"divergence_name": search.divergence.name}),
+        **({} if search is None else {"divergence_name": search.judge.name}),
         "steps": [step.to_dict() for step in steps],
     }
 

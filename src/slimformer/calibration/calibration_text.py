@@ -18,7 +18,7 @@ from slimformer.calibration.data import load_texts, token_batches_padded, token_
 from slimformer.calibration.divergence_to_dense import Divergence, EmbeddingDivergence, PredictionDivergence
 from slimformer.calibration.held_out import split_texts
 from slimformer.calibration.replay import Call, record_call
-from slimformer.calibration.search import Search
+from slimformer.calibration.search import Judge, Replay, Search
 from slimformer.errors import DataError
 from slimformer.evaluation.divergence import DenseReference
 from slimformer.replacements import Replace
@@ -67,13 +67,16 @@ class CalibrationText:
         """The same, ready for the layers."""
         return [record_call(self.anatomy, batch) for batch in self.final_batches()]
 
-    def search(self, replace: Replace, taps: int, advance: Callable[[int], None]) -> Search:
-        """A greedy search on this text."""
+    def search(
+        self, replace: Replace, taps: int, advance: Callable[[int], None], judge: Judge | None = None
+    ) -> Search:
+        """A greedy search on this text, which is also what candidates are judged by unless `judge` is given."""
         fitted: list[Call] = []
         if replace != "nothing":
             batches = self._batches(self.judged, self.judged + self.sizes.fitted)
             fitted = [record_call(self.anatomy, batch) for batch in batches]
-        return Search(self.anatomy, self._judged_calls, fitted, self._divergence, replace, taps, advance)
+        by = Replay(self.anatomy, self._judged_calls, self._divergence) if judge is None else judge
+        return Search(self.anatomy, by, fitted, replace, taps, advance)
 
     @cached_property
     def _judged_calls(self) -> list[Call]:

@@ -56,12 +56,12 @@ class RidgeSums:
         self.inputs += rows.T @ rows
         self.targets += rows.T @ target.flatten(0, -2).to(self.device, self.multiply)
 
-    def solve(self, causal: bool, like: Tensor) -> Fitted:
-        """The mean or the filter, in the dtype and on the device of `like`."""
+    def solve(self, causal: bool, like: Tensor, ridge: float = RIDGE) -> Fitted:
+        """The mean or the filter, in the dtype and on the device of `like`; `ridge` is of the mean of the diagonal."""
         if self.taps == 0:
             return Fitted((self.targets[-1] / self.inputs[-1, -1]).to(like), None, 1, causal)
         diagonal = self.inputs.diagonal()
-        penalty = RIDGE * diagonal[:-1].mean().clamp_min(torch.finfo(torch.float32).tiny)
+        penalty = ridge * diagonal[:-1].mean().clamp_min(torch.finfo(torch.float32).tiny)
         regular = self.inputs.clone()
         regular.diagonal()[:-1] += penalty  # the bias is free
         solution = torch.linalg.solve(regular, self.targets)

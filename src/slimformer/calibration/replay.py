@@ -46,6 +46,17 @@ class Fitted:
 Dropped = dict[Sublayer, Fitted | None]
 
 
+def saved_weights(dropped: Mapping[Sublayer, Fitted | None]) -> dict[str, Tensor]:
+    """What dropped sublayers leave behind, as `LayerDrop` takes it."""
+    weights = {}
+    for (kind, index), fitted in dropped.items():
+        if fitted is not None:
+            weights[f"{kind}.{index}.bias"] = fitted.bias.cpu()
+            if fitted.weight is not None:
+                weights[f"{kind}.{index}.weight"] = fitted.weight.cpu()
+    return weights
+
+
 def filter_window(normed: Tensor, kwargs: dict[str, Any], taps: int, causal: bool) -> Tensor:
     """A whole text's inputs without padding, and zeros where filters read past its ends."""
     inputs = zero_padding(normed, kwargs.get("attention_mask"), None) if taps > 1 else normed

@@ -7,8 +7,8 @@ replacements are fitted before a candidate is judged, and a candidate at layer i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,24 +44,80 @@ class Step:
         return {"kind": self.kind, "layer": self.layer, **known}
 
 
+class Judge(Protocol):
+    """Says how far the model is from the dense one without some of its sublayers."""
+
+    @property
+    def name(self) -> str:
+        """What is measured; 0 is equal to dense."""
+        ...
+
+    def begin(self, dropped: Dropped) -> None:
+        """Called before candidates are judged on top of those that are `dropped` already."""
+        ...
+
+    def divergence(self, dropped: Dropped, start: int) -> float:
+        """The divergence with all of `dropped`; below layer `start` they are those of the last `begin`."""
+        ...
+
+
+@dataclass
+class Replay:
+    """Judges by running the layers over recorded batches, from the first that changes on.
+
+    Attributes:
+        anatomy: The model's layers.
+        calls: The batches.
+        measure: The divergence, recorded on them.
+    """
+
+    anatomy: Anatomy
+    calls: Sequence[Call]
+    measure: Divergence
+    inputs: list[list[Tensor]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What the divergence is."""
+        return self.measure.name
+
+    @torch.no_grad()
+    def begin(self, dropped: Dropped) -> None:
+        """Record what every layer reads."""
+        layers = executors(self.anatomy, dropped)
+        self.inputs = []
+        for call in self.calls:
+            inputs: list[Tensor] = []
+            run_layers(layers, call, call.hidden, 0, inputs)
+            self.inputs.append(inputs)
+
+    @torch.no_grad()
+    def divergence(self, dropped: Dropped, start: int) -> float:
+        """The divergence of the last layer's outputs."""
+        layers = executors(self.anatomy, dropped)
+        states = [inputs[start] for inputs in self.inputs] if start else [call.hidden for call in self.calls]
+        last = [
+            run_layers(layers, call, state, start) for call, state in zip(self.calls, states, strict=True)
+        ]
+        return self.measure.of(self.calls, last)
+
+
 @dataclass
 class Search:
     """What the search works on.
 
     Attributes:
         anatomy: The model's layers.
-        judged: Batches on which candidates are judged.
+        judge: Says how far a candidate moves the model.
         fitted: Batches on which replacements are fitted.
-        divergence: The measure, recorded on `judged`.
         replace: What dropped sublayers leave behind.
         taps: How many inputs a filter reads.
         advance: Called after every candidate that was judged, with the number of candidates of this round.
     """
 
     anatomy: Anatomy
-    judged: Sequence[Call]
+    judge: Judge
     fitted: Sequence[Call]
-    divergence: Divergence
     replace: Replace
     taps: int
     advance: Callable[[int], None]
@@ -76,37 +132,21 @@ class Search:
         dropped = fit_together(self.anatomy, self.fitted, before, self.replace, self.taps)
         wanted = [sublayer for unit in candidates for sublayer in sublayers_of(*unit)]
         fitted = fit_each(self.anatomy, self.fitted, wanted, dropped, self.replace, self.taps)
-        inputs = self._layer_inputs(dropped)
+        self.judge.begin(dropped)
         judged: list[tuple[float, Unit, int]] = []
         for kind, layer in candidates:
             own = {sublayer: fitted[sublayer] for sublayer in sublayers_of(kind, layer)}
-            value = self._judge({**dropped, **own}, layer, [states[layer] for states in inputs])
-            judged.append((value, kind, layer))
+            judged.append((self._judged({**dropped, **own}, layer), kind, layer))
             self.advance(len(candidates))
         value, kind, layer = min(judged)
         return Step(kind, layer, value)
 
     def divergence_of(self, sublayers: Sequence[Sublayer]) -> float:
         """The divergence with all of them dropped and their replacements fitted together."""
-        dropped = fit_together(self.anatomy, self.fitted, sublayers, self.replace, self.taps)
-        return self._judge(dropped, 0, [call.hidden for call in self.judged])
+        return self._judged(fit_together(self.anatomy, self.fitted, sublayers, self.replace, self.taps), 0)
 
-    @torch.no_grad()
-    def _layer_inputs(self, dropped: Dropped) -> list[list[Tensor]]:
-        layers, found = executors(self.anatomy, dropped), []
-        for call in self.judged:
-            inputs: list[Tensor] = []
-            run_layers(layers, call, call.hidden, 0, inputs)
-            found.append(inputs)
-        return found
-
-    @torch.no_grad()
-    def _judge(self, dropped: Dropped, start: int, states: Sequence[Tensor]) -> float:
-        layers = executors(self.anatomy, dropped)
-        last = [
-            run_layers(layers, call, state, start) for call, state in zip(self.judged, states, strict=True)
-        ]
-        value = self.divergence.of(self.judged, last)
+    def _judged(self, dropped: Dropped, start: int) -> float:
+        value = self.judge.divergence(dropped, start)
         if value != value:
             raise CalibrationError(
                 "The divergence is not a number: the model computes NaN on this text. Check the checkpoint, or load "

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from slimformer.cli import options
+from slimformer.cli.embeddings import calibrate_exits
 from slimformer.cli.output import check_output, note, print_json, print_tables
 from slimformer.cli.partial import partial_results
 
@@ -19,6 +20,7 @@ class Method(str, Enum):
     """What is calibrated."""
 
     drop = "drop"
+    elastic = "elastic"
     elimination = "elimination"
     arank = "arank"
 
@@ -62,7 +64,9 @@ def calibrate(
         Method,
         typer.Option(
             help="drop: which sublayers can go. elimination: from which layer on which fraction of a long prompt's "
-            "tokens can go, within --max-divergence. arank: which layers can be routed, --drop of them."
+            "tokens can go, within --max-divergence. arank: which layers can be routed, --drop of them. elastic: for "
+            "embedding models, the quality of every early exit at every width on --data, which may also be a folder in "
+            "BEIR's layout or a .tsv file of pairs."
         ),
     ] = Method.drop,
     data: options.Data = None,
@@ -94,6 +98,20 @@ def calibrate(
         typer.Option(help="What stands in for a dropped sublayer: nothing, its mean, a fitted filter."),
     ] = Replace.nothing,
     taps: Annotated[int, typer.Option(min=1, help="How many tokens back a filter reads.")] = 4,
+    layer: Annotated[
+        int | None,
+        typer.Option(min=0, show_default=False, help="elastic: the plan's exit, how many layers run."),
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            min=0, show_default=False, help="elastic: the lowest exit that loses at most this fraction."
+        ),
+    ] = None,
+    head: Annotated[
+        bool, typer.Option(help="elastic: fit a linear head for every exit on the texts.")
+    ] = True,
+    task: options.Task = None,
     prompt: Annotated[
         int, typer.Option(min=1, help="Tokens of a prompt, for elimination: as many as yours have.")
     ] = 2048,
@@ -106,8 +124,25 @@ def calibrate(
 ) -> None:
     """Choose what MODEL need not compute and write the plan to the output folder.
 
-    Interrupted with Ctrl-C, it keeps what it has measured: the same command goes on from there.
+    Interrupted with Ctrl-C, it keeps what it has measured: the same command goes on from there
+    (--method elastic starts anew).
     """
+    if task is not None and method is not Method.drop:
+        raise typer.BadParameter("--task goes with --method drop; elastic takes the same as --data.")
+    if method is not Method.elastic and (layer is not None or max_loss is not None):
+        raise typer.BadParameter("--layer and --max-loss go with --method elastic.")
+    if method is Method.elastic:
+        if drop is not None or max_divergence is not None or speedup is not None:
+            raise typer.BadParameter(
+                "--method elastic takes --layer or --max-loss, and none of --drop, --max-divergence and --speedup."
+            )
+        if (layer is None) == (max_loss is None):
+            raise typer.BadParameter("Say where to exit: give either --layer or --max-loss.")
+        check_output(output, force)
+        calibrate_exits(
+            model, output, data, text_field, layer, max_loss, head, hold_out, device, dtype.value, as_json
+        )
+        return
     if method is Method.drop and drop is None and max_divergence is None and speedup is None:
         raise typer.BadParameter("Say when to stop: give --drop, --max-divergence or --speedup.")
     if method is Method.arank and (
@@ -125,12 +160,18 @@ def calibrate(
     import slimformer
     from slimformer.calibration.arank import calibrate_arank
     from slimformer.calibration.elimination import calibrate_elimination
-    from slimformer.cli.loading import load_model, load_tokenizer
+    from slimformer.cli.loading import load_embedder, load_model, load_tokenizer
+    from slimformer.evaluation.embedding_tasks import read_task
     from slimformer.report import curve_table, plan_table, router_table
 
     units: Any = tuple(kinds.value.split(","))
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model, device, dtype.value)
+    objective = None if task is None else read_task(task, text_field=text_field)
+    loaded: Any
+    if objective is None:
+        tokenizer, loaded = load_tokenizer(model), load_model(model, device, dtype.value)
+    else:
+        loaded = load_embedder(model, device, dtype.value)
+        tokenizer = loaded.tokenizer
     with partial_results(output) as partial:
         common: dict[str, Any] = {
             "data": data,
@@ -157,6 +198,7 @@ def calibrate(
                 speedup=speedup,
                 replace=replace.value,
                 taps=taps,
+                objective=objective,
                 budget=budget.value,
                 **common,
             )

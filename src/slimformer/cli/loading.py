@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from typing import Any
@@ -58,6 +59,39 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> PreTrain
         raise SlimformerError(
             f"Cannot move {name} to the device {place}: {_reason(error)}. Give another --device."
         ) from error
+
+
+def load_embedder(name: str, device: str = "auto", dtype: str = "auto") -> Any:
+    """Load an embedding pipeline; a checkpoint that brings none gets mean pooling from sentence-transformers.
+
+    Args:
+        name: A folder or Hub id.
+        device: `auto` takes a GPU where there is one.
+        dtype: Name of a torch dtype; `auto` keeps the checkpoint's.
+
+    Raises:
+        SlimformerError: If it cannot be loaded, or sentence-transformers is not installed.
+    """
+    place = _device(device)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        library = importlib.import_module("sentence_transformers")
+    except ImportError as error:
+        raise SlimformerError(
+            "Embeddings need sentence-transformers, which is not installed: "
+            'pip install "slimformer[embeddings]"'
+        ) from error
+    wanted = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    model = _attempt(
+        "an embedding model",
+        name,
+        lambda: library.SentenceTransformer(name, device=str(place), model_kwargs=wanted),
+    )
+    if model.tokenizer.pad_token_id is None:
+        # Texts of different lengths need one; which token it is does not matter, since it is masked.
+        model.tokenizer.pad_token = model.tokenizer.eos_token
+    return model
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

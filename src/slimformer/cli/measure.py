@@ -27,6 +27,7 @@ def eval_plan(
     sequence_length: Annotated[
         int, typer.Option(min=2, help="Tokens per block, at most what the model can read.")
     ] = 512,
+    task: options.Task = None,
     seed: Annotated[int, typer.Option(min=0, help="Which blocks of the text are read.")] = 1,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -34,6 +35,7 @@ def eval_plan(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure what PLAN costs in quality, on text that calibration has not read."""
+    from slimformer.cli.embeddings import measure_task
     from slimformer.cli.loading import load_model, load_tokenizer
     from slimformer.cli.work import evaluate, keep, plan_folder
     from slimformer.plan import Plan
@@ -41,25 +43,27 @@ def eval_plan(
 
     found = Plan.from_pretrained(plan)
     folder = plan_folder(plan) if save else None
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model, device, dtype.value)
-    quality, source = evaluate(
-        loaded,
-        tokenizer,
-        found,
-        data=data,
-        text_field=text_field,
-        blocks=blocks,
-        sequence_length=sequence_length,
-        seed=seed,
-    )
-    measured = {"quality": {**quality, "data": source}}
-    if folder is not None:
-        keep(folder, found, measured)
-    if as_json:
-        print_json(measured["quality"])
+    if task is not None:
+        kind, figures = "task", measure_task(model, plan, task, text_field, device, dtype.value)
     else:
-        print_tables(comparison_table(measured, f"quality on {source}"))
+        tokenizer = load_tokenizer(model)
+        quality, source = evaluate(
+            load_model(model, device, dtype.value),
+            tokenizer,
+            found,
+            data=data,
+            text_field=text_field,
+            blocks=blocks,
+            sequence_length=sequence_length,
+            seed=seed,
+        )
+        kind, figures = "quality", {**quality, "data": source}
+    if folder is not None:
+        keep(folder, found, {kind: figures})
+    if as_json:
+        print_json(figures)
+    else:
+        print_tables(comparison_table({kind: figures}, f"quality on {figures['data']}"))
 
 
 def bench(

@@ -36,6 +36,15 @@ Data = Annotated[
 TextField = Annotated[
     str, typer.Option(metavar="NAME", help="Where the text is in .jsonl, .parquet and Hub datasets.")
 ]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        show_default=False,
+        help="What embeddings are measured by: a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/), a .tsv "
+        "file of pairs (score, sentence1, sentence2), or text as --data takes it, for agreement with the dense model.",
+    ),
+]
 Device = Annotated[
     str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.")
 ]

@@ -22,21 +22,33 @@ def show(
         Path | None,
         typer.Option(metavar="FILE", show_default=False, help="Also write one self-contained HTML page."),
     ] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", show_default=False, help="Also write the grid of an elastic plan as a picture."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Print what PLAN drops, why, and what was measured with it."""
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter(f"The page is written to a file that ends in .html, got {html}.")
+    if svg is not None and svg.suffix.lower() != ".svg":
+        raise typer.BadParameter(f"The picture is written to a file that ends in .svg, got {svg}.")
 
     from slimformer.plan import Plan
-    from slimformer.report import comparison_table, plan_page, plan_table
+    from slimformer.report import comparison_table, grid_picture, grid_table, plan_page, plan_table
 
     found = Plan.from_pretrained(plan)
     if html is not None:
         write_text(html, plan_page(found))
         note(f"The page is in {html}.")
+    if svg is not None:
+        write_text(svg, grid_picture(found))
+        note(f"The picture is in {svg}.")
     if as_json:
         print_json(found.to_dict())
     else:
+        grid = grid_table(found)
         measured = [comparison_table(found.measured, "measured")] if found.measured else []
-        print_tables(plan_table(found), *measured)
+        print_tables(plan_table(found), *([] if grid is None else [grid]), *measured)

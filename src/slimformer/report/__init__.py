@@ -1,8 +1,18 @@
 """Show a plan and what was measured with it: tables for a terminal, one HTML page for everybody else."""
 
+from slimformer.report.elastic import grid_picture, grid_table
 from slimformer.report.elimination import curve_table, predictor_table
 from slimformer.report.page import plan_page
 from slimformer.report.routing import router_table
 from slimformer.report.tables import comparison_table, plan_table
 
-__all__ = ["comparison_table", "curve_table", "plan_page", "plan_table", "predictor_table", "router_table"]
+__all__ = [
+    "comparison_table",
+    "curve_table",
+    "grid_picture",
+    "grid_table",
+    "plan_page",
+    "plan_table",
+    "predictor_table",
+    "router_table",
+]

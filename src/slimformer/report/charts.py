@@ -36,9 +36,10 @@ def similarity_chart(summary: Summary) -> str:
     below = top + 2 * (_CELL + _GAP) + 10
     every = _every(step, _CHARACTER * (len(str(summary.layers - 1)) + 1))
     parts.extend(
-        _text(_center(layer, step), below, str(layer), "middle") for layer in range(0, summary.layers, every)
+        svg_text(_center(layer, step), below, str(layer), "middle")
+        for layer in range(0, summary.layers, every)
     )
-    parts.append(_text(_LEFT + _PLOT_WIDTH / 2, below + 20, "layer", "middle", "axis"))
+    parts.append(svg_text(_LEFT + _PLOT_WIDTH / 2, below + 20, "layer", "middle", "axis"))
     dropped = ", ".join(f"{NAMES[kind]} {layer}" for kind in _SERIES for layer in summary.dropped[kind])
     shown = "Similarity of every sublayer's input and output" if drawn else "The model's sublayers"
     return _svg(_LEFT + _PLOT_WIDTH + _RIGHT, height, f"{shown}. Dropped: {dropped or 'none'}.", parts)
@@ -57,15 +58,15 @@ def divergence_chart(summary: Summary) -> str:
     def place(number: int, value: float) -> tuple[float, float]:
         return _LEFT + number * step, bottom - _PLOT_HEIGHT * max(value, 0.0) / ticks[-1]
 
-    parts = [_text(_LEFT - 8, 11, summary.divergence_name, "start", "axis")]
+    parts = [svg_text(_LEFT - 8, 11, summary.divergence_name, "start", "axis")]
     for tick in ticks:
         _, y = place(0, tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_LEFT + width:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(_LEFT - 8, y + 4, f"{tick:g}", "end"))
+        parts.append(svg_text(_LEFT - 8, y + 4, f"{tick:g}", "end"))
     for number in range(0, len(summary.steps) + 1, _every(step, 22)):
-        parts.append(_text(_LEFT + number * step, bottom + 18, str(number), "middle"))
+        parts.append(svg_text(_LEFT + number * step, bottom + 18, str(number), "middle"))
     unit = "blocks" if all(s.kind == "block" for s in summary.steps) else "sublayers"
-    parts.append(_text(_LEFT + width / 2, bottom + 38, f"{unit} dropped", "middle", "axis"))
+    parts.append(svg_text(_LEFT + width / 2, bottom + 38, f"{unit} dropped", "middle", "axis"))
     points = [place(0, 0.0), *(place(number, s.divergence or 0.0) for number, s in known)]
     parts.append(f'<path class="line total" d="{_path(points)}"/>')
     every = _every(step, _CHARACTER * 5)
@@ -74,7 +75,7 @@ def divergence_chart(summary: Summary) -> str:
         label = f"{number}. {removed.name}: {value}"
         parts.append(f'<circle class="dot total" cx="{x:.1f}" cy="{y:.1f}" r="4">{_title(label)}</circle>')
         if number % every == 0 or number == len(summary.steps):
-            parts.append(_text(x - 7, y - 8, _short(removed), "end", "label"))
+            parts.append(svg_text(x - 7, y - 8, _short(removed), "end", "label"))
     label = f"{summary.divergence_name} after each of {len(summary.steps)} removals"
     return _svg(_LEFT + width + _RIGHT, bottom + 48, label, parts)
 
@@ -100,13 +101,13 @@ def _similarity_plot(summary: Summary, drawn: list[str], step: float) -> str:
     def height(value: float) -> float:
         return _TOP + _PLOT_HEIGHT * (high - _stretched(value)) / (high - low)
 
-    parts = [_text(_LEFT - 8, 11, "cosine similarity", "start", "axis")]
+    parts = [svg_text(_LEFT - 8, 11, "cosine similarity", "start", "axis")]
     for tick in ticks:
         y = height(tick)
         parts.append(
             f'<line class="grid" x1="{_LEFT}" x2="{_LEFT + _PLOT_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        parts.append(_text(_LEFT - 8, y + 4, f"{tick:g}", "end"))
+        parts.append(svg_text(_LEFT - 8, y + 4, f"{tick:g}", "end"))
     size = max(2.5, min(4.5, step / 4))
     for kind in drawn:
         points = [
@@ -136,7 +137,7 @@ def _strip(summary: Summary, kind: str, step: float, y: float) -> str:
     """One row of cells, filled where the sublayer runs, crossed or numbered where it was dropped."""
     order = summary.order()
     inset = min(3.0, step * 0.12)
-    parts = [_text(_LEFT - 8, y + _CELL / 2 + 4, NAMES[kind], "end")]
+    parts = [svg_text(_LEFT - 8, y + _CELL / 2 + 4, NAMES[kind], "end")]
     for layer in range(summary.layers):
         dropped = layer in summary.dropped[kind]
         label = f"{NAMES[kind]} {layer}: {'dropped' if dropped else 'runs'}"
@@ -150,7 +151,7 @@ def _strip(summary: Summary, kind: str, step: float, y: float) -> str:
         if dropped:
             fits = summary.ordered and step >= _CHARACTER * len(str(len(summary.steps))) + 8
             parts.append(
-                _text(x, y + _CELL / 2 + 4, str(order[kind, layer]) if fits else "×", "middle", "label")
+                svg_text(x, y + _CELL / 2 + 4, str(order[kind, layer]) if fits else "×", "middle", "label")
             )
     return "".join(parts)
 
@@ -193,7 +194,8 @@ def _path(points: Iterable[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _text(x: float, y: float, content: str, anchor: str, style: str = "tick") -> str:
+def svg_text(x: float, y: float, content: str, anchor: str, style: str = "tick") -> str:
+    """A text element; `anchor` is which of its ends lies at `x`."""
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from slimformer.plan import Plan
 from slimformer.report.charts import SHORT_STEPS, divergence_chart, marker, similarity_chart
+from slimformer.report.elastic import elastic_section
 from slimformer.report.summary import NAMES, Summary, comparison, figure
 from slimformer.report.tables import caption
 
@@ -39,6 +40,7 @@ def plan_page(plan: Plan) -> str:
     heading = f"{summary.count} of {2 * summary.layers} sublayers dropped"
     body = (
         _tiles(plan),
+        elastic_section(plan),
         _similarity_section(summary),
         _steps_section(summary),
         _measured_section(plan),
@@ -138,7 +140,7 @@ def _measured_section(plan: Plan) -> str:
     table = _table(["", "Dense", "Slim", "Change"], [list(row) for row in rows], words=1)
     settings = [
         f"{key.replace('_', ' ')} {value}"
-        for part in ("quality", "speed")
+        for part in ("quality", "task", "speed")
         for key, value in _mapping(plan.measured.get(part)).items()
         if isinstance(value, (int, str)) and not isinstance(value, bool)
     ]
@@ -152,7 +154,7 @@ def _provenance_section(plan: Plan, summary: Summary) -> str:
     shown = {
         name: value
         for name, value in plan.provenance.items()
-        if name not in ("similarity", "steps", "divergence_name")
+        if name not in ("similarity", "steps", "divergence_name", "elastic")
     }
     rows = [["Left in place", summary.replacement]]
     for kind, layers in summary.dropped.items():

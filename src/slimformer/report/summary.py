@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from slimformer.errors import PlanError
+from slimformer.methods.early_exit import EarlyExit
 from slimformer.plan import Plan
 
 NAMES = {"attention": "attention", "mlp": "MLP", "block": "block"}
@@ -83,6 +84,10 @@ class Summary:
             for kind in ("attention", "mlp", "block")
             for layer in getattr(method, kind)
         ]
+        said = plan.fingerprint.get("layers")
+        if plan.exit is not None:
+            end = min(said, _MOST_LAYERS) if isinstance(said, int) else plan.exit + 1
+            listed += [Step("block", layer, None) for layer in range(plan.exit, end)]
         dropped = {
             kind: tuple(sorted({step.layer for step in listed if step.kind in (kind, "block")}))
             for kind in ("attention", "mlp")
@@ -91,7 +96,6 @@ class Summary:
         similarity = {
             kind: _finite(measured.get(kind) if isinstance(measured, Mapping) else None) for kind in NAMES
         }
-        said = plan.fingerprint.get("layers")
         layers = max(
             said if isinstance(said, int) else 1,
             *(len(values) for values in similarity.values()),
@@ -133,13 +137,17 @@ class Summary:
 
 
 def comparison(measured: Mapping[str, Any]) -> list[Row]:
-    """Rows for what was measured, as `Plan.measured` holds it: `quality` and `speed`, either may be absent.
+    """Rows for what was measured, as `Plan.measured` holds it: `quality`, `task` and `speed`, any may be absent.
 
     Example:
         >>> comparison({"quality": {"perplexity_dense": 20.0, "perplexity_slim": 21.0}})
         [Row(name='Perplexity', dense='20.00', slim='21.00', change='+5.0%')]
     """
-    return [*_quality_rows(_mapping(measured.get("quality"))), *_speed_rows(_mapping(measured.get("speed")))]
+    return [
+        *_quality_rows(_mapping(measured.get("quality"))),
+        *_task_rows(_mapping(measured.get("task"))),
+        *_speed_rows(_mapping(measured.get("speed"))),
+    ]
 
 
 def _quality_rows(quality: Mapping[str, Any]) -> list[Row]:
@@ -155,6 +163,17 @@ def _quality_rows(quality: Mapping[str, Any]) -> list[Row]:
         value = _number(quality.get(key))
         if value is not None:
             rows.append(Row(name, same, written(value), ""))
+    return rows
+
+
+def _task_rows(task: Mapping[str, Any]) -> list[Row]:
+    dense, slim = _mapping(task.get("dense")), _mapping(task.get("slim"))
+    rows = []
+    for name in slim:
+        before, after = _number(dense.get(name)), _number(slim.get(name))
+        if after is not None:
+            words = ("", "") if before is None else (f"{before:.4g}", _percent(after, before))
+            rows.append(Row(str(name), words[0], f"{after:.4g}", words[1]))
     return rows
 
 
@@ -247,4 +266,6 @@ def _replacement(plan: Plan) -> str:
         kind = str(getattr(method, "replace", "nothing"))
         words["filter"] = f"a causal filter of {getattr(method, 'taps', '?')} taps"
         parts.append(words.get(kind, kind))
+    exits = [method for method in plan.methods if isinstance(method, EarlyExit)]
+    parts += ["a linear head" if method.weights else "nothing" for method in exits]
     return ", ".join(dict.fromkeys(parts))

@@ -1,0 +1,111 @@
+"""Retrieval and throughput of an embedding model whose layers pass tokens by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import slimformer
+from benchmarks import tables
+from benchmarks.elastic import embedder
+from benchmarks.registry import MissingInput, Settings, benchmark, table
+from benchmarks.results import Measurement
+from slimformer import TokenElimination
+from slimformer.evaluation.retrieval import RetrievalTask, read_retrieval
+
+UNPATCHED, DENSE = "unpatched", "dense, unpadded"
+_SHORT: dict[str, Any] = {"least": 32, "window": 1, "sink": 1}
+METHODS: dict[str, TokenElimination] = {
+    **{
+        f"{keep:.0%} from layer {layer} on, {left_as} pooled": TokenElimination(
+            {layer: keep}, left_as=left_as, **_SHORT
+        )
+        for layer, keep in ((3, 0.5), (4, 0.5), (4, 0.25), (5, 0.5))
+        for left_as in ("residual", "mean")
+    },
+    **{
+        f"MLPs: {keep:.0%} from layer {layer} on": TokenElimination(
+            {layer: keep}, revivable=True, kinds=["mlp"], **_SHORT
+        )
+        for layer, keep in ((1, 0.5), (3, 0.5), (3, 0.25))
+    },
+    "random: 50% from layer 4 on": TokenElimination({4: 0.5}, scorer="random", **_SHORT),
+}
+_DOCUMENTS, _ROUNDS = 192, 5
+
+
+@benchmark(
+    "encoder_elimination",
+    needs="any",
+    description="nDCG@10 and throughput of an embedding model that eliminates tokens (--model, --data)",
+)
+def run(settings: Settings) -> Iterator[Measurement]:
+    """Every method on every collection; times of the same documents in turns."""
+    model = embedder(settings)
+    if settings.data is None:
+        if not settings.smoke:
+            raise MissingInput("it needs --data, a folder with cranfield/ and qmsum_retrieval/")
+        words = [f"word {number} and some more of it, as long as it has to be" for number in range(8)]
+        corpus = {f"d{number}": text for number, text in enumerate(words)}
+        tasks = {"smoke": RetrievalTask("smoke", {"q": words[3]}, corpus, {"q": {"d3"}})}
+    else:
+        tasks = {name: read_retrieval(settings.data / name) for name in ("cranfield", "qmsum_retrieval")}
+    for name, task in tasks.items():
+        seconds = _seconds(model, task.texts[: settings.pick(_DOCUMENTS, 8)], settings.pick(_ROUNDS, 1))
+        for method in seconds:
+            _apply(model, method)
+            yield Measurement(
+                {"collection": name},
+                method,
+                values={
+                    "nDCG@10": task.figures(model)["nDCG@10"],
+                    "speedup": seconds[DENSE] / seconds[method],
+                },
+            )
+    slimformer.unpatch(model)
+
+
+def _apply(model: Any, name: str) -> None:
+    if name == UNPATCHED:
+        slimformer.unpatch(model)
+    elif name == DENSE:
+        slimformer.patch(model)
+    else:
+        slimformer.patch(model, METHODS[name])
+
+
+def _seconds(model: Any, texts: list[str], rounds: int) -> dict[str, float]:
+    """The median time to encode the texts, of every method in turns."""
+    times: dict[str, list[float]] = {name: [] for name in (UNPATCHED, DENSE, *METHODS)}
+    for number in range(rounds + 1):
+        for name, found in times.items():
+            _apply(model, name)
+            begin = time.perf_counter()
+            model.encode(texts, batch_size=32, show_progress_bar=False)
+            if number:  # the first warms up
+                found.append(time.perf_counter() - begin)
+    return {name: sorted(found or [1.0])[len(found) // 2] for name, found in times.items()}
+
+
+@table("encoder_elimination", source="encoder_elimination")
+def retrieval(content: dict[str, Any]) -> str:
+    """One row per method: what is left of each collection's nDCG@10, and the speed beside dense unpadded."""
+    collections = [name for (name,) in tables.points(content, "collection", where=lambda _: True)]
+    dense = {name: tables.find(content, DENSE, collection=name) for name in collections}
+    rows = []
+    for method in (UNPATCHED, DENSE, *METHODS):
+        row = [method]
+        for name in collections:
+            found, whole = tables.find(content, method, collection=name), dense[name]
+            if found is None or whole is None:
+                row += ["–", "–"]
+                continue
+            figure = found["values"]["nDCG@10"]
+            change = 100 * (figure / whole["values"]["nDCG@10"] - 1)
+            row += [f"{figure:.4f} ({change:+.1f}%)", f"{found['values']['speedup']:.2f}×"]
+        rows.append(row)
+    head = ["Computed"]
+    for name in collections:
+        head += [f"{name}, nDCG@10", "speed"]
+    return tables.markdown(head, rows)

@@ -1,0 +1,1 @@
+"""What connects slimformer to other tools; each is an optional extra."""

@@ -1,0 +1,444 @@
+"""Embeddings are measured by the field's own evaluators, and exits chosen by what they measure."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, Transformer
+from typer.testing import CliRunner, Result
+
+import slimformer
+from real_models import minilm
+from slimformer import EarlyExit, LayerDrop, Plan
+from slimformer.calibration.elastic import calibrate_elastic
+from slimformer.calibration.exit_heads import fit_exits
+from slimformer.cli import app
+from slimformer.errors import CalibrationError, DataError, PlanError
+from slimformer.evaluation.elastic_grid import Grid
+from slimformer.evaluation.embedding_tasks import (
+    NeighbourTask,
+    PairTask,
+    nearest,
+    neighbour_agreement,
+    read_task,
+)
+from slimformer.evaluation.retrieval import RetrievalTask, ir_evaluator, read_retrieval
+from slimformer.report import grid_picture, grid_table, plan_page
+from tiny_checkpoints import tiny_checkpoint
+from tiny_models import tiny_model
+
+SENTENCE = "a cat sat on the mat and saw no dog run over hills of glass while seven old kings were asleep"
+WORDS = SENTENCE.split()
+TEXTS = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(1 + i * i % 17)) + f" {WORDS[i % 20]}"
+         for i in range(60)]  # fmt: skip
+# No text beside itself: rounding would decide how such pairs are ranked.
+PAIRS = [(TEXTS[i], TEXTS[(i * i + 7) % 60]) for i in range(1, 41)]
+GOLD = [float(i % 6) for i in range(1, 41)]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> SentenceTransformer:
+    return pipeline(tmp_path / "model")
+
+
+def pipeline(folder: Path, mode: str = "mean", name: str = "bert") -> SentenceTransformer:
+    transformer = Transformer(tiny_checkpoint(folder, name))
+    return SentenceTransformer(modules=[transformer, Pooling(32, pooling_mode=mode)], device="cpu")
+
+
+def beir(folder: Path, zipped: bool = False) -> Path:
+    """Forty documents; every query asks for the two whose first words it has."""
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [{"_id": f"d{i}", "title": text.split()[0], "text": text} for i, text in enumerate(TEXTS[:40])]
+    queries = [{"_id": f"q{i}", "text": " ".join(TEXTS[i].split()[:3])} for i in range(10)]
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if zipped:
+            (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (folder / f"{name}.jsonl").write_text(text)
+    lines = [f"q{i}\td{j}\t{score}" for i in range(9) for j, score in ((i, 2), (i + 9, 1), (i + 20, 0))]
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+def tsv(path: Path) -> Path:
+    rows = (f"{score}\t{a}\t{b}" for (a, b), score in zip(PAIRS, GOLD, strict=True))
+    path.write_text("\n".join(["score\tsentence1\tsentence2", *rows]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_beir_folder_is_read(tmp_path: Path, zipped: bool) -> None:
+    task = read_retrieval(beir(tmp_path / "tiny", zipped))
+    assert task.source == "tiny, 9 queries (test) on 40 documents"
+    assert task.corpus["d3"] == f"{TEXTS[3].split()[0]} {TEXTS[3]}"
+    assert task.relevant["q1"] == {"d1", "d10"}
+    assert "q9" not in task.queries
+    first, second = task.split()
+    assert not set(first.queries) & set(second.queries)
+    assert {*first.queries, *second.queries} == set(task.queries)
+    assert first.corpus == second.corpus == task.corpus
+
+
+def test_figures_are_those_of_the_evaluator(tmp_path: Path, model: SentenceTransformer) -> None:
+    task = read_retrieval(beir(tmp_path / "tiny"))
+    card = str(vars(model.model_card_data))
+    for width, score in zip((32, 8), task.scores(model, (32, 8)), strict=True):
+        evaluator = ir_evaluator()(task.queries, task.corpus, task.relevant, truncate_dim=width)
+        measured = evaluator(pipeline(tmp_path / "other"))
+        assert score == pytest.approx(measured["cosine_ndcg@10"], abs=1e-6)
+        if width == 32:
+            figures = task.figures(model)
+            assert figures["Recall@10"] == pytest.approx(measured["cosine_recall@10"], abs=1e-6)
+            assert figures["MAP@100"] == pytest.approx(measured["cosine_map@100"], abs=1e-6)
+            assert figures["MRR@10"] == pytest.approx(measured["cosine_mrr@10"], abs=1e-6)
+    assert str(vars(model.model_card_data)) == card
+
+
+def test_the_evaluators_of_sentence_transformers_take_a_patched_model(
+    tmp_path: Path, model: SentenceTransformer
+) -> None:
+    task = read_retrieval(beir(tmp_path / "tiny"))
+    with slimformer.patched(model, EarlyExit(1)):
+        measured = ir_evaluator()(task.queries, task.corpus, task.relevant)(model)
+        assert measured["cosine_ndcg@10"] == pytest.approx(task.scores(model)[0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("file", "content", "message"), [
+    ("qrels/test.tsv", None, r"no qrels/test\.tsv.*Expected corpus\.jsonl"),
+    ("corpus.jsonl", None, r"neither corpus\.jsonl nor corpus\.jsonl\.gz"),
+    ("corpus.jsonl", "", "is empty"),
+    ("queries.jsonl", "no JSON\n", r"Line 1 of .*queries\.jsonl is not such a line"),
+    ("queries.jsonl", '{"text": "a"}\n', r"KeyError\('_id'\)"),
+    ("queries.jsonl", '{"_id": "q0", "text": ["a"]}\n', "a text of type list"),
+    ("corpus.jsonl", '{"_id": "d0", "title": 3, "text": "a"}\n', "a text of type int"),
+    ("qrels/test.tsv", "q0 d0 1\n", "Line 1 of .*'q0 d0 1"),
+    ("qrels/test.tsv", "q0\td0\tmuch\n", "'q0.td0.tmuch"),
+    ("qrels/test.tsv", "q0\tgone\t1\n", r"names 'gone', which corpus\.jsonl does not hold"),
+    ("qrels/test.tsv", "q0\td0\t0\n", "no judgement with a score above 0"),
+])  # fmt: skip
+def test_a_damaged_folder_says_what_is_wrong(
+    tmp_path: Path, file: str, content: str | None, message: str
+) -> None:
+    folder = beir(tmp_path / "tiny")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_retrieval(folder)
+
+
+def test_pairs_are_measured_as_the_evaluator_of_sentence_transformers_does(
+    tmp_path: Path,
+) -> None:
+    model = SentenceTransformer(str(minilm()), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator  # noqa: PLC0415
+    task = read_task(tsv(tmp_path / "pairs.tsv"))
+    assert task.source == "file pairs.tsv, 40 pairs"
+    for width, score in zip((None, 8), task.scores(model, (None, 8)), strict=True):
+        evaluator = EmbeddingSimilarityEvaluator(
+            *map(list, zip(*PAIRS, strict=True)), GOLD, truncate_dim=width
+        )
+        assert score / 100 == pytest.approx(evaluator(model)["spearman_cosine"], abs=1e-3)
+    judged, texts = task.apart()
+    assert not set(judged.texts) & set(texts)
+    assert len(judged.pairs) == 20
+
+
+def test_neighbours_of_the_dense_model_are_found_by_the_dense_model_alone(model: SentenceTransformer) -> None:
+    task = NeighbourTask("texts", TEXTS)
+    with pytest.raises(CalibrationError, match="recorded"):
+        task.scores(model)
+    task = task.recorded(model)
+    assert task.scores(model) == [1.0]
+    with slimformer.patched(model):
+        assert task.scores(model)[0] > 0.99
+    with slimformer.patched(model, EarlyExit(1)):
+        score, narrow = task.scores(model, (None, 4))
+    assert narrow < score < 1
+
+
+def test_nearest_leaves_out_the_text_itself_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    unit = torch.nn.functional.normalize(embeddings, dim=-1)
+    cosine = (unit @ unit.T).fill_diagonal_(-2)
+    monkeypatch.setattr("slimformer.evaluation.embedding_tasks._ROWS_AT_ONCE", 7)
+    assert torch.equal(nearest(embeddings, 5), cosine.topk(5).indices)
+    assert neighbour_agreement(nearest(embeddings, 5), nearest(-embeddings, 5)) == 1.0
+    with pytest.raises(DataError, match="at least two"):
+        nearest(embeddings[:1])
+
+
+def test_the_front_is_what_nothing_smaller_reaches() -> None:
+    grid = Grid("score", (1, 2, 3), (8, 4), ((0.5, 0.6), (0.6, 0.6), (0.9, 0.7)))
+    assert grid.front() == [(1, 4), (3, 8), (3, 4)]
+    assert grid.dense == 0.9
+    assert Grid.from_dict(json.loads(json.dumps(grid.to_dict()))) == grid
+    assert Grid.from_dict(None) is None
+    for broken in (
+        {"scores": [[1.0]]},
+        {"layers": []},
+        {"scores": [[float("nan")] * 2] * 3},
+        {"layers": "abc"},
+    ):
+        assert Grid.from_dict({**grid.to_dict(), **broken}) is None
+
+
+@pytest.mark.parametrize("kind", ["beir", "pairs", "text"])
+def test_an_elastic_calibration_measures_every_exit_at_every_width(
+    tmp_path: Path, model: SentenceTransformer, kind: str
+) -> None:
+    task = {"beir": lambda: read_retrieval(beir(tmp_path / "tiny")), "pairs": lambda: PairTask("pairs", PAIRS, GOLD),
+            "text": lambda: NeighbourTask("text", TEXTS)}[kind]()  # fmt: skip
+    dense = model.encode(TEXTS)
+    plan = calibrate_elastic(model, task, layer=2, dimensions=[8, 16])
+    assert (model.encode(TEXTS) == dense).all()
+    assert slimformer.status(model) == {}
+    grid = Grid.from_dict(plan.provenance["elastic"])
+    assert (grid.layers, grid.dimensions) == ((0, 1, 2, 3, 4), (32, 16, 8))
+    (method,) = plan.methods
+    assert method.layer == 2
+    chosen = task.split()[0]
+    expected = fit_exits(model, chosen.texts, [2])[2]
+    torch.testing.assert_close(method.weights["head.weight"], expected.weights["head.weight"])
+    judged, texts = chosen.apart()
+    judged = judged.recorded(model)
+    assert grid.scores[-1] == tuple(judged.scores(model, (32, 16, 8)))
+    with slimformer.patched(model, fit_exits(model, texts, [1])[1]):
+        assert grid.scores[1] == pytest.approx(judged.scores(model, (32, 16, 8)), abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["mean", "lasttoken"])
+def test_a_generative_model_goes_the_same_way(tmp_path: Path, mode: str) -> None:
+    model = pipeline(tmp_path, mode, "llama")
+    plan = calibrate_elastic(model, NeighbourTask("text", TEXTS), layer=2)
+    grid = Grid.from_dict(plan.provenance["elastic"])
+    # Positions are counted in the cache of an attention, so one layer runs at least.
+    assert grid.layers == (1, 2, 3, 4)
+    dense = model.encode(TEXTS)
+    with slimformer.patched(model, plan):
+        slim = model.encode(TEXTS)
+    with slimformer.patched(model, EarlyExit(2)):
+        bare = model.encode(TEXTS)
+    assert abs(slim - dense).mean() < abs(bare - dense).mean()
+    with pytest.raises(CalibrationError, match="no exit 0: allowed are 1 to 3"):
+        calibrate_elastic(model, NeighbourTask("text", TEXTS), layer=0)
+
+
+def test_the_lowest_exit_within_the_loss_is_taken(model: SentenceTransformer) -> None:
+    task = NeighbourTask("text", TEXTS)
+    grid = Grid.from_dict(calibrate_elastic(model, task, layer=1, head=False).provenance["elastic"])
+    lost = {index: 1 - row[0] / grid.dense for index, row in zip(grid.layers, grid.scores, strict=True)}
+    assert len(set(lost.values())) > 2
+    for loss in sorted(lost.values()):
+        within = [index for index in grid.layers[:-1] if lost[index] <= loss + 1e-9]
+        if within:
+            assert (
+                calibrate_elastic(model, task, max_loss=loss + 1e-9, head=False).methods[0].layer == within[0]
+            )
+
+
+def test_of_a_dense_figure_below_zero_no_fraction_can_be_lost(model: SentenceTransformer) -> None:
+    gold = [-len(a.split()) for a, b in PAIRS]
+    dense = PairTask("pairs", PAIRS, gold).scores(model)[0]
+    worse = gold if dense < 0 else [-score for score in gold]
+    with pytest.raises(CalibrationError, match="no fraction can be lost"):
+        calibrate_elastic(
+            model, PairTask("pairs", PAIRS, worse), max_loss=0.1, hold_out=False, layers=[1], fit_on=TEXTS
+        )
+
+
+def test_without_a_head_any_pooling_will_do(tmp_path: Path) -> None:
+    model = pipeline(tmp_path, "max")
+    with pytest.raises(CalibrationError, match="pooling 'max'"):
+        calibrate_elastic(model, NeighbourTask("text", TEXTS), layer=2)
+    plan = calibrate_elastic(model, NeighbourTask("text", TEXTS), layer=2, head=False)
+    assert plan.methods == (EarlyExit(2),)
+    assert plan.methods[0].weights == {}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({}, "either layer or max_loss, got neither"),
+    ({"layer": 1, "max_loss": 0.1}, "got both"),
+    ({"max_loss": 1.0}, "fraction from 0 to below 1"),
+    ({"layer": 4}, "no exit 4: allowed are 0 to 3"),
+    ({"layer": 1, "layers": [1, 9]}, "no exit 9"),
+    ({"layer": 1, "layers": []}, "at least one exit"),
+    ({"layer": 1, "dimensions": [33]}, "no dimension 33: allowed are 1 to 32"),
+    ({"layer": 1, "dimensions": [8.5]}, "no dimension 8.5"),
+])  # fmt: skip
+def test_arguments_that_cannot_be_are_refused(
+    model: SentenceTransformer, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        calibrate_elastic(model, NeighbourTask("text", TEXTS), **options)
+    assert slimformer.status(model) == {}
+
+
+def test_models_that_cannot_be_calibrated_are_refused(model: SentenceTransformer) -> None:
+    with pytest.raises(CalibrationError, match="unpatch"):
+        calibrate_elastic(slimformer.patch(model), NeighbourTask("text", TEXTS), layer=1)
+    with pytest.raises(CalibrationError, match="got BertModel"):
+        calibrate_elastic(tiny_model("bert"), NeighbourTask("text", TEXTS), layer=1)
+    with pytest.raises(CalibrationError, match="SentenceTransformer, got BertModel"):
+        RetrievalTask("none", {"q": "a"}, {"d": "b"}, {"q": {"d"}}).figures(tiny_model("bert"))
+
+
+def test_a_loss_that_no_exit_keeps_to_names_what_there_is(model: SentenceTransformer) -> None:
+    with pytest.raises(
+        CalibrationError, match=r"No exit loses at most 0 of the dense .*full width: 0: 0\.\d+, 4: 1\."
+    ):
+        calibrate_elastic(model, NeighbourTask("text", TEXTS), max_loss=0.0, layers=[0], head=False)
+
+
+def test_removals_are_chosen_by_the_task(tmp_path: Path, model: SentenceTransformer) -> None:
+    task = read_retrieval(beir(tmp_path / "tiny"))
+    plan = slimformer.calibrate(
+        model, objective=task, kinds=("block",), drop=2, budget="standard", hold_out=False
+    )
+    dense, lost = task.scores(model)[0], {}
+    for first in range(4):
+        with slimformer.patched(model, LayerDrop(block=[first])):
+            lost[first] = 1 - task.scores(model)[0] / dense
+    steps = plan.provenance["steps"]
+    assert lost[steps[0]["layer"]] == min(lost.values())
+    assert steps[0]["divergence"] == pytest.approx(min(lost.values()), abs=1e-9)
+    with slimformer.patched(model, plan):
+        assert 1 - task.scores(model)[0] / dense == pytest.approx(steps[1]["divergence"], abs=1e-9)
+    assert plan.provenance["divergence_name"] == "share lost of the dense nDCG@10"
+    assert plan.provenance["data"].startswith("list, 40 texts")
+
+
+def test_what_is_left_in_place_is_fitted_before_the_task_judges(model: SentenceTransformer) -> None:
+    task = NeighbourTask("text", TEXTS)
+    plan = slimformer.calibrate(model, objective=task, drop=1, replace="filter", taps=1, budget="standard")
+    assert plan.methods[0].weights.keys() == {
+        f"attention.{plan.methods[0].attention[0]}.{part}" for part in ("weight", "bias")
+    }
+    assert plan.provenance["arguments"]["objective"] == "text, four fifths"
+    assert plan.provenance["steps"][0]["divergence"] < 1
+
+
+def test_an_objective_that_would_not_be_used_is_refused(model: SentenceTransformer) -> None:
+    task = NeighbourTask("text", TEXTS)
+    with pytest.raises(CalibrationError, match="Nothing is judged by the objective"):
+        slimformer.calibrate(model, objective=task, drop=1, selection="cosine")
+    with pytest.raises(CalibrationError, match="SentenceTransformer, got BertModel"):
+        slimformer.calibrate(tiny_model("bert"), model.tokenizer, objective=task, drop=1)
+    limited = slimformer.calibrate(model, objective=task, selection="cosine", max_divergence=0.9, drop=1)
+    assert limited.provenance["steps"][0]["divergence"] <= 0.9
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_the_command_calibrates_measures_and_shows(tmp_path: Path) -> None:
+    folder, data, out = tmp_path / "model", beir(tmp_path / "tiny"), tmp_path / "plan"
+    pipeline(folder).save_pretrained(str(folder))
+    shown = run("calibrate", folder, "-o", out, "--method", "elastic", "--layer", 2, "--data", data).stdout
+    assert "▸ 2" in shown
+    document = json.loads(run("show", out, "--json", "--html", tmp_path / "plan.html").stdout)
+    assert document["per_layer_config"] == {str(index): {"skip": ["self_attn", "mlp"]} for index in (2, 3)}
+    assert "Depth and width" in (tmp_path / "plan.html").read_text()
+    figures = json.loads(run("eval", folder, "--plan", out, "--task", data, "--save", "--json").stdout)
+    assert figures["data"].endswith("the held-out queries")
+    model = SentenceTransformer(str(folder), device="cpu")
+    held_out = read_retrieval(data).split()[1]
+    assert figures["dense"] == pytest.approx(held_out.figures(model), abs=1e-6)
+    assert figures["slim"] == pytest.approx(held_out.figures(slimformer.patch(model, str(out))), abs=1e-6)
+    assert "nDCG@10" in run("show", out).stdout
+    run("show", out, "--svg", tmp_path / "grid.svg")
+    picture = ElementTree.fromstring((tmp_path / "grid.svg").read_text())
+    assert len(picture.findall(".//{http://www.w3.org/2000/svg}title")) == 5 * 2
+    result = run("eval", folder, "--plan", out, "--task", tsv(tmp_path / "pairs.tsv"))
+    assert "Spearman" in result.stdout
+    whole = tmp_path / "whole"
+    run(
+        "calibrate",
+        folder,
+        "-o",
+        whole,
+        "--method",
+        "elastic",
+        "--max-loss",
+        0.99,
+        "--data",
+        data,
+        "--no-hold-out",
+    )
+    assert "overestimated" in run("eval", folder, "--plan", whole, "--task", data).stderr
+
+
+def test_the_command_drops_by_a_task_and_reports_on_the_rest(tmp_path: Path) -> None:
+    folder, data, out = tmp_path / "model", beir(tmp_path / "tiny"), tmp_path / "plan"
+    pipeline(folder).save_pretrained(str(folder))
+    shown = run("calibrate", folder, "-o", out, "--task", data, "--drop", 1, "--budget", "standard").stdout
+    assert "attention" in shown
+    figures = json.loads(run("eval", folder, "--plan", out, "--task", data, "--json").stdout)
+    assert figures["data"].endswith("the held-out queries")
+    wrong = run(
+        "calibrate",
+        folder,
+        "-o",
+        out,
+        "--task",
+        data,
+        "--method",
+        "elimination",
+        "--max-divergence",
+        1,
+        code=2,
+    )
+    assert "--task goes with --method drop" in " ".join(wrong.stderr.split())
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--method", "elastic", "--layer", 1, "--drop", 1), "none of --drop"),
+    (("--method", "elastic", "--layer", 1, "--task", "x"), "--task goes with --method drop"),
+    (("--drop", 1, "--layer", 1), "go with --method elastic"),
+    (("--drop", 1, "--max-loss", 0.1), "go with --method elastic"),
+])  # fmt: skip
+def test_options_that_would_not_be_used_are_refused(
+    tmp_path: Path, options: tuple[object, ...], message: str
+) -> None:
+    result = run("calibrate", "no/model", "-o", tmp_path / "plan", *options, code=2)
+    assert message in " ".join(word for word in result.stderr.split() if word != "│")
+
+
+def test_the_command_refuses_before_it_loads_a_model(tmp_path: Path) -> None:
+    wrong = run("calibrate", "no/model", "-o", tmp_path / "plan", "--method", "elastic", code=2)
+    assert "--layer or --max-loss" in " ".join(wrong.stderr.split())
+    missing = run("calibrate", "no/model", "-o", tmp_path / "plan", "--method", "elastic", "--layer", 1, "--data",
+                  tmp_path, code=1)  # fmt: skip
+    assert "no qrels/test.tsv" in missing.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_shows_the_grid_and_takes_no_broken_one() -> None:
+    grid = Grid("nDCG@10 <b>", (0, 1, 2), (8, 4), ((0.1, 0.1), (0.2, 0.1), (0.4, 0.3)))
+    plan = Plan([EarlyExit(1)], {"model_type": "bert", "layers": 2}, {"elastic": grid.to_dict()})
+    page = plan_page(plan)
+    assert page.count("on the Pareto front</title>") == len(grid.front())
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page.split("Depth and width")[1].split("</section>")[0]
+    assert "2 of 4 sublayers dropped" in page
+    assert grid_table(plan).row_count == 3
+    broken = Plan([LayerDrop(mlp=[0])], provenance={"elastic": {"scores": "x"}})
+    with pytest.raises(PlanError, match="no grid of depth and width"):
+        grid_picture(broken)
+    assert grid_table(broken) is None
+    assert "Depth and width" not in plan_page(broken)
