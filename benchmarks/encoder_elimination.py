@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import slimformer
@@ -32,6 +32,7 @@ METHODS: dict[str, TokenElimination] = {
     },
     "random: 50% from layer 4 on": TokenElimination({4: 0.5}, scorer="random", **_SHORT),
 }
+_TINY = {"50% from layer 1 on": TokenElimination({1: 0.5}, least=8, window=1, sink=1)}
 _DOCUMENTS, _ROUNDS = 192, 5
 
 
@@ -51,10 +52,12 @@ def run(settings: Settings) -> Iterator[Measurement]:
         tasks = {"smoke": RetrievalTask("smoke", {"q": words[3]}, corpus, {"q": {"d3"}})}
     else:
         tasks = {name: read_retrieval(settings.data / name) for name in ("cranfield", "qmsum_retrieval")}
+    methods = settings.pick(METHODS, _TINY)
     for name, task in tasks.items():
-        seconds = _seconds(model, task.texts[: settings.pick(_DOCUMENTS, 8)], settings.pick(_ROUNDS, 1))
+        texts = task.texts[: settings.pick(_DOCUMENTS, 8)]
+        seconds = _seconds(model, methods, texts, settings.pick(_ROUNDS, 1))
         for method in seconds:
-            _apply(model, method)
+            _apply(model, method, methods)
             yield Measurement(
                 {"collection": name},
                 method,
@@ -66,21 +69,23 @@ def run(settings: Settings) -> Iterator[Measurement]:
     slimformer.unpatch(model)
 
 
-def _apply(model: Any, name: str) -> None:
+def _apply(model: Any, name: str, methods: Mapping[str, TokenElimination]) -> None:
     if name == UNPATCHED:
         slimformer.unpatch(model)
     elif name == DENSE:
         slimformer.patch(model)
     else:
-        slimformer.patch(model, METHODS[name])
+        slimformer.patch(model, methods[name])
 
 
-def _seconds(model: Any, texts: list[str], rounds: int) -> dict[str, float]:
+def _seconds(
+    model: Any, methods: Mapping[str, TokenElimination], texts: list[str], rounds: int
+) -> dict[str, float]:
     """The median time to encode the texts, of every method in turns."""
-    times: dict[str, list[float]] = {name: [] for name in (UNPATCHED, DENSE, *METHODS)}
+    times: dict[str, list[float]] = {name: [] for name in (UNPATCHED, DENSE, *methods)}
     for number in range(rounds + 1):
         for name, found in times.items():
-            _apply(model, name)
+            _apply(model, name, methods)
             begin = time.perf_counter()
             model.encode(texts, batch_size=32, show_progress_bar=False)
             if number:  # the first warms up
@@ -94,7 +99,7 @@ def retrieval(content: dict[str, Any]) -> str:
     collections = [name for (name,) in tables.points(content, "collection", where=lambda _: True)]
     dense = {name: tables.find(content, DENSE, collection=name) for name in collections}
     rows = []
-    for method in (UNPATCHED, DENSE, *METHODS):
+    for method in dict.fromkeys(measurement["candidate"] for measurement in content["measurements"]):
         row = [method]
         for name in collections:
             found, whole = tables.find(content, method, collection=name), dense[name]

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from slimformer import LayerDrop, Plan
+from slimformer import LayerDrop, MixtureOfDepths, Plan, TokenElimination
 from slimformer.errors import PlanError
 from slimformer.report import comparison_table, plan_page, plan_table
 
@@ -188,3 +188,17 @@ def printed(table: Any) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get()
+
+
+def test_a_page_draws_the_curve_of_an_elimination_and_the_ranks_of_attention_maps() -> None:
+    point = {"layer": 2, "keep": 0.5, "flops": 0.75, "divergence": 0.01, "chosen": True}
+    curve = [point, {**point, "keep": 0.25, "flops": 0.6, "chosen": False}, {"layer": "<b>"}, None]
+    page = plan_page(Plan([TokenElimination({2: 0.5})], provenance={"curve": curve}))
+    assert "0.5 from layer 2 on: 0.0100" in page
+    assert page.count("<circle") == 2
+    assert "What was dropped" not in page
+    method = MixtureOfDepths.keeping_everything(hidden=4, attention=[4])
+    page = plan_page(Plan([method], provenance={"arank": [3.0, 2.0, 4.0, 5.0, 1.0, 6.0]}))
+    assert "layer 4: 1.00, routed" in page
+    assert "layer 5: 6.00, routed" not in page
+    assert "Attention maps" not in plan_page(Plan([method], provenance={"arank": ["<b>"]}))

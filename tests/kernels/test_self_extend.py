@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from slimformer_kernels import KernelArgumentError
-from slimformer_kernels.self_extend import self_extend, self_extend_op, self_extend_reference, turned_further
+from slimformer_kernels.self_extend import self_extend, self_extend_op
+from slimformer_kernels.self_extend_reference import self_extend_reference, turned_further
 
 # Keys of each sequence: whole, padded on the left, padded on the right, or behind each other without padding.
 LAYOUTS = ["whole", "left", "right", "packed"]
@@ -181,7 +182,7 @@ def test_interleaved_pairs_are_those_of_permuted_channels():
 def test_reference_is_the_same_in_small_pieces(layout, causal, monkeypatch):
     given = arguments(setting(layout, "some", 4, 2, 8, 41), "some extended", causal)
     expected = self_extend(**given)
-    module = importlib.import_module("slimformer_kernels.self_extend")
+    module = importlib.import_module("slimformer_kernels.self_extend_reference")
     for scores, queries in ((2**26, 3), (1, 128), (4 * 41 * 2, 128)):
         monkeypatch.setattr(module, "_REFERENCE_SCORES", scores)
         monkeypatch.setattr(module, "_REFERENCE_QUERIES", queries)

@@ -42,7 +42,7 @@ def similarity_chart(summary: Summary) -> str:
     parts.append(svg_text(_LEFT + _PLOT_WIDTH / 2, below + 20, "layer", "middle", "axis"))
     dropped = ", ".join(f"{NAMES[kind]} {layer}" for kind in _SERIES for layer in summary.dropped[kind])
     shown = "Similarity of every sublayer's input and output" if drawn else "The model's sublayers"
-    return _svg(_LEFT + _PLOT_WIDTH + _RIGHT, height, f"{shown}. Dropped: {dropped or 'none'}.", parts)
+    return svg(_LEFT + _PLOT_WIDTH + _RIGHT, height, f"{shown}. Dropped: {dropped or 'none'}.", parts)
 
 
 def divergence_chart(summary: Summary) -> str:
@@ -52,7 +52,7 @@ def divergence_chart(summary: Summary) -> str:
         return ""
     width = _SHORT_WIDTH if len(summary.steps) <= SHORT_STEPS else _PLOT_WIDTH
     step = width / (len(summary.steps) + 0.3)
-    ticks = _round_ticks(max(s.divergence or 0.0 for _, s in known))
+    ticks = round_ticks(max(s.divergence or 0.0 for _, s in known))
     bottom = _TOP + _PLOT_HEIGHT
 
     def place(number: int, value: float) -> tuple[float, float]:
@@ -77,7 +77,7 @@ def divergence_chart(summary: Summary) -> str:
         if number % every == 0 or number == len(summary.steps):
             parts.append(svg_text(x - 7, y - 8, _short(removed), "end", "label"))
     label = f"{summary.divergence_name} after each of {len(summary.steps)} removals"
-    return _svg(_LEFT + width + _RIGHT, bottom + 48, label, parts)
+    return svg(_LEFT + width + _RIGHT, bottom + 48, label, parts)
 
 
 def marker(kind: str, x: float, y: float, size: float, dropped: bool, label: str) -> str:
@@ -169,7 +169,7 @@ def _stretched(value: float) -> float:
     return -math.log10(max(1.0 - value, _NEAREST))
 
 
-def _round_ticks(highest: float) -> list[float]:
+def round_ticks(highest: float) -> list[float]:
     """Ticks from 0 to at least `highest` in steps of 1, 2 or 5 times a power of ten."""
     rough = max(highest, 1e-9) / 4
     power = 10.0 ** math.floor(math.log10(rough))
@@ -203,7 +203,8 @@ def _title(content: str) -> str:
     return f"<title>{escape(content)}</title>"
 
 
-def _svg(width: float, height: float, label: str, parts: Iterable[str]) -> str:
+def svg(width: float, height: float, label: str, parts: Iterable[str]) -> str:
+    """A drawing of this size whose colours come from the page's style sheet."""
     return (
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="width:{width:.0f}px" role="img" '
         f'aria-label="{escape(label)}">{"".join(parts)}</svg>'

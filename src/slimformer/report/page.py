@@ -13,6 +13,8 @@ from typing import Any
 from slimformer.plan import Plan
 from slimformer.report.charts import SHORT_STEPS, divergence_chart, marker, similarity_chart
 from slimformer.report.elastic import elastic_section
+from slimformer.report.elimination import curve_section
+from slimformer.report.routing import arank_section
 from slimformer.report.summary import NAMES, Summary, comparison, figure
 from slimformer.report.tables import caption
 
@@ -37,12 +39,15 @@ def plan_page(plan: Plan) -> str:
     """
     summary = Summary.of(plan)
     template = resources.files("slimformer.report").joinpath("page.html").read_text(encoding="utf-8")
-    heading = f"{summary.count} of {2 * summary.layers} sublayers dropped"
+    names = ", ".join(dict.fromkeys(type(method).__name__ for method in plan.methods))
+    heading = f"{summary.count} of {2 * summary.layers} sublayers dropped" if summary.count else names
     body = (
         _tiles(plan),
         elastic_section(plan),
-        _similarity_section(summary),
-        _steps_section(summary),
+        curve_section(plan),
+        arank_section(plan),
+        _similarity_section(summary) if summary.count else "",
+        _steps_section(summary) if summary.count else "",
         _measured_section(plan),
         _provenance_section(plan, summary),
     )

@@ -1,15 +1,20 @@
-"""What was measured of layers and of the routers in them, as tables for a terminal."""
+"""What was measured of layers and of the routers in them, as a table for a terminal and a chart for the page."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from slimformer.plan import Plan
+from slimformer.report.charts import round_ticks, svg, svg_text
 from slimformer.report.tables import caption
+
+_LEFT, _TOP, _WIDTH, _HEIGHT = 64.0, 26.0, 880.0, 200.0
 
 
 def router_table(plan: Plan) -> Table:
@@ -44,3 +49,39 @@ def router_table(plan: Plan) -> Table:
         kept = measured.get("keep_of", {}).get(f"{kind} {layer}")
         table.add_row(f"{kind} {layer}", rank, "" if kept is None else f"{kept:.1%}")
     return table
+
+
+def arank_section(plan: Plan) -> str:
+    """The part of a plan's page with the rank of every layer's attention maps; empty if the plan carries none."""
+    found = plan.provenance.get("arank")
+    # A plan's file may come from anywhere.
+    known = isinstance(found, list) and all(isinstance(r, (int, float)) and math.isfinite(r) for r in found)
+    ranks: list[float] = list(found) if known and found else []
+    if not ranks:
+        return ""
+    routed = {layer for method in plan.methods for _, layer in getattr(method, "sublayers", ())}
+    ticks = round_ticks(max(float(rank) for rank in ranks))
+    bottom, step = _TOP + _HEIGHT, _WIDTH / len(ranks)
+    parts = [svg_text(_LEFT - 8, 11, "ARank", "start", "axis")]
+    for tick in ticks:
+        y = bottom - _HEIGHT * tick / ticks[-1]
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(svg_text(_LEFT - 8, y + 4, f"{tick:g}", "end"))
+    for layer, rank in enumerate(ranks):
+        height = _HEIGHT * max(float(rank), 0.0) / ticks[-1]
+        x, y = _LEFT + layer * step + 2, bottom - height
+        box = f'x="{x:.1f}" y="{y:.1f}" width="{step - 4:.1f}" height="{height:.1f}"'
+        style = "cell attention" if layer in routed else "cell dropped attention"
+        label = f"layer {layer}: {float(rank):.2f}{', routed' if layer in routed else ''}"
+        parts.append(f'<rect class="{style}" {box}><title>{escape(label)}</title></rect>')
+        if layer % max(round(26 / step), 1) == 0:
+            parts.append(svg_text(_LEFT + (layer + 0.5) * step, bottom + 18, str(layer), "middle"))
+    parts.append(svg_text(_LEFT + _WIDTH / 2, bottom + 38, "layer", "middle", "axis"))
+    drawing = svg(_LEFT + _WIDTH + 16, bottom + 48, "Rank of every layer's attention maps", parts)
+    text = (
+        "How much each layer's attention maps say. Layers that say little are routed (filled); the first three and the "
+        "last never."
+    )
+    return (
+        f'<section><h2>Attention maps</h2><p>{escape(text)}</p><div class="scroll">{drawing}</div></section>'
+    )
