@@ -17,23 +17,15 @@ from slimformer.evaluation.retrieval import RetrievalTask, read_retrieval
 UNPATCHED, DENSE = "unpatched", "dense, unpadded"
 _SHORT: dict[str, Any] = {"least": 32, "window": 1, "sink": 1}
 METHODS: dict[str, TokenElimination] = {
-    **{
-        f"{keep:.0%} from layer {layer} on, {left_as} pooled": TokenElimination(
-            {layer: keep}, left_as=left_as, **_SHORT
-        )
-        for layer, keep in ((3, 0.5), (4, 0.5), (4, 0.25), (5, 0.5))
-        for left_as in ("residual", "mean")
-    },
-    **{
-        f"MLPs: {keep:.0%} from layer {layer} on": TokenElimination(
-            {layer: keep}, revivable=True, kinds=["mlp"], **_SHORT
-        )
-        for layer, keep in ((1, 0.5), (3, 0.5), (3, 0.25))
-    },
+    "50% from layer 4 on": TokenElimination({4: 0.5}, **_SHORT),
+    "50% from layer 4 on, mean of those left": TokenElimination({4: 0.5}, left_as="mean", **_SHORT),
+    "50% from layer 5 on, mean of those left": TokenElimination({5: 0.5}, left_as="mean", **_SHORT),
+    "MLPs: 50% from layer 3 on": TokenElimination({3: 0.5}, revivable=True, kinds=["mlp"], **_SHORT),
+    "MLPs: 70% from layer 3 on": TokenElimination({3: 0.7}, revivable=True, kinds=["mlp"], **_SHORT),
     "random: 50% from layer 4 on": TokenElimination({4: 0.5}, scorer="random", **_SHORT),
 }
 _TINY = {"50% from layer 1 on": TokenElimination({1: 0.5}, least=8, window=1, sink=1)}
-_DOCUMENTS, _ROUNDS = 192, 5
+_DOCUMENTS, _ROUNDS = 64, 5
 
 
 @benchmark(

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from slimformer import LayerDrop
 from slimformer.anatomy import KINDS, Kind, Parts, Structure, find_anatomy, positional_names
+from slimformer.ledger import Ledger
 from slimformer.methods.random_keep import RandomKeep, chances
-from slimformer.patching import Ledger
 from tiny_models import DECODERS, tiny_model
 
 TOKENS = 24

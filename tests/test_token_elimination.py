@@ -17,8 +17,8 @@ import slimformer
 from slimformer import LayerDrop, Plan, TokenElimination
 from slimformer.anatomy import find_anatomy, positional_names
 from slimformer.errors import PlanError
+from slimformer.ledger import Ledger
 from slimformer.methods.random_keep import chances
-from slimformer.patching import Ledger
 from tiny_models import DECODERS, ENCODERS, tiny_model
 
 # Without layers that see only a window.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,9 @@ from slimformer.anatomy import Anatomy, attention_core, in_eval_mode, positional
 from slimformer.attention import for_attention
 from slimformer.attention_scores import SCORES, Scores, scores_of
 from slimformer.errors import PlanError, UnsupportedModelError
+from slimformer.ledger import Ledger
 from slimformer.scored_attention import ScoredAttention, computes_scores_itself
 from slimformer.texts import TextReader
-
-if TYPE_CHECKING:
-    from slimformer.patching import Ledger
 
 # Far enough apart that any attention gives different results with the one and with the other.
 _PROBES = (2.0**-10, 2.0**10)

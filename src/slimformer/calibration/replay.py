@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy, Kind, positional_names
 from slimformer.executor import LayerExecutor, SublayerPlan
-from slimformer.patching import Ledger
+from slimformer.ledger import Ledger
 from slimformer.replacements import apply_taps, filter_reach, zero_padding
 
 Sublayer = tuple[Kind, int]

@@ -13,7 +13,8 @@ from torch.nn.functional import cosine_similarity
 from slimformer.anatomy import KINDS, Kind, find_anatomy
 from slimformer.errors import CalibrationError, DataError
 from slimformer.executor import LayerExecutor
-from slimformer.patching import Ledger, status
+from slimformer.ledger import Ledger
+from slimformer.patching import status
 
 Unit = Literal["attention", "mlp", "block"]
 UNITS: tuple[Unit, ...] = ("attention", "mlp", "block")
