@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,40 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     linear, scores = weights * 100, 32 * 100 * 100
     expected = (2 * (linear + scores) + 2 * (linear / 2 + scores / 4)) / (4 * (linear + scores))
     assert prefill_flops(anatomy, 100, 2, 0.5) == pytest.approx(expected)
+
+
+def test_ctrl_c_lets_a_step_finish_and_the_next_run_goes_on_exactly(tmp_path: Path) -> None:
+    whole, calls = line(), 0
+    expected = fit(whole, loss_of, ROWS, SETTINGS, identity={})
+
+    def pressed(module: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            signal.raise_signal(signal.SIGINT)
+        return loss_of(module, batch)
+
+    again = line()
+    with pytest.raises(KeyboardInterrupt):
+        fit(line(), pressed, ROWS, SETTINGS, identity={}, folder=tmp_path)
+    assert calls == 12
+    history = fit(again, loss_of, ROWS, SETTINGS, identity={}, folder=tmp_path)
+    assert history.losses == expected.losses
+    assert torch.equal(again.weight, whole.weight)
+
+
+def test_a_gradient_that_is_no_number_never_reaches_a_checkpoint(tmp_path: Path) -> None:
+    def breaks(module: nn.Module, batch: Tensor) -> Tensor:
+        return loss_of(module, batch) + (module.weight * 0).sum().sqrt()
+
+    module = line()
+    before = module.weight.detach().clone()
+    with pytest.raises(CalibrationError, match="The gradient is nan at step 1"):
+        fit(module, breaks, ROWS, SETTINGS, identity={}, folder=tmp_path)
+    assert torch.equal(module.weight, before)
+
+
+def test_another_precision_in_the_same_process() -> None:
+    for precision in ("no", "bf16", "no"):
+        settings = TrainingSettings(steps=2, precision=precision)
+        assert len(fit(line(), loss_of, ROWS, settings, identity={}).losses) == 2

@@ -161,6 +161,12 @@ def _apply(model: nn.Module, methods: tuple[Method, ...]) -> None:
     slots = list(range(len(anatomy.layers)))
     if anatomy.causal:
         slots = compact_slots(anatomy.layer_types, dropped)
+    counting = slots.index(0)
+    if counting in executors and executors[counting].shortens:
+        raise PlanError(
+            f"Positions are counted in the cache of layer {counting}, the first whose attention runs, and tokens are "
+            "to leave before it. Let them leave at a later layer, or keep an attention below."
+        )
     call = first_layer_call(anatomy)
     check_structure(
         anatomy, call, lambda layer, x, kwargs: LayerExecutor(layer, anatomy.structure).forward(x, **kwargs)
@@ -178,6 +184,7 @@ def _apply(model: nn.Module, methods: tuple[Method, ...]) -> None:
             if anatomy.causal and not keeps_state(executor.replacements.get("attention")):
                 executor.slot = slots[index]
             executor.by_rows = row_sublayers(anatomy, anatomy.layers[index], call)
+            executor.by_rows.counted = index <= counting
             if executor.shortens:
                 _check_shortens(executor)
             had = ledger.set_forward(anatomy.layers[index], executor.forward)

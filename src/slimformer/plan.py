@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import safetensors.torch
+import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
@@ -179,7 +180,7 @@ class Plan:
     def tensors(self) -> dict[str, Tensor]:
         """The content of the plan's safetensors file: the weights of every method behind its number."""
         return {
-            f"{number}.{name}": tensor.detach().cpu().contiguous()
+            f"{number}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for number, method in enumerate(self.methods)
             for name, tensor in method.tensors().items()
         }

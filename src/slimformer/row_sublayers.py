@@ -63,6 +63,7 @@ class RowSublayers:
         gated: The fused form of the MLP, if it is a gated one.
         norms: The norms among the layer's children.
         output_norms: The norms of output modules as BERT has them.
+        counted: Whether the layer runs before the cache counts a call's tokens.
     """
 
     layer: nn.Module
@@ -70,6 +71,7 @@ class RowSublayers:
     causal: bool
     attention: RowAttention | None = None
     gated: GatedMlp | None = None
+    counted: bool = False
     norms: RowNorms = field(init=False)
     output_norms: dict[Kind, RowNorms] = field(init=False)
 
@@ -102,9 +104,7 @@ class RowSublayers:
         cache = layer_cache(kwargs)
         if cache is None:
             return 0
-        first = getattr(attention_core(self.layer, self.structure), "layer_idx", None) == 0
-        # Every layer but the slot's own runs behind it.
-        return cache.get_seq_length() - (0 if first else tokens)
+        return cache.get_seq_length() - (0 if self.counted else tokens)
 
     def begin(self, x: Tensor, stream: Stream, kwargs: dict[str, Any]) -> Run:
         """One call of the layer on the residual `x` `[rows, hidden]`."""

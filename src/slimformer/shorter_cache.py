@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from slimformer.errors import PlanError
-from slimformer.stream import Stream
+from slimformer.stream import Stream, own_key
 
 
 class ShorterLayer(DynamicLayer):
@@ -20,18 +20,23 @@ class ShorterLayer(DynamicLayer):
     Attributes:
         valid: Which entries are tokens, bool `[batch, kept]`.
         has_fillers: Whether some may not be, kept on the host so that no decode step waits for the device.
+        last: How many of the newest entries are the newest tokens, none of which has left in any sequence.
+        new: Which of the tokens that come next are text, bool `[batch, tokens]`, where the model's mask says so.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.valid: Tensor | None = None
         self.has_fillers = False
+        self.last = 0
+        self.new: Tensor | None = None
 
     def store(self, keys: Tensor, values: Tensor, stream: Stream) -> bool:
         """Add the keys and values `[held, kv_heads, head_dim]` of a stream's rows; returns whether it held others."""
         before, valid = self.valid, stream.slots()[1]
         past = self.get_seq_length()
-        self.has_fillers = self.has_fillers or not bool(valid.all())
+        alike, last = stream.ends()
+        self.has_fillers, self.last, self.new = self.has_fillers or not alike, last, None
         super().update(stream.filled_up(keys), stream.filled_up(values))
         self.valid = valid if before is None else torch.cat([before, valid], dim=1)
         return past > 0
@@ -48,27 +53,43 @@ class ShorterLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Add tokens, all of which stay."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
+        tokens = key_states.shape[2]
         if self.valid is not None:
-            new = self.valid.new_ones(self.valid.shape[0], key_states.shape[2])
+            new = self.new
+            if new is None or new.shape[1] != tokens:
+                new = self.valid.new_ones(self.valid.shape[0], tokens)
             self.valid = torch.cat([self.valid, new], dim=1)
+        self.last, self.new = self.last + tokens, None
         return keys, values
 
-    def mask(self, tokens: int) -> Tensor | None:
-        """Which keys the next `tokens` tokens see, bool `[batch, 1, tokens, kept + tokens]`; None for all of them."""
+    def mask(self, tokens: int, text: Tensor | None = None) -> Tensor | None:
+        """Which keys the next tokens see, bool `[batch, 1, tokens, kept + tokens]`; None for all of them.
+
+        Args:
+            tokens: How many come.
+            text: Which of them are text, bool `[batch, tokens]`; None for all.
+        """
         valid = self.valid
+        if text is not None and tokens > 1:
+            self.new = text
+            self.has_fillers = self.has_fillers or not bool(text.all())
         if valid is None:
             return None
         if tokens == 1 and not self.has_fillers:
             return None
         new = torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).tril()
+        new = new.expand(valid.shape[0], 1, tokens, tokens)
+        if self.new is not None:
+            new = new & self.new[:, None, None, :]
         past = valid[:, None, None, :].expand(-1, 1, tokens, -1)
-        return torch.cat([past, new.expand(valid.shape[0], 1, tokens, tokens)], dim=3)
+        return torch.cat([past, new], dim=3)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens.
 
         Raises:
-            PlanError: If a positive number, the length to keep, is given: it would be counted in the whole text.
+            PlanError: If a positive number, the length to keep, is given: it would be counted in the whole text. If
+                tokens are to go behind which others have left: which entries are theirs is not known any more.
         """
         wanted = int(tokens_to_remove)
         if wanted > 0:
@@ -78,14 +99,20 @@ class ShorterLayer(DynamicLayer):
             )
         if wanted == 0 or not self.is_initialized:
             return
+        if -wanted > self.last:
+            raise PlanError(
+                f"Cannot remove the last {-wanted} tokens: some before the last {self.last} have left this layer's "
+                "cache. Protect as many as may be taken back, with a window of that size."
+            )
         super().crop(wanted)
+        self.last += wanted
         if self.valid is not None:
             self.valid = self.valid[:, :wanted]
 
     def reset(self) -> None:
         """Back to empty."""
         super().reset()
-        self.valid, self.has_fillers = None, False
+        self.valid, self.has_fillers, self.last, self.new = None, False, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
@@ -169,6 +196,11 @@ def shorter_layer(cache: Cache, slot: int, mask: Any) -> ShorterLayer | ShorterS
     if type(layer) is StaticLayer:
         static = ShorterStaticLayer(layer.max_cache_len)
         static.__dict__.update(layer.__dict__)
+        past = int(layer.get_seq_length())
+        if past:
+            static.valid = layer.keys.new_ones(layer.keys.shape[0], layer.max_cache_len, dtype=torch.bool)
+            static.valid[:, :past] = _seen_before(mask, past, static.valid[:, :past])
+            torch._dynamo.mark_static_address(static.valid)
         cache.layers[slot] = static
         return static
     if type(layer) is not DynamicLayer:
@@ -181,14 +213,19 @@ def shorter_layer(cache: Cache, slot: int, mask: Any) -> ShorterLayer | ShorterS
     if past:
         shorter.keys, shorter.values, shorter.is_initialized = layer.keys, layer.values, True
         shorter.dtype, shorter.device = layer.dtype, layer.device
-        seen = layer.keys.new_ones(layer.keys.shape[0], past, dtype=torch.bool)
-        if isinstance(mask, Tensor):
-            last = mask[:, 0, -1] if mask.dim() == 4 else mask
-            last = last if last.dtype == torch.bool else (last == 0 if mask.dim() == 4 else last.bool())
-            seen = last[:, :past].expand_as(seen)
-        shorter.valid, shorter.has_fillers = seen, not bool(seen.all())
+        seen = _seen_before(mask, past, layer.keys.new_ones(layer.keys.shape[0], past, dtype=torch.bool))
+        shorter.valid, shorter.has_fillers, shorter.last = seen, not bool(seen.all()), past
     cache.layers[slot] = shorter
     return shorter
+
+
+def _seen_before(mask: Any, past: int, everything: Tensor) -> Tensor:
+    """Which of the past tokens are text, by the mask of a later call, bool `[batch, past]`."""
+    if not isinstance(mask, Tensor):
+        return everything
+    last = mask[:, 0, -1] if mask.dim() == 4 else mask
+    last = last if last.dtype == torch.bool else (last == 0 if mask.dim() == 4 else last.bool())
+    return last[:, :past].expand_as(everything)
 
 
 def mask_of_slot(cache: Cache | None, slot: int | None, tokens: int, mask: Any, implementation: Any) -> Any:
@@ -208,18 +245,20 @@ def mask_of_slot(cache: Cache | None, slot: int | None, tokens: int, mask: Any, 
         return _without_empty_places(mask, layer)
     if not isinstance(layer, ShorterLayer):
         return mask
-    own = layer.mask(tokens)
+    text = own_key(mask, layer.keys.shape[0], tokens) if isinstance(mask, Tensor) and tokens > 1 else None
+    own = layer.mask(tokens, text)
     if own is None or implementation == "sdpa":
         return own
     if "flash" in str(implementation) and layer.valid is not None:
-        return torch.cat([layer.valid, layer.valid.new_ones(own.shape[0], tokens)], dim=1)
+        new = layer.valid.new_ones(own.shape[0], tokens) if text is None else text
+        return torch.cat([layer.valid, new], dim=1)
     lowest = torch.finfo(layer.keys.dtype).min
     return torch.zeros(own.shape, dtype=layer.keys.dtype, device=own.device).masked_fill(~own, lowest)
 
 
 def _without_empty_places(mask: Any, layer: ShorterStaticLayer) -> Any:
     """The model's mask over all places of a static cache, without those whose tokens left."""
-    if layer.valid is None:
+    if layer.valid is None or (not isinstance(mask, Tensor) and not int(layer.get_seq_length())):
         return mask
     if not isinstance(mask, Tensor):
         raise PlanError(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.methods.unpadding import Unpadding
-from slimformer.plan import FILE, METHODS, Plan, PlannedMethod, fingerprint
+from slimformer.plan import FILE, METHODS, WEIGHTS, Plan, PlannedMethod, fingerprint
 
 
 def stored_plan(checkpoint: str) -> Plan | None:
@@ -44,6 +44,7 @@ def save_with_plan(
     model: PreTrainedModel,
     methods: Sequence[object],
     save_directory: str | os.PathLike[str],
+    *arguments: Any,
     **options: Any,
 ) -> None:
     """Stands in for a patched model's `save_pretrained`: writes the checkpoint as ever, and the plan beside it.
@@ -52,7 +53,8 @@ def save_with_plan(
         model: The patched model.
         methods: What it is patched with.
         save_directory: As `save_pretrained` takes it; pipelines pass on their folder.
-        options: The other arguments of `save_pretrained`.
+        arguments: The other arguments of `save_pretrained`, by place.
+        options: By name.
 
     Raises:
         PlanError: If the plan cannot be written, or if with `push_to_hub` the checkpoint would go without it.
@@ -63,9 +65,15 @@ def save_with_plan(
             "save_pretrained(push_to_hub=True) uploads the checkpoint before the plan lies beside it. Call "
             "model.push_to_hub(repo_id), which uploads both."
         )
-    type(model).save_pretrained(model, save_directory, **options)
-    if plan is not None and options.get("is_main_process", True):
+    type(model).save_pretrained(model, save_directory, *arguments, **options)
+    if not (arguments[0] if arguments else options.get("is_main_process", True)):
+        return
+    if plan is not None:
         plan.save_pretrained(save_directory)
+        return
+    for name in (FILE, WEIGHTS):
+        # A plan of an earlier save would be found again, and is not what this model computes.
+        (Path(save_directory) / name).unlink(missing_ok=True)
 
 
 def _plan_of(model: PreTrainedModel, methods: Sequence[object]) -> Plan | None:

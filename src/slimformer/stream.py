@@ -179,6 +179,20 @@ class Stream:
         slots, valid = where["slots"]
         return slots, valid
 
+    def ends(self) -> tuple[bool, int]:
+        """Whether every sequence holds equally many rows, and how many of the last tokens all sequences hold."""
+        where = self.derived(None)
+        if "ends" not in where:
+            held = None if self.held is None else self.held.mask.view(self.batch, self.tokens)
+            last = self.tokens if held is None else held.flip(1).int().cumprod(1).sum(1).min()
+            # One wait for the device, for all layers.
+            alike, count = torch.stack(
+                [self.slots()[1].all().long(), torch.as_tensor(last, device=self.device)]
+            ).tolist()
+            where["ends"] = (bool(alike), int(count))
+        found: tuple[bool, int] = where["ends"]
+        return found
+
     def filled_up(self, x: Tensor) -> Tensor:
         """Rows `[held, heads, head_dim]` as `[batch, heads, longest, head_dim]`, zeros in front."""
         slots, valid = self.slots()
@@ -232,8 +246,8 @@ class Stream:
         """Which tokens of the batch are text, bool `[batch, tokens]`."""
         mask, cache = self.arguments.get("attention_mask"), layer_cache(self.arguments)
         if isinstance(mask, Tensor) and cache is not None and getattr(cache, "is_compileable", False):
-            # Its keys go on behind this call's tokens, which the first layer's slot holds already.
-            mask = mask[..., : int(cache.get_seq_length())]
+            # Its keys go on behind this call's tokens.
+            mask = mask[..., : int(self.earlier) + self.tokens]
         own = own_key(mask, self.batch, self.tokens) if isinstance(mask, Tensor) else None
         if own is None:
             return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)

@@ -41,31 +41,45 @@ class TextTokens:
 TokenScore = Callable[[Stream, Tensor, TextTokens], Tensor]
 
 
-def by_chance(seed: int) -> TokenScore:
-    """Scores that say nothing, to compare with."""
+@dataclass(frozen=True)
+class ByChance:
+    """Scores that say nothing, to compare with.
 
-    def score(stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
-        return chances(text.place.flatten(), seed).view_as(text.place).float()
+    Attributes:
+        seed: Another seed, other scores.
+    """
 
-    return score
+    seed: int
+
+    def __call__(self, stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
+        """As `TokenScore`."""
+        return chances(text.place.flatten(), self.seed).view_as(text.place).float()
 
 
-def by_attention(asking: str | None, heads: str) -> TokenScore:
-    """The attention that a token gets, summed over the queries that ask; over heads as said."""
+@dataclass(frozen=True)
+class ByAttention:
+    """The attention that a token gets, summed over the queries that ask.
 
-    def score(stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
+    Attributes:
+        asking: `"last"` or `"all"`; None for what suits the model.
+        heads: `"sum"` or `"max"` over heads.
+    """
+
+    asking: str | None
+    heads: str
+
+    def __call__(self, stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
+        """As `TokenScore`."""
         attention, h = _attention_and_input(stream, x, "attention")
-        if (asking or _default_asking(stream)) == "last":
+        if (self.asking or _default_asking(stream)) == "last":
             token = torch.arange(stream.tokens, device=x.device)
             count = min(LAST_QUERIES, stream.tokens)
             # The last tokens of every text ask, wherever its padding is.
             queries = torch.where(text.here, token, -1).topk(count, dim=1).values
         else:
             queries = _spread(text.here)
-        scores = attention.scores(h, stream, queries, text.here, heads)
+        scores = attention.scores(h, stream, queries, text.here, self.heads)
         return _pooled(scores) / _pooled(text.here.float()).clamp_min(1e-6)
-
-    return score
 
 
 def by_key_norm(stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
@@ -74,30 +88,37 @@ def by_key_norm(stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
     return -attention.key_norms(h, stream)
 
 
-def by_predictor(predictor: BlockPredictor, asking: str | None) -> TokenScore:
-    """What a trained predictor says of the block that a token is in, before the layer computes anything."""
-    on_device: dict[torch.device, BlockPredictor] = {}
+@dataclass(eq=False)
+class ByPredictor:
+    """What a trained predictor says of the block that a token is in, before the layer computes anything.
 
-    def score(stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
-        if predictor.hidden_size != x.shape[-1]:
+    Attributes:
+        predictor: The predictor, moved to where it is asked.
+        asking: As `ByAttention`'s.
+    """
+
+    predictor: BlockPredictor
+    asking: str | None
+
+    def __call__(self, stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
+        """As `TokenScore`."""
+        if self.predictor.hidden_size != x.shape[-1]:
             raise PlanError(
-                f"The plan's predictor reads a hidden size of {predictor.hidden_size}, and this model's is "
+                f"The plan's predictor reads a hidden size of {self.predictor.hidden_size}, and this model's is "
                 f"{x.shape[-1]}. Train one for this model with `slimformer train-predictor`."
             )
-        if x.device not in on_device:
-            on_device[x.device] = BlockPredictor.from_tensors(predictor.tensors(0), 0).to(x.device)
-        matrix = on_device[x.device](_layer_input(stream, x), text.here, text.place).float().relu()
+        if self.predictor.near.device != x.device:
+            self.predictor = self.predictor.to(x.device)
+        matrix = self.predictor(_layer_input(stream, x), text.here, text.place).float().relu()
         blocks = torch.arange(matrix.shape[1], device=x.device)
         last = (text.length - 1).div(BLOCK, rounding_mode="floor")[:, None]
         asks = (blocks >= last - 1) & (blocks <= last)
-        if (asking or _default_asking(stream)) == "all":
+        if (self.asking or _default_asking(stream)) == "all":
             asks = blocks <= last
         matrix = matrix * asks[:, :, None]
         if stream.causal:
             matrix = matrix.tril()
         return matrix.sum(1).gather(1, (text.place // BLOCK).clamp_max(matrix.shape[1] - 1))
-
-    return score
 
 
 def _default_asking(stream: Stream) -> str:

@@ -174,7 +174,11 @@ def calibrate_arank(
     rows = token_blocks(read, tokenizer, sequence_length=tokens, count=texts, seed=seed)
     if not len(rows):
         raise DataError(f"ARank needs a text of {tokens} tokens, and {source} gives fewer. Give more text.")
-    identity = {"data": source, "model": fingerprint(inner), "arank": [metric, tokens, texts, seed]}
+    identity = {
+        "data": source,
+        "model": fingerprint(inner),
+        "arank": [metric, tokens, texts, seed, text_field, hold_out],
+    }
     partial = PartialResults(checkpoint, identity)
     with evaluating(inner), Stages(progress) as stages:
         done = list(partial.kept("ranks") or [])

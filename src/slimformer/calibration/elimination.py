@@ -119,9 +119,16 @@ def calibrate_elimination(
         )
     tokenizer = tokenizer or tokenizer_of(model)
     count = len(anatomy.layers)
-    candidates = sorted({round(count * part / 6) for part in range(1, 6)}) if layers is None else list(layers)
+    spread = sorted({round(count * part / 6) for part in range(1, 6)} - {0})
+    candidates = spread if layers is None else list(layers)
     _check(max_divergence, prompt, answer, texts, keeps, candidates, count, longest(anatomy, tokenizer))
-    least = TokenElimination({1: 1.0}, **elimination).least
+    settings = TokenElimination({1: 1.0}, **elimination)
+    if settings.threshold or settings.revivable:
+        raise CalibrationError(
+            "Calibration chooses fractions of tokens that leave for good: threshold and revivable are not for it. "
+            "Choose such a TokenElimination by hand."
+        )
+    least = settings.least
     if not answer < least <= prompt:
         raise CalibrationError(
             f"Tokens leave texts of {least} tokens and more: a prompt of {prompt} must be as long, and an answer of "
@@ -132,6 +139,7 @@ def calibrate_elimination(
         "data": source,
         "model": fingerprint(inner),
         "arguments": [prompt, answer, texts, recall, seed, max_divergence, candidates, list(keeps)],
+        "text": [text_field, hold_out],
         "elimination": repr(sorted(elimination.items())),
     }
     partial = PartialResults(checkpoint, identity)

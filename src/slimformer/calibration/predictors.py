@@ -85,7 +85,7 @@ def train_predictors(
         )
     inner, anatomy = transformer_of(model), find_anatomy(model)
     # Refuses what cannot be patched before anything is trained.
-    TokenElimination(schedule, scorer="random", **elimination).sublayer_plans(anatomy)
+    TokenElimination(schedule, scorer="attention", **elimination).sublayer_plans(anatomy)
     tokens = min(length, longest(anatomy, tokenizer or tokenizer_of(model)))
     read, held_out, source = training_rows(
         tokenizer or tokenizer_of(model),
@@ -107,6 +107,7 @@ def train_predictors(
             "model": fingerprint(inner),
             "schedule": {str(layer): keep for layer, keep in schedule.items()},
             "sizes": [tokens, size, rank],
+            "text": [text_field, hold_out],
             "settings": vars(settings),
         }
 

@@ -120,6 +120,7 @@ def train_routers(
                 "data": source,
                 "model": fingerprint(inner),
                 "method": method.settings(),
+                "text": [text_field, hold_out],
                 "tokens": tokens,
                 "settings": vars(settings),
             }
@@ -236,8 +237,11 @@ class _Routed:
             routers.weight.normal_()
             routers.to(self.anatomy.stack.device)
             scores = self.run(routers, self.call(row)).scores
-            for score, name in zip(scores, self.names.values(), strict=True):
-                routers.weight[routers.place[name]] *= _SPREAD / score.std().clamp_min(1e-6)
+            own = list(self.names.values())
+            for name, place in routers.place.items():
+                # One router may score several sublayers.
+                mine = torch.stack([score for score, of in zip(scores, own, strict=True) if of == name])
+                routers.weight[place] *= _SPREAD / mine.std().clamp_min(1e-6)
         return routers
 
     def call(self, batch: Tensor) -> Call:
@@ -302,8 +306,12 @@ class _Routed:
         for _ in range(_ROUNDS):
             # What is skipped changes what later routers read.
             scores = torch.cat([self.run(routers, call).scores.flatten() for call in calls])
-            count = max(round((1.0 - self.keep) * scores.numel()), 1)
-            routers.bias.sub_(scores.kthvalue(count).values)
+            count = round((1.0 - self.keep) * scores.numel())
+            if count:
+                routers.bias.sub_(scores.kthvalue(count).values)
+            else:
+                # Zero is not above the threshold.
+                routers.bias.add_(1.0 - scores.min())
 
     @torch.no_grad()
     def measure(self, routers: _Routers, rows: Iterable[Tensor]) -> dict[str, Any]:

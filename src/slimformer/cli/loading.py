@@ -127,6 +127,9 @@ def _reason(error: Exception) -> str:
 
 
 def _device(name: str) -> torch.device:
+    if name == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        # Under accelerate launch every process has a GPU of its own.
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:

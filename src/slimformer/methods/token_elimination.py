@@ -14,7 +14,7 @@ from slimformer.anatomy import KINDS, Anatomy, Kind
 from slimformer.block_predictor import BlockPredictor
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
-from slimformer.token_scores import TokenScore, by_attention, by_chance, by_key_norm, by_predictor
+from slimformer.token_scores import ByAttention, ByChance, ByPredictor, TokenScore, by_key_norm
 from slimformer.token_selection import SharedSelection, TokenSelection, protecting
 
 SCORERS = ("attention", "norm", "predictor", "random")
@@ -182,12 +182,12 @@ class TokenElimination:
 
     def _score(self, layer: int) -> TokenScore:
         if self.scorer == "attention":
-            return by_attention(self.asking, self.heads)
+            return ByAttention(self.asking, self.heads)
         if self.scorer == "norm":
             return by_key_norm
         if self.scorer == "random":
-            return by_chance(self.seed)
-        return by_predictor(BlockPredictor.from_tensors(self.weights, layer), self.asking)
+            return ByChance(self.seed)
+        return ByPredictor(BlockPredictor.from_tensors(self.weights, layer), self.asking)
 
     def settings(self) -> dict[str, Any]:
         """What a plan saves in the JSON."""

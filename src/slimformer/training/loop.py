@@ -7,6 +7,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,38 +127,46 @@ def fit(
     remaining = range(done, settings.steps)
     module.train()
     try:
-        for step in remaining if stages is None else stages.track(remaining, "training"):
-            total = 0.0
-            for part in range(settings.accumulate):
-                batch = rows[order.of(step, part)].to(accelerator.device)
-                with torch.enable_grad():
-                    with accelerator.autocast():
-                        value = loss(wrapped, batch) / settings.accumulate
-                    accelerator.backward(value)
-                total += float(value.detach())
-            if not math.isfinite(total):
-                raise CalibrationError(
-                    f"The loss is {total} at step {step + 1}. {kept.place()}Try a lower learning rate, or "
-                    "precision='no'."
-                )
-            accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            history.losses.append(total)
-            measured = None if after_step is None else after_step(step + 1)
-            if measured is not None:
-                history.measured[str(step + 1)] = measured
-            if (step + 1) % settings.keep_every == 0:
-                kept.write(history)
+        with _InterruptsBetweenSteps() as interrupts:
+            for step in remaining if stages is None else stages.track(remaining, "training"):
+                interrupts.check()
+                total = 0.0
+                for part in range(settings.accumulate):
+                    batch = rows[order.of(step, part)].to(accelerator.device)
+                    with torch.enable_grad():
+                        with accelerator.autocast():
+                            value = loss(wrapped, batch) / settings.accumulate
+                        accelerator.backward(value)
+                    total += float(value.detach())
+                if not math.isfinite(total):
+                    raise CalibrationError(
+                        f"The loss is {total} at step {step + 1}. {kept.place()}Try a lower learning rate, or "
+                        "precision='no'."
+                    )
+                norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
+                if settings.precision != "fp16" and not math.isfinite(float(norm)):
+                    raise CalibrationError(
+                        f"The gradient is {float(norm)} at step {step + 1}. {kept.place()}Try a lower learning rate, "
+                        "or precision='no'."
+                    )
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                history.losses.append(total)
+                measured = None if after_step is None else after_step(step + 1)
+                if measured is not None:
+                    history.measured[str(step + 1)] = measured
+                if (step + 1) % settings.keep_every == 0:
+                    kept.write(history)
+            interrupts.check()
     except torch.OutOfMemoryError as error:
         raise CalibrationError(
             f"Memory ran out with {settings.rows} row(s) of {rows.shape[1]} tokens at a time. {kept.place()}Use fewer "
             "rows with accumulate to make up for them, shorter rows, or a smaller dtype for the model."
         ) from error
-    except KeyboardInterrupt:
+    except _Interrupted as interruption:
         kept.write(history)
-        raise
+        raise KeyboardInterrupt from interruption
     module.eval()
     return history
 
@@ -170,12 +180,49 @@ def _accelerator(module: nn.Module, settings: TrainingSettings) -> Any:
         ) from error
     accelerate.utils.set_seed(settings.seed)
     device = next(module.parameters()).device
+    if accelerate.PartialState().num_processes == 1:
+        # It remembers the precision of the first training in a process, and refuses another.
+        accelerate.state.AcceleratorState._reset_state()
     try:
         return accelerate.Accelerator(mixed_precision=settings.precision, cpu=device.type == "cpu")
     except ValueError as error:
         raise CalibrationError(
             f"precision={settings.precision!r} does not work on {device}: {error}. Use precision='no'."
         ) from error
+
+
+class _Interrupted(Exception):
+    """Ctrl-C was pressed, and the step that was under way is done."""
+
+
+class _InterruptsBetweenSteps:
+    """Lets a step finish when Ctrl-C is pressed, since half of one cannot be kept; pressed twice, it ends at once.
+
+    Other threads than the main one get no signals, and are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self.before: Any = None
+
+    def __enter__(self) -> _InterruptsBetweenSteps:
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _press(self, number: int, frame: Any) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+    def check(self) -> None:
+        """Stop here if it was pressed."""
+        if self.pressed:
+            raise _Interrupted
 
 
 class _Order:
@@ -225,6 +272,7 @@ class _Checkpoint:
         try:
             new.mkdir(parents=True, exist_ok=True)
             self.accelerator.save_state(str(new))
+            self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 content = {"identity": self.identity, "losses": history.losses, "measured": history.measured}
                 (new / _HISTORY).write_text(json.dumps(content), encoding="utf-8")
