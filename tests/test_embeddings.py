@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 import slimformer
 from real_models import minilm
-from slimformer import LayerDrop, Plan
+from slimformer import EarlyExit, LayerDrop, Plan
 from slimformer.anatomy import transformer_of
 from slimformer.errors import PlanError, SlimformerWarning, UnsupportedModelError
 from slimformer.methods.random_keep import RandomKeep
@@ -272,3 +272,12 @@ def test_another_backend_is_refused_by_name(tmp_path: Path) -> None:
     ):
         slimformer.patch(model)
     assert "_slimformer" not in vars(transformer.auto_model)
+
+
+def test_a_plan_of_an_earlier_save_does_not_outlive_methods_that_no_plan_can_hold(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    slimformer.patch(model, EarlyExit(2)).save_pretrained(tmp_path)
+    assert (tmp_path / "slimformer.json").exists()
+    with pytest.warns(SlimformerWarning, match="written without a plan"):
+        slimformer.patch(model, RandomKeep(0.5)).save_pretrained(tmp_path, True)
+    assert not (tmp_path / "slimformer.json").exists()
