@@ -138,7 +138,9 @@ class LayerExecutor:
         if self.dense is not None and hidden_states.shape[1] == 1 and not self.chooses:
             # A decode step; a stream that lost rows has more than one.
             if self.shortens:
-                kwargs = self._with_own_mask({**kwargs, **dict(zip(self.names, args, strict=False))}, 1)
+                kwargs = self._with_own_mask(
+                    {**kwargs, **dict(zip(self.names[: len(args)], args, strict=True))}, 1
+                )
                 return self.dense(hidden_states, **kwargs)
             return self.dense(hidden_states, *args, **kwargs)
         if self.by_rows is not None and self._concerns_rows(hidden_states, args, kwargs):

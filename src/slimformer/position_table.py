@@ -103,7 +103,7 @@ class PlacedEmbeddings:
         Raises:
             DataError: If a text is longer than the method reaches.
         """
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self.names[: len(args)], args, strict=True)), **kwargs}
         source = given.get("input_ids")
         source = given["inputs_embeds"] if source is None else source
         batch, tokens = source.shape[:2]

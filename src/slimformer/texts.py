@@ -144,7 +144,7 @@ class TextReader:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stack's own `forward`, with the same arguments."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self.names[: len(args)], args, strict=True)), **kwargs}
         token = _current.set(_texts_of(given))
         try:
             return self.had(*args, **kwargs)
