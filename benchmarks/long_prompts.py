@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 # Books and meetings that no predictor is trained on.
 HELD_OUT_BOOKS = ("Moby-Dick--Or-The-Whale.txt", "Great-Expectations.txt")
+HELD_OUT_MEETINGS = 30
 FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NAMES = ("Anna", "Boris", "Clara", "David", "Emma", "Frank", "Grace", "Henry")
 CITIES = ("Paris", "London", "Rome", "Madrid", "Berlin", "Vienna", "Tokyo", "Cairo")
@@ -34,6 +35,12 @@ class Prompts:
     choices: Tensor | None = None
 
 
+def meetings(data: Path) -> list[str]:
+    """What was said in every meeting of QMSum; the first ones are held out."""
+    with gzip.open(data / "qmsum_retrieval" / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
 class LongTexts:
     """Tokens of books and meetings, from which prompts are cut.
 
@@ -51,9 +58,7 @@ class LongTexts:
         read = [(data / "books" / name).read_text(encoding="utf-8") for name in HELD_OUT_BOOKS]
         # The first part of a book holds what its producers say.
         self.books = torch.cat([self._ids(book[20_000:700_000]) for book in read])
-        with gzip.open(data / "qmsum_retrieval" / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
-            meetings = [json.loads(line)["text"] for line, _ in zip(file, range(30), strict=False)]
-        self.meetings = self._ids("\n\n".join(meetings))
+        self.meetings = self._ids("\n\n".join(meetings(data)[:HELD_OUT_MEETINGS]))
 
     def following(self, tokens: int, texts: int, answer: int = 256) -> Prompts:
         """Text and how it goes on, half from books and half from meetings."""
