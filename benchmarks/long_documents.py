@@ -30,7 +30,10 @@ _FACTS = (
     ("The train to {place} leaves from {thing}.", "where does the train to {place} leave from?"),
     ("The oldest bridge of {place} was built by {thing}.", "who built the oldest bridge of {place}?"),
     ("Children in {place} collect {thing}.", "what do children in {place} collect?"),
-    ("The mayor of {place} keeps {thing} in his office.", "what does the mayor of {place} keep in his office?"),
+    (
+        "The mayor of {place} keeps {thing} in his office.",
+        "what does the mayor of {place} keep in his office?",
+    ),
     ("In {place} the market opens when {thing}.", "when does the market open in {place}?"),
     ("The orchestra of {place} rehearses in {thing}.", "where does the orchestra of {place} rehearse?"),
     ("The flag of {place} shows {thing}.", "what does the flag of {place} show?"),

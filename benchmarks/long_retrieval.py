@@ -24,7 +24,7 @@ from benchmarks.elastic import embedder
 from benchmarks.long_documents import LongDocuments, needles, passkeys
 from benchmarks.long_prompts import HELD_OUT_BOOKS
 from benchmarks.registry import MissingInput, Settings, benchmark, table
-from benchmarks.results import Measurement
+from benchmarks.results import Measurement, Parameters
 from slimformer import SelfExtend, TempScale
 from slimformer.anatomy import find_anatomy
 from slimformer.attention_transforms import trained_length
@@ -193,19 +193,14 @@ def _measure(
             ("needle", needles(tokens, haystack, documents, documents // 2)),
         ):
             for way, found in _answers(model, ways, task, trained, tokens):
-                at = {"task": name, "tokens": tokens, "documents": documents, "pooling": pooling}
+                at: Parameters = {"task": name, "tokens": tokens, "documents": documents, "pooling": pooling}
                 yield Measurement(at, way, values={"Acc@1": float((found == 0).double().mean())})
     if settings.data is None:
         return
     qmsum = _qmsum(settings)
     for way, found in _answers(model, ways, qmsum, trained, lengths[-1]):
         gain = (found < 10).double() / (found + 2).double().log2()
-        at = {
-            "task": "qmsum",
-            "tokens": lengths[-1],
-            "documents": len(qmsum.documents),
-            "pooling": pooling,
-        }
+        at = {"task": "qmsum", "tokens": lengths[-1], "documents": len(qmsum.documents), "pooling": pooling}
         yield Measurement(at, way, values={"nDCG@10": float(gain.mean())})
 
 
@@ -214,10 +209,7 @@ def _answers(
 ) -> Iterator[tuple[str, Tensor]]:
     """For every way, the rank of each query's document, from 0."""
     for name, way in ways.items():
-        if way.windows is None and not way.whole and tokens > trained:
-            limit = trained
-        else:
-            limit = way.windows or tokens
+        limit = way.windows or (tokens if way.whole else min(tokens, trained))
         with slimformer.patched(model, *way.methods(tokens / trained)):
             queries = _encoded(model, task.queries, min(trained, 512))
             if way.windows is None:
@@ -300,7 +292,5 @@ def _table(content: dict[str, Any], pooling: str) -> str:
         values = [None if one is None else next(iter(one["values"].values())) for one in found]
         for row, cell in zip(cells, tables.best_in_bold(values, 2, max), strict=True):
             row.append(cell)
-    head = [
-        f"{'QMSum' if task == 'qmsum' else task}, {tokens}" for task, tokens in columns
-    ]
+    head = [f"{'QMSum' if task == 'qmsum' else task}, {tokens}" for task, tokens in columns]
     return tables.markdown(["Read", *head], [[name, *row] for name, row in zip(names, cells, strict=True)])

@@ -32,8 +32,8 @@ MODULES = (
     "elimination_quality",
     "encoder_elimination",
     "long_retrieval",
-    # "context_extension",
-    # "self_extend_speed",
+    "context_extension",
+    "self_extend_speed",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}

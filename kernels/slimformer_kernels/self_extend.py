@@ -95,10 +95,12 @@ def self_extend(
     if kernel and decodes(query, key, longest, causal):
         numbers = (longest, scale, group, window, trained, softcap, interleaved)
         return self_extend_decode_op(query, key, value, inv_freq, *turns, *where, *numbers)
-    turned = turned_further(query, key, inv_freq, turns, *where, group, window, causal, interleaved)
-    rules = (longest, causal, scale, window, trained, softcap)
+    behind, ahead, key_far = turned_further(
+        query, key, inv_freq, turns, *where, group, window, causal, interleaved
+    )
+    rules = (positions, query_offsets, key_ranges, longest, causal, scale, window, trained, softcap)
     attend = self_extend_op if kernel else self_extend_reference
-    return attend(query, key, value, *turned, *where, *rules)
+    return attend(query, key, value, behind, ahead, key_far, *rules)
 
 
 @kernel_op("self_extend")

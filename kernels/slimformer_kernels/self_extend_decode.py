@@ -281,10 +281,7 @@ def _attend_tiles(
         if NEAR:
             near = tl.dot(low, tl.trans(key_low), input_precision="ieee")
             near = tl.dot(high, tl.trans(key_high), near, input_precision="ieee")
-            if FAR:
-                scores = tl.where(index[None, :] < near_from[:, None], scores, near)
-            else:
-                scores = near
+            scores = tl.where(index[None, :] < near_from[:, None], scores, near) if FAR else near
         if HAS_REST:
             behind = tl.load(
                 key_row + 2 * half + rest_columns[None, :],

@@ -64,7 +64,9 @@ def turned_further(
         home = torch.searchsorted(starts, index, right=True).sub(1).clamp_min(0)
         key_place = index - starts[home]
     shift = window - window // group
-    behind = _turned(query, *_angles(place // group + shift - place, inv_freq, interleaved), None, interleaved)
+    behind = _turned(
+        query, *_angles(place // group + shift - place, inv_freq, interleaved), None, interleaved
+    )
     ahead = behind
     if not causal:
         angles = _angles(place // group - shift - place, inv_freq, interleaved)

@@ -244,7 +244,9 @@ def test_decode_kernel_matches_the_reference(layout, kind, rule, device, poisone
     given = setting(layout, kind, 4, 2, 24, 300, device, rotary=20)
     rows = min(int(given["query_offsets"].diff().max()), 8)
     # The last few queries of each sequence.
-    kept = [torch.arange(max(int(a), int(b) - rows), int(b)) for a, b in given["query_offsets"].unfold(0, 2, 1)]
+    kept = [
+        torch.arange(max(int(a), int(b) - rows), int(b)) for a, b in given["query_offsets"].unfold(0, 2, 1)
+    ]
     counts = torch.tensor([0, *map(len, kept)], device=device)
     chosen = torch.cat(kept).to(device)
     given |= {"query": given["query"][chosen], "positions": given["positions"][chosen], "longest": rows}
@@ -255,7 +257,8 @@ def test_decode_kernel_matches_the_reference(layout, kind, rule, device, poisone
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "keys"), [(1, 1, 64, 1), (6, 2, 24, 150), (9, 3, 64, 333), (32, 8, 128, 65)]
+    ("heads", "kv_heads", "width", "keys"),
+    [(1, 1, 64, 1), (6, 2, 24, 150), (9, 3, 64, 333), (32, 8, 128, 65)],
 )
 def test_decode_shapes_and_dtypes(heads, kv_heads, width, keys, device, dot_dtype, poisoned, check_close):
     given = setting("left" if keys > 2 else "whole", "last", heads, kv_heads, width, keys, device, dot_dtype)
