@@ -68,6 +68,10 @@ class LongTexts:
         whole = torch.stack(rows)
         return Prompts(whole[:, :tokens], whole[:, tokens:])
 
+    def book_windows(self, tokens: int, windows: int) -> Tensor:
+        """Pieces of books, `[windows, tokens]`, spread over them."""
+        return torch.stack([self._cut(self.books, tokens, n, windows) for n in range(windows)])
+
     def copied(self, tokens: int, texts: int, passage: int = 512, cue: int = 32) -> Prompts:
         """A passage from the start of the prompt, whose first words stand again at its end; the answer is its rest."""
         passage = min(passage, tokens // 4)

@@ -31,6 +31,9 @@ MODULES = (
     "elimination_speed",
     "elimination_quality",
     "encoder_elimination",
+    "long_retrieval",
+    "context_extension",
+    "self_extend_speed",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}
@@ -49,12 +52,14 @@ class Settings:
         smoke: Tiny sizes: every line runs, and no time means anything.
         data: Folder of the data sets, for benchmarks that read text.
         model: Folder of a checkpoint, for benchmarks that need real weights.
+        texts: How many texts per point, for benchmarks that can do with fewer; None for all.
     """
 
     device: torch.device
     smoke: bool = False
     data: Path | None = None
     model: Path | None = None
+    texts: int | None = None
 
     def pick(self, full: Value, tiny: Value) -> Value:
         """`tiny` in a smoke run, else `full`."""

@@ -13,7 +13,8 @@ from .attention_rows import WIDEST_HEAD, Blocks, block_width, blocks_for
 from .attention_rows_arguments import check_arguments
 from .dispatch import jit, kernel_op, runs_kernel, tl, wrap_triton
 from .errors import KernelArgumentError
-from .self_extend_reference import self_extend_reference, turned_further
+from .self_extend_decode import decodes, self_extend_decode_op
+from .self_extend_reference import far_turns, self_extend_reference, turned_further
 
 
 def self_extend(
@@ -33,6 +34,7 @@ def self_extend(
     trained: int = 0,
     softcap: float | None = None,
     interleaved: bool = False,
+    turns: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention whose relative positions never exceed what the model knows (SelfExtend, arXiv 2401.01325).
 
@@ -63,6 +65,8 @@ def self_extend(
         trained: the length up to which nothing changes.
         softcap: cap on the scaled products; None for none.
         interleaved: whether rotation pairs neighbouring channels, rather than the two halves.
+        turns: what ``far_turns`` gives for at least as many places as ``key`` has, kept from call to call; None makes
+            them anew.
 
     Returns:
         ``[queries, heads, head_dim]`` in ``query.dtype``, contiguous. A query that sees no key gets zeros.
@@ -80,17 +84,23 @@ def self_extend(
         tensor([ 9., 10.])
     """
     check_arguments(query, key, value, positions, query_offsets, key_ranges, longest)
-    _check(query, inv_freq, group, window, trained)
+    _check(query, key, inv_freq, group, window, trained, turns)
     check_positive("scale", scale)
     if softcap is not None:
         check_positive("softcap", softcap)
+    if turns is None:
+        turns = far_turns(inv_freq, group, key.shape[1], interleaved)
+    where = (positions, query_offsets, key_ranges)
+    kernel = runs_kernel(query, key, value) and query.shape[2] <= WIDEST_HEAD
+    if kernel and decodes(query, key, longest, causal):
+        numbers = (longest, scale, group, window, trained, softcap, interleaved)
+        return self_extend_decode_op(query, key, value, inv_freq, *turns, *where, *numbers)
     behind, ahead, key_far = turned_further(
-        query, key, inv_freq, positions, query_offsets, key_ranges, group, window, causal, interleaved
+        query, key, inv_freq, turns, *where, group, window, causal, interleaved
     )
     rules = (positions, query_offsets, key_ranges, longest, causal, scale, window, trained, softcap)
-    if runs_kernel(query, key, value) and query.shape[2] <= WIDEST_HEAD:
-        return self_extend_op(query, key, value, behind, ahead, key_far, *rules)
-    return self_extend_reference(query, key, value, behind, ahead, key_far, *rules)
+    attend = self_extend_op if kernel else self_extend_reference
+    return attend(query, key, value, behind, ahead, key_far, *rules)
 
 
 @kernel_op("self_extend")
@@ -207,7 +217,6 @@ def _self_extend_kernel(
         channels = (columns < width)[None, :]
         offsets = (row * query_stride_token + head * query_stride_head)[:, None] + columns[None, :]
         turned = (row * turned_stride_token + head * turned_stride_head)[:, None] + columns[None, :]
-        query = tl.load(query_ptr + offsets, mask=channels, other=0.0)
         behind = tl.load(behind_ptr + turned, mask=channels, other=0.0)
 
         # All indices below are places in the text.
@@ -257,11 +266,13 @@ def _self_extend_kernel(
         peak = tl.full((BLOCK_QUERIES,), float("-inf"), dtype=tl.float32)
         # fmt: off
         total, weight, peak = _attend_tiles(
-            total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
+            total, weight, peak, behind, behind, ahead, key_head, far_head, value_head, key_stride_token,
             far_stride_token, value_stride_token, 0, far, near_from, near_to, high, last, width, tanh_scale,
             log2_scale, False, True, False, False, HAS_SOFTCAP, EVEN_WIDTH, STAGES, BLOCK_KEYS,
             BLOCK_WIDTH,
         )
+        # Not before: queries of one kind less lie in shared memory while far keys are read.
+        query = tl.load(query_ptr + offsets, mask=channels, other=0.0)
         total, weight, peak = _attend_tiles(
             total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
             far_stride_token, value_stride_token, far, tl.minimum(near, last), near_from, near_to, high, last, width,
@@ -378,7 +389,15 @@ def _tile(
     return found
 
 
-def _check(query: Tensor, inv_freq: Tensor, group: int, window: int, trained: int) -> None:
+def _check(
+    query: Tensor,
+    key: Tensor,
+    inv_freq: Tensor,
+    group: int,
+    window: int,
+    trained: int,
+    turns: tuple[Tensor, Tensor] | None,
+) -> None:
     check_floating("inv_freq", inv_freq)
     check_device("inv_freq", inv_freq, query, "query")
     check_positive("group", group)
@@ -397,3 +416,12 @@ def _check(query: Tensor, inv_freq: Tensor, group: int, window: int, trained: in
             allowed=f"[rotary_dim / 2], rotary_dim at most {query.shape[2]}",
             remedy="pass the inv_freq of the model's rotary embedding",
         )
+    for name, found in zip(("cos", "sin"), turns or (), strict=False):
+        if found.dim() != 2 or found.shape[0] < key.shape[1] or found.shape[1] != 2 * inv_freq.shape[0]:
+            raise KernelArgumentError.of(
+                f"{name} of turns does not fit",
+                got=f"shape {tuple(found.shape)}",
+                allowed=f"at least {key.shape[1]} places of {2 * inv_freq.shape[0]} channels",
+                remedy="call far_turns with as many places as there are keys",
+            )
+        check_device(name, found, query, "query")

@@ -16,10 +16,31 @@ _REFERENCE_SCORES = 2**22
 _REFERENCE_QUERIES = 128
 
 
+def far_turns(
+    inv_freq: Tensor, group: int, places: int, interleaved: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """By how much the key at each place is turned from its own position to that of its group.
+
+    Args:
+        inv_freq: As for ``self_extend``.
+        group: Likewise.
+        places: For how many places.
+        interleaved: As for ``self_extend``.
+        dtype: Of the result; None for that of ``inv_freq``.
+
+    Returns:
+        Cosines and sines ``[places, rotary_dim]``.
+    """
+    place = torch.arange(places, device=inv_freq.device)
+    cos, sin = _angles(place // group - place, inv_freq, interleaved)
+    return cos.to(dtype or inv_freq.dtype), sin.to(dtype or inv_freq.dtype)
+
+
 def turned_further(
     query: Tensor,
     key: Tensor,
     inv_freq: Tensor,
+    turns: tuple[Tensor, Tensor],
     positions: Tensor,
     query_offsets: Tensor,
     key_ranges: Tensor,
@@ -30,7 +51,7 @@ def turned_further(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries for keys far behind, queries for keys far ahead, and those keys, each at grouped positions.
 
-    A decoder has nothing ahead: the second is the first.
+    A decoder has nothing ahead: the second is the first. ``turns`` is what ``far_turns`` gives.
     """
     batch, starts = key_ranges.shape[0], key_ranges[:, 0].long().contiguous()
     own = starts.repeat_interleave(query_offsets.diff().long(), output_size=query.shape[0])
@@ -43,22 +64,32 @@ def turned_further(
         home = torch.searchsorted(starts, index, right=True).sub(1).clamp_min(0)
         key_place = index - starts[home]
     shift = window - window // group
-    behind = _turned(query, place // group + shift - place, inv_freq, interleaved)
-    ahead = behind if causal else _turned(query, place // group - shift - place, inv_freq, interleaved)
-    keys = _turned(key.flatten(0, 1), key_place // group - key_place, inv_freq, interleaved)
+    behind = _turned(
+        query, *_angles(place // group + shift - place, inv_freq, interleaved), None, interleaved
+    )
+    ahead = behind
+    if not causal:
+        angles = _angles(place // group - shift - place, inv_freq, interleaved)
+        ahead = _turned(query, *angles, None, interleaved)
+    # Nobody sees a key in front of its text.
+    keys = _turned(key.flatten(0, 1), *turns, key_place.clamp_min(0), interleaved)
     return behind, ahead, keys.view(key.shape)
 
 
-def _turned(x: Tensor, by: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
-    """``x [tokens, heads, head_dim]`` turned by a number of positions ``[tokens]``."""
+def _angles(by: Tensor, inv_freq: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[tokens, rotary_dim]`` of turns by a number of positions ``[tokens]``."""
     angle = by[:, None].to(inv_freq.dtype) * inv_freq
     angle = angle.repeat_interleave(2, 1) if interleaved else torch.cat((angle, angle), 1)
-    cos, sin = angle.cos(), angle.sin()
+    return angle.cos(), angle.sin()
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None, interleaved: bool) -> Tensor:
+    """``x [tokens, heads, head_dim]`` turned by cosines and sines, those of ``rows`` where they are not in order."""
     if runs_kernel(x) and cos.dtype in KERNEL_DTYPES:
         turned = x.clone(memory_format=torch.contiguous_format)
-        rotary_op(turned, None, cos, sin, None, interleaved)
+        rotary_op(turned, None, cos, sin, rows, interleaved)
         return turned
-    return rotary_reference(x, cos, sin, None, interleaved)
+    return rotary_reference(x, cos, sin, rows, interleaved)
 
 
 def self_extend_reference(

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -204,20 +203,12 @@ def _extended(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """An extension's attention of a padded batch, `[batch * tokens, heads, head_dim]`."""
-    batch, _, tokens, _ = query.shape
-    rows = query.transpose(1, 2).flatten(0, 1)
-    own = torch.arange(texts.past, texts.longest, device=query.device)
-    positions = own.expand(batch, tokens).reshape(-1)
-    offsets = torch.arange(batch + 1, device=query.device) * tokens
-    ranges = torch.stack([texts.starts, texts.starts + texts.lengths], 1)
     return extension.attend(
-        rows,
+        query.transpose(1, 2).flatten(0, 1),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        positions,
-        offsets,
-        ranges,
-        tokens,
+        *texts.layout,
+        texts.tokens,
         scores.causal,
         scale,
         # What the model itself does: its SDPA function has no cap (5.16 leaves it out, 5.23 refuses).

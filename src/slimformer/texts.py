@@ -77,6 +77,17 @@ class Texts:
         """Where each token of this call stands in its text, int64 `[batch, tokens]`; negative in front of it."""
         return torch.arange(self.past, self.longest, device=self.device) - self.starts[:, None]
 
+    @cached_property
+    def layout(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions, offsets and ranges of all tokens of this call, as `slimformer_kernels.attention_rows` takes them.
+
+        Made once for all layers: small tensors take as long to make as a step of decoding takes to attend.
+        """
+        own = torch.arange(self.past, self.longest, device=self.device)
+        offsets = torch.arange(self.batch + 1, device=self.device) * self.tokens
+        ranges = torch.stack([self.starts, self.starts + self.lengths], 1)
+        return own.expand(self.batch, self.tokens).reshape(-1), offsets, ranges
+
     def check_longer_than(self, trained: int, capacity: float, remedy: Callable[[int], str]) -> bool:
         """Whether some text may be longer than the model was trained for; all that is checked waits for the device.
 
@@ -102,7 +113,7 @@ class Texts:
         """The length of the longest text, after a look at what else the rows hold."""
         if self.mask is None:
             ids = self.positions
-            if ids is not None and ids.dim() == 2 and bool((ids.diff(dim=1) != 1).any()):
+            if ids is not None and ids.dim() == 2 and ids.shape[1] > 1 and bool((ids.diff(dim=1) != 1).any()):
                 raise DataError(
                     "Position ids are not consecutive, as where several texts are packed into one row. Methods that "
                     "change positions need one text per row: pad the batch and pass an attention mask."

@@ -10,7 +10,8 @@ import torch
 
 from slimformer_kernels import KernelArgumentError
 from slimformer_kernels.self_extend import self_extend, self_extend_op
-from slimformer_kernels.self_extend_reference import self_extend_reference, turned_further
+from slimformer_kernels.self_extend_decode import self_extend_decode_op
+from slimformer_kernels.self_extend_reference import far_turns, self_extend_reference, turned_further
 
 # Keys of each sequence: whole, padded on the left, padded on the right, or behind each other without padding.
 LAYOUTS = ["whole", "left", "right", "packed"]
@@ -87,9 +88,19 @@ def order(given):
     """The arguments in the order of the operator."""
     where = [given[n] for n in ("positions", "query_offsets", "key_ranges")]
     rules = [given[n] for n in ("group", "window", "causal")]
-    turned = turned_further(given["query"], given["key"], given["inv_freq"], *where, *rules, False)
+    turns = far_turns(given["inv_freq"], given["group"], given["key"].shape[1], False)
+    turned = turned_further(given["query"], given["key"], given["inv_freq"], turns, *where, *rules, False)
     numbers = [given[n] for n in ("longest", "causal", "scale", "window", "trained", "softcap")]
     return given["query"], given["key"], given["value"], *turned, *where, *numbers
+
+
+def decode_order(given, dtype=torch.float32, interleaved=False):
+    """The arguments in the order of the operator for a few queries."""
+    turns = far_turns(given["inv_freq"], given["group"], given["key"].shape[1], interleaved, dtype)
+    where = [given[n] for n in ("positions", "query_offsets", "key_ranges")]
+    numbers = [given[n] for n in ("longest", "scale", "group", "window", "trained", "softcap")]
+    inputs = [given[n] for n in ("query", "key", "value", "inv_freq")]
+    return *inputs, *turns, *where, *numbers, interleaved
 
 
 def relative(m, n, group, window):
@@ -228,6 +239,45 @@ def test_windows_around_the_tile_size(window, causal, device, poisoned, check_cl
     check_close(got, self_extend_reference(*given))
 
 
+@cases
+def test_decode_kernel_matches_the_reference(layout, kind, rule, device, poisoned, check_close):
+    given = setting(layout, kind, 4, 2, 24, 300, device, rotary=20)
+    rows = min(int(given["query_offsets"].diff().max()), 8)
+    # The last few queries of each sequence.
+    kept = [
+        torch.arange(max(int(a), int(b) - rows), int(b)) for a, b in given["query_offsets"].unfold(0, 2, 1)
+    ]
+    counts = torch.tensor([0, *map(len, kept)], device=device)
+    chosen = torch.cat(kept).to(device)
+    given |= {"query": given["query"][chosen], "positions": given["positions"][chosen], "longest": rows}
+    given = arguments(given | {"query_offsets": counts.cumsum(0)}, rule, True)
+    with poisoned():
+        got = self_extend_decode_op(*decode_order(given))
+    check_close(got, self_extend_reference(*order(given)))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "keys"),
+    [(1, 1, 64, 1), (6, 2, 24, 150), (9, 3, 64, 333), (32, 8, 128, 65)],
+)
+def test_decode_shapes_and_dtypes(heads, kv_heads, width, keys, device, dot_dtype, poisoned, check_close):
+    given = setting("left" if keys > 2 else "whole", "last", heads, kv_heads, width, keys, device, dot_dtype)
+    given = arguments(given, "odd", True, width**-0.5)
+    table = torch.float32 if dot_dtype is torch.float32 else torch.float16
+    with poisoned():
+        got = self_extend_decode_op(*decode_order(given, table))
+    check_close(got, self_extend_reference(*order(given)))
+
+
+def test_decode_of_interleaved_pairs(device, poisoned, check_close):
+    given = arguments(setting("left", "last", 4, 2, 32, 200, device), "odd", True)
+    order_of = torch.tensor([*range(0, 32, 2), *range(1, 32, 2)], device=device).argsort()
+    mixed = {name: given[name][..., order_of] for name in ("query", "key")}
+    with poisoned():
+        got = self_extend_decode_op(*decode_order(given | mixed, interleaved=True))
+    check_close(got, self_extend_reference(*order(given)))
+
+
 def test_cache_is_read_where_it_lies(device, poisoned, check_close):
     """New queries behind cached keys: a transposed view of [batch, kv_heads, keys, head_dim], longer than used."""
     cache = torch.randn(2, 2, 2, 90, 40, device=device)
@@ -242,10 +292,11 @@ def test_cache_is_read_where_it_lies(device, poisoned, check_close):
         "key_ranges": torch.tensor([[0, 12], [70, 70]], device=device).T,
         "longest": 5,
     }
-    given = order(arguments(given, "odd", True))
+    given = arguments(given, "odd", True)
+    expected = self_extend_reference(*order(given))
     with poisoned():
-        got = self_extend_op(*given)
-    check_close(got, self_extend_reference(*given))
+        check_close(self_extend_op(*order(given)), expected)
+        check_close(self_extend_decode_op(*decode_order(given)), expected)
 
 
 @directions
@@ -261,6 +312,10 @@ def test_a_query_that_sees_nothing_gets_zeros(causal, device, poisoned):
     assert bool((got[:6] == 0).all()) is causal
     assert not got[-18:].any()
     torch.testing.assert_close(got, self_extend_reference(*order(given)), rtol=1e-5, atol=1e-5)
+    if causal:
+        with poisoned():
+            few = self_extend_decode_op(*decode_order(given))
+        torch.testing.assert_close(few, got, rtol=1e-5, atol=1e-5)
 
 
 def test_empty_inputs_and_too_many_programs(device, poisoned, check_close):

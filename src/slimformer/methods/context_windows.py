@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimformer.errors import DataError
+from slimformer.errors import CalibrationError, DataError
 
 Token = TypeVar("Token")
 
@@ -83,3 +83,70 @@ def embed_in_windows(
         for part in vectors.split([len(of_text) for of_text in pieces])
     ]
     return torch.stack(means)
+
+
+def encode_in_windows(
+    model: Any, texts: Sequence[str], length: int | None = None, *, prompt: str = "", batch_size: int = 32
+) -> Tensor:
+    """Embed long texts with a SentenceTransformer, window by window: what `model.encode` would cut off is read too.
+
+    Args:
+        model: A SentenceTransformer, patched or not.
+        texts: Of any length.
+        length: Tokens that the model reads at a time, special tokens and prompt counted; None for its own
+            `max_seq_length`.
+        prompt: Put in front of every window, as the model's card says for documents.
+        batch_size: Windows per forward; neighbours in length go together.
+
+    Returns:
+        `[len(texts), hidden]` on the CPU. A text that fits has the embedding that `encode` gives it.
+
+    Raises:
+        CalibrationError: If the model is no SentenceTransformer.
+        DataError: If a text has no token, or the length leaves no room for any.
+
+    Example:
+        >>> from sentence_transformers import SentenceTransformer  # doctest: +SKIP
+        >>> model = SentenceTransformer("all-MiniLM-L6-v2")  # doctest: +SKIP
+        >>> encode_in_windows(model, ["A whole book ..."], 256).shape  # doctest: +SKIP
+        torch.Size([1, 384])
+    """
+    if not hasattr(model, "encode") or not hasattr(model, "tokenizer"):
+        raise CalibrationError(f"encode_in_windows takes a SentenceTransformer, got {type(model).__name__}.")
+    tokenizer: Any = model.tokenizer
+    before, after = _special_tokens(tokenizer)
+    before = before + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    whole = int(model.max_seq_length) if length is None else length
+    room = whole - len(before) - len(after)
+    if room < 1:
+        raise DataError(
+            f"encode_in_windows(length={whole}) has no room for text besides {len(before) + len(after)} special "
+            "tokens and the prompt. Give a greater length."
+        )
+    tokens = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+
+    @torch.no_grad()
+    def embed(pieces: list[Sequence[int]]) -> Tensor:
+        by_length = sorted(range(len(pieces)), key=lambda number: len(pieces[number]))
+        found = []
+        for start in range(0, len(pieces), batch_size):
+            rows = [[*before, *pieces[n], *after] for n in by_length[start : start + batch_size]]
+            batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+            given = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            found.append(model(given)["sentence_embedding"].cpu())
+        return torch.cat(found)[torch.tensor(by_length).argsort()]
+
+    training = model.training
+    model.eval()
+    try:
+        return embed_in_windows(tokens, room, embed)
+    finally:
+        model.train(training)
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts in front of a text and behind it."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    special = encoded["special_tokens_mask"]
+    first, last = special.index(0), len(special) - special[::-1].index(0)
+    return encoded["input_ids"][:first], encoded["input_ids"][last:]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slimformer.anatomy import find_anatomy
@@ -16,6 +17,7 @@ from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.rotary import Rotary, find_rotary, rope_type
 from slimformer.texts import Texts
 from slimformer_kernels.self_extend import self_extend
+from slimformer_kernels.self_extend_reference import far_turns
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class SelfExtend:
                 f"SelfExtend(window={self.window}) leaves no position for far tokens: the model was trained for "
                 f"{trained}. Take a window below that; SelfExtend.for_length(model, tokens) chooses one."
             )
+        turns: dict[str | None, FarTurns] = {}
         for index, own in rotary.items():
             kind = rope_type(own.module, own.layer_type)
             if kind in ("dynamic", "longrope"):
@@ -107,7 +110,9 @@ class SelfExtend:
                     f"The rotary embedding of {type(attentions.anatomy.stack).__name__} is of the type {kind!r}, "
                     "which turns by other angles in long texts, by itself. SelfExtend needs angles that stay."
                 )
-            attentions.scores(index).extension = GroupedAttention(self.group_size, self.window, trained, own)
+            shared = turns.setdefault(own.layer_type, FarTurns(own, self.group_size))
+            extension = GroupedAttention(self.group_size, self.window, trained, own, shared)
+            attentions.scores(index).extension = extension
         attentions.read_texts()
         capacity = _capacity(self.group_size, self.window, trained)
         note = f"SelfExtend(group_size={self.group_size}, window={self.window}), up to {capacity} tokens"
@@ -122,6 +127,36 @@ class SelfExtend:
         return {}
 
 
+@dataclass
+class FarTurns:
+    """By how much far keys are turned, kept from step to step and shared by all layers.
+
+    Attributes:
+        rotary: What turns queries and keys.
+        group_size: How many neighbours share a position.
+        made: Cosines and sines by device and dtype.
+    """
+
+    rotary: Rotary
+    group_size: int
+    made: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def up_to(self, places: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[places or more, rotary_dim]` for keys like this tensor."""
+        # Half precision on a GPU, where they are read with every key: finer than a key's own rounding.
+        narrow = like.is_cuda and like.dtype in (torch.bfloat16, torch.float16)
+        key = like.device, torch.float16 if narrow else torch.float32
+        if key not in self.made or self.made[key][0].shape[0] < places:
+            inv_freq = self.rotary.inv_freq.to(like.device)
+            size = 1 << (places - 1).bit_length()
+            self.made[key] = far_turns(inv_freq, self.group_size, size, self.rotary.interleaved, key[1])
+        return self.made[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make their own."""
+        return {**vars(self), "made": {}}
+
+
 @dataclass(frozen=True)
 class GroupedAttention:
     """The extension of one layer's attention.
@@ -131,12 +166,14 @@ class GroupedAttention:
         window: Distance up to which every token keeps its own.
         trained: The length up to which nothing changes.
         rotary: What turns the layer's queries and keys.
+        turns: By how much far keys are turned.
     """
 
     group_size: int
     window: int
     trained: int
     rotary: Rotary
+    turns: FarTurns
 
     def applies(self, texts: Texts) -> bool:
         """Whether some text is longer than the model was trained for.
@@ -178,6 +215,7 @@ class GroupedAttention:
             trained=self.trained,
             softcap=softcap,
             interleaved=self.rotary.interleaved,
+            turns=self.turns.up_to(key.shape[1], key),
         )
 
     def _remedy(self, tokens: int) -> str:
