@@ -26,6 +26,7 @@ MODULES = (
     "encoder_drop",
     "elastic",
     "encode",
+    "encode_corpora",
     "lossless",
     "executor_rows",
     "elimination_speed",

@@ -40,11 +40,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: as many rounds as fit in `milliseconds`, within the bounds."""
+    """How long to measure: as many rounds as fit in `milliseconds`, within the bounds, after `warm_ups` calls each."""
 
     milliseconds: float = 1500.0
     least: int = 10
     most: int = 60
+    warm_ups: int = _WARM_UPS
 
 
 def interleaved(
@@ -56,7 +57,7 @@ def interleaved(
         return {}
     calls = {name: _call(candidate, regime, device) for name, candidate in candidates.items()}
     for candidate in calls.values():
-        for _ in range(_WARM_UPS):
+        for _ in range(effort.warm_ups):
             _prepare(candidate)
             candidate.run()
     stopwatch = _Cuda(device, regime) if device.type == "cuda" else _Cpu()

@@ -26,6 +26,7 @@ from slimformer.attention_transforms import Attentions, AttentionTransform, tran
 from slimformer.cache import compact_slots
 from slimformer.errors import PlanError
 from slimformer.executor import LayerExecutor, TokenPolicy
+from slimformer.integrations.sentence_transformers import faster_pipeline
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import Plan
@@ -87,10 +88,10 @@ def patch(model: Model, *methods: Method | str | os.PathLike[str]) -> Model:
     previous = vars(inner).get(_ATTRIBUTE)
     unpatch(inner)
     try:
-        _apply(inner, chosen)
+        _apply(inner, chosen, model)
     except BaseException:
         if previous is not None:
-            _apply(inner, previous.methods)
+            _apply(inner, previous.methods, model)
         raise
     return model
 
@@ -154,7 +155,7 @@ def _plan_beside_checkpoint(model: nn.Module) -> tuple[Method, ...]:
     return ()
 
 
-def _apply(model: nn.Module, methods: tuple[Method, ...]) -> None:
+def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
     anatomy = find_anatomy(model)
     executors = _executors(anatomy, (*methods, Unpadding()))
     dropped = [index for index, executor in executors.items() if not executor.sublayers["attention"].compute]
@@ -194,6 +195,7 @@ def _apply(model: nn.Module, methods: tuple[Method, ...]) -> None:
             core = attention_core(layer, anatomy.structure)
             if getattr(core, "layer_idx", slot) != slot:
                 ledger.set(core, "layer_idx", slot)
+        faster_pipeline(pipeline, model, ledger)
     except BaseException:
         ledger.undo()
         raise
