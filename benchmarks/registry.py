@@ -31,6 +31,7 @@ MODULES = (
     "elimination_speed",
     "elimination_quality",
     "encoder_elimination",
+    "repair",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}
@@ -49,12 +50,16 @@ class Settings:
         smoke: Tiny sizes: every line runs, and no time means anything.
         data: Folder of the data sets, for benchmarks that read text.
         model: Folder of a checkpoint, for benchmarks that need real weights.
+        plans: Folder in which benchmarks that train keep their plans; those found there are not made again.
+        only: The one setting to measure, for benchmarks that train several.
     """
 
     device: torch.device
     smoke: bool = False
     data: Path | None = None
     model: Path | None = None
+    plans: Path | None = None
+    only: str | None = None
 
     def pick(self, full: Value, tiny: Value) -> Value:
         """`tiny` in a smoke run, else `full`."""
