@@ -88,8 +88,9 @@ def repaired_plan(
 ) -> Plan:
     """The plan after a few minutes on one GPU."""
     training = TrainingSettings(
-        steps=settings.pick(400, 4),
-        rows=settings.pick(8, 2),
+        steps=settings.pick(350, 4),
+        rows=settings.pick(4, 2),
+        accumulate=2,
         learning_rate=1e-3,
         precision="bf16" if settings.device.type == "cuda" else "no",
         keep_every=10_000,
