@@ -32,6 +32,7 @@ MODULES = (
     "elimination_quality",
     "encoder_elimination",
     "repair",
+    "encoder_repair",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}
