@@ -43,7 +43,9 @@ def read_tasks(data: Path, most: int | None = None) -> dict[str, list[Question]]
             for row, label in zip(_rows(data / "piqa" / "valid.jsonl"), labels, strict=True)
         ],
         "arc_easy": [
-            Question(f"{row['query']}\nAnswer:", tuple(f" {choice}" for choice in row["choices"]), row["gold"])
+            Question(
+                f"{row['query']}\nAnswer:", tuple(f" {choice}" for choice in row["choices"]), row["gold"]
+            )
             for row in _rows(data / "arc_easy" / "arc_easy.jsonl")
         ],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from benchmarks.compare import Case, compare
 from benchmarks.drop_table import DENSE
 from benchmarks.elastic import embedder, lines, retrieval_task
 from benchmarks.encode import LOSSLESS, encode_error
-from benchmarks.registry import MissingInput, Settings, benchmark, table
+from benchmarks.registry import Settings, benchmark, table
 from benchmarks.repair import AFTER, BEFORE, kept
 from benchmarks.results import Measurement
 from benchmarks.timing import Effort
@@ -39,7 +39,7 @@ _TEXTS_TIMED, _BATCH = 128, 32
 @benchmark(
     "encoder_repair",
     needs="any",
-    description="Cranfield, QMSum and STS-B of an embedding model without whole layers, repaired (--model, --data; --plans)",
+    description="Cranfield, QMSum and STS-B of an embedding model without some layers, repaired (--model, --data)",
 )
 def run(settings: Settings) -> Iterator[Measurement]:
     """Repair on texts of Cranfield, WikiText-2 and STS-B train without labels; QMSum is not read before it is asked."""

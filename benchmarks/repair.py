@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,10 +70,10 @@ def run(settings: Settings) -> Iterator[Measurement]:
             continue
         with tempfile.TemporaryDirectory() as temporary:
             folder = (settings.plans or Path(temporary)) / f"{setting.kind}-{setting.removed}"
-            plan, _ = kept(folder / "calibrated", lambda s=setting: _calibrated(settings, model, tokenizer, s))
+            plan, _ = kept(folder / "calibrated", partial(_calibrated, settings, model, tokenizer, setting))
             repaired, seconds = kept(
                 folder / "repaired",
-                lambda p=plan: repaired_plan(settings, model, tokenizer, p, texts),
+                partial(repaired_plan, settings, model, tokenizer, plan, texts),
             )
         for candidate, found in ((BEFORE, plan), (AFTER, repaired)):
             with slimformer.patched(model, found):
@@ -128,7 +129,9 @@ def training_text(settings: Settings) -> list[str]:
     """
     if settings.data is None:
         if not settings.smoke:
-            raise MissingInput("it needs --data, a folder with c4_calib/, wikitext2/, lambada_openai/, piqa/ and arc_easy/")
+            raise MissingInput(
+                "it needs --data, a folder with c4_calib/, wikitext2/, lambada_openai/, piqa/ and arc_easy/"
+            )
         return load_texts(None, limit=40)[0]
     slice_of_training = settings.data / "wikitext2" / "wiki.train.raw.slice5k.txt"
     paragraphs = load_texts(slice_of_training)[0]

@@ -269,7 +269,8 @@ def _replace(executor: LayerExecutor, causal: bool, slot: int, ledger: Ledger) -
 
 
 def _change_weights(executor: LayerExecutor, ledger: Ledger) -> None:
-    layer, values = executor.layer, {}
+    layer = executor.layer
+    values: dict[str, Tensor] = {}
     for plan in executor.sublayers.values():
         for name, changed in plan.changes:
             values[name] = changed(values[name] if name in values else _own_weight(layer, name))
@@ -283,8 +284,8 @@ def _own_weight(layer: nn.Module, name: str) -> Tensor:
         found = layer.get_parameter(name)
     except AttributeError as error:
         raise PlanError(
-            f"The plan changes {name} in {type(layer).__name__}, which has no such parameter ({error}). Patch the model "
-            "before adapters are put on it."
+            f"The plan changes {name} in {type(layer).__name__}, which has no such parameter ({error}). Patch the "
+            "model before adapters are put on it."
         ) from error
     if type(found) is not nn.Parameter or found.is_meta or not found.is_floating_point():
         raise PlanError(

@@ -33,11 +33,13 @@ def repair(
         ),
     ] = "added,norms,lora",
     near: Annotated[
-        int, typer.Option(min=-1, help="Norms and lora: so many layers around each change; -1 for all layers.")
+        int,
+        typer.Option(min=-1, help="Norms and lora: so many layers around each change; -1 for all layers."),
     ] = 2,
     rank: Annotated[int, typer.Option(min=1, help="Of the low-rank changes.")] = 16,
     hidden: Annotated[
-        float, typer.Option(min=0, help="How much the residual behind changed layers counts beside the outputs.")
+        float,
+        typer.Option(min=0, help="How much the residual behind changed layers counts beside the outputs."),
     ] = 0.0,
     rounds: Annotated[
         int, typer.Option(min=1, help="Drop the plan's sublayers in so many rounds, repairing after each.")

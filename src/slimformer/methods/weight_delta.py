@@ -50,14 +50,13 @@ class WeightDelta:
                     f"WeightDelta takes names such as 3.mlp.up_proj.weight.left, .right or .added; got {name!r}."
                 )
         for parameter in self.parameters:
-            left, right = (self.weights.get(f"{parameter}.{part}") for part in (LEFT, RIGHT))
-            added = self.weights.get(f"{parameter}.{ADDED}")
-            product = left is not None and right is not None and left.dim() == right.dim() == 2
-            fits = product and left is not None and right is not None and left.shape[1] == right.shape[0]
-            if (added is None) == (left is None and right is None) or not (fits or added is not None):
+            of = self._of(parameter)
+            shapes = [of[end].shape for end in (LEFT, RIGHT) if end in of]
+            product = set(of) == {LEFT, RIGHT} and all(len(shape) == 2 for shape in shapes)
+            if not (set(of) == {ADDED} or (product and shapes[0][1] == shapes[1][0])):
                 raise PlanError(
-                    f"The change of {parameter} is damaged: it takes {LEFT} [rows, rank] and {RIGHT} [rank, columns], or "
-                    f"{ADDED} alone. Repair the plan again."
+                    f"The change of {parameter} is damaged: it takes {LEFT} [rows, rank] with {RIGHT} [rank, columns], "
+                    f"or {ADDED} alone. Repair the plan again."
                 )
 
     @property
@@ -94,13 +93,14 @@ class WeightDelta:
                     f"WeightDelta names {parameter}, and {name} has {count} layers of the structure "
                     f"{anatomy.structure.name!r}. It was made for another model."
                 )
-            of = {
-                end: self.weights[f"{parameter}.{end}"]
-                for end in (LEFT, RIGHT, ADDED)
-                if f"{parameter}.{end}" in self.weights
-            }
-            changes.setdefault((int(layer), kind), []).append((inside, partial(_changed, parameter, of)))
+            changes.setdefault((int(layer), kind), []).append(
+                (inside, partial(_changed, parameter, self._of(parameter)))
+            )
         return {sublayer: SublayerPlan(changes=tuple(of)) for sublayer, of in changes.items()}
+
+    def _of(self, parameter: str) -> dict[str, Tensor]:
+        names = {end: f"{parameter}.{end}" for end in (LEFT, RIGHT, ADDED)}
+        return {end: self.weights[name] for end, name in names.items() if name in self.weights}
 
     def settings(self) -> dict[str, Any]:
         """What a plan saves in the JSON: nothing but the method's name."""

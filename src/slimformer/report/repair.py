@@ -88,7 +88,9 @@ def repair_section(plan: Plan) -> str:
         f"The dense model taught its slimmed self on unlabelled text{more}. Divergence from dense on text that was not "
         f"trained on: {first:.4g} before, {last:.4g} after. The filled point of a curve is what was kept."
     )
-    return f'<section><h2>Repair</h2><p>{escape(text)}</p><div class="scroll">{_chart(rounds)}</div></section>'
+    return (
+        f'<section><h2>Repair</h2><p>{escape(text)}</p><div class="scroll">{_chart(rounds)}</div></section>'
+    )
 
 
 def rounds_of(plan: Plan) -> list[Round]:

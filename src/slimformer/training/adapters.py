@@ -58,12 +58,10 @@ class Adapters:
         peft.inject_adapter_in_model(config, nn.ModuleList(layers), _NAME)
         self.places: list[_Place] = []
         for name, own in owns.items():
-            parent, _, last = name.rpartition(".")
             adapter = layers.get_submodule(name)
             for matrix in self._matrices(adapter):
                 matrix.data = matrix.data.float()
-            self.places.append(_Place(last, layers.get_submodule(parent), own, adapter))
-            self.places[-1].name = name
+            self.places.append(_Place(name, layers.get_submodule(name.rpartition(".")[0]), own, adapter))
 
     def parameters(self) -> list[nn.Parameter]:
         """All matrices of all adapters."""

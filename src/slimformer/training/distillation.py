@@ -85,7 +85,7 @@ class Distillation:
                 value = value + self.hidden * torch.stack(apart).mean()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 # Every parameter gets a gradient in every process, also of a sublayer that no token went through.
-                value = value + 0.0 * sum(p.sum() for p in module.parameters())
+                value = value + 0.0 * torch.stack([p.sum() for p in module.parameters()]).sum()
             return value
 
         found: Tensor = module(run)
@@ -120,7 +120,7 @@ class Distillation:
             return self._pass(stack, ids, mask)
 
     def _pass(self, stack: Callable[..., Any], ids: Tensor, mask: Tensor | None) -> Passed:
-        inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask})}
+        inputs: dict[str, Any] = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask})}
         if self.anatomy.causal:
             inputs["use_cache"] = False
         wanted = self.layers if self.hidden else ()
@@ -181,8 +181,8 @@ def _cropped(batch: Tensor) -> tuple[Tensor, Tensor | None]:
         return batch, None
     ids, mask = batch.unbind(1)
     columns = mask.any(0)
-    ids, mask = ids[:, columns], mask[:, columns]
-    return ids, None if bool(mask.all()) else mask
+    mask = mask[:, columns]
+    return ids[:, columns], None if bool(mask.all()) else mask
 
 
 def _relative(slim: Tensor, dense: Tensor, mask: Tensor | None) -> Tensor:

@@ -77,12 +77,12 @@ class EarlyStop:
     """Training ends once text that it does not read is no longer predicted better, and goes back to its best step.
 
     Attributes:
-        measure: The figure on that text; the lower, the better.
+        measure: The figure on that text after so many steps; the lower, the better.
         every: Steps between measurements.
         patience: So many measurements in a row that are no better than the best end it.
     """
 
-    measure: Callable[[], float]
+    measure: Callable[[int], float]
     every: int = 25
     patience: int = 4
 
@@ -294,7 +294,9 @@ class _Watch:
         """Whether the last measurements are all no better than the best."""
         if self.early_stop is None or not self.history.held_out:
             return False
-        return sum(int(step) > self.history.best for step in self.history.held_out) >= self.early_stop.patience
+        return (
+            sum(int(step) > self.history.best for step in self.history.held_out) >= self.early_stop.patience
+        )
 
     def look(self, step: int) -> None:
         """Measure, if it is time to."""
@@ -302,7 +304,7 @@ class _Watch:
         last = step == self.steps
         if found is None or (step % found.every and not last) or str(step) in self.history.held_out:
             return
-        measured = torch.tensor(found.measure(), device=self.accelerator.device)
+        measured = torch.tensor(found.measure(step), device=self.accelerator.device)
         # One figure for all processes, so that all of them stop.
         value = float(self.accelerator.reduce(measured, "mean"))
         if not math.isfinite(value):

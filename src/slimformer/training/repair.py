@@ -107,7 +107,9 @@ def repair(
     settings = TrainingSettings(rows=4) if settings is None else settings
     _check(what, rank, near, hidden)
     if status(model):
-        raise CalibrationError("The model is patched; its dense self is to be the teacher. Call unpatch first.")
+        raise CalibrationError(
+            "The model is patched; its dense self is to be the teacher. Call unpatch first."
+        )
     inner, anatomy = transformer_of(model), find_anatomy(model)
     _check_weights(inner)
     parts = in_rounds(given, rounds)
@@ -155,7 +157,12 @@ def repair(
     provenance = {
         **given.provenance,
         "repair": [*(earlier if isinstance(earlier, list) else []), *curves],
-        "repaired_with": {**versions(anatomy), "arguments": arguments, "data": source, "tokens": read.numel()},
+        "repaired_with": {
+            **versions(anatomy),
+            "arguments": arguments,
+            "data": source,
+            "tokens": read.numel(),
+        },
     }
     # What was measured of its quality no longer holds; it is as fast as it was.
     measured = {name: value for name, value in given.measured.items() if name == "speed"}
@@ -209,7 +216,6 @@ class _Lesson:
                         f"There is nothing to repair: on rows of {self.rows.shape[-1]} tokens the plan is as far from "
                         f"dense as {before:.1e}. Elimination acts on long texts only: give a greater length."
                     )
-                known = [before]
                 history = fit(
                     weights,
                     student.loss,
@@ -219,7 +225,7 @@ class _Lesson:
                     folder=folder,
                     stages=stages,
                     early_stop=EarlyStop(
-                        lambda: known.pop() if known else student.divergence(self.held_out),
+                        lambda step: student.divergence(self.held_out) if step else before,
                         self.every,
                         self.patience,
                     ),
@@ -235,7 +241,9 @@ class _Lesson:
 def _with(methods: Sequence[PlannedMethod], learnt: Sequence[PlannedMethod]) -> list[PlannedMethod]:
     """A round's methods with what earlier rounds have learnt."""
     known = {
-        (type(method).__name__, name): tensor for method in learnt for name, tensor in method.tensors().items()
+        (type(method).__name__, name): tensor
+        for method in learnt
+        for name, tensor in method.tensors().items()
     }
     found: list[Any] = [m for m in methods if not (learnt and isinstance(m, WeightDelta))]
     for place, method in enumerate(found):

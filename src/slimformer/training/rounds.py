@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from torch import Tensor
-
-from slimformer.anatomy import Kind
+from slimformer.anatomy import KINDS
+from slimformer.calibration.similarity import UNITS
 from slimformer.errors import CalibrationError
 from slimformer.methods.layer_drop import LayerDrop
-from slimformer.plan import Plan
+from slimformer.plan import Plan, PlannedMethod
 from slimformer.report.summary import Summary
 
 
@@ -43,8 +42,8 @@ def in_rounds(plan: Plan, rounds: int) -> list[Plan]:
     ]
     if rounds < 1 or rounds > len(order):
         raise CalibrationError(
-            f"rounds must be from 1 to the number of removals, {len(order)}, got {rounds}. Rounds divide what LayerDrop "
-            "removes."
+            f"rounds must be from 1 to the number of removals, {len(order)}, got {rounds}. Rounds divide what "
+            "LayerDrop removes."
         )
     return [
         _dropping(plan, set(order[: math.ceil(len(order) * number / rounds)]))
@@ -53,27 +52,21 @@ def in_rounds(plan: Plan, rounds: int) -> list[Plan]:
 
 
 def _dropping(plan: Plan, taken: set[tuple[str, int]]) -> Plan:
-    methods = []
+    methods: list[PlannedMethod] = []
     for method in plan.methods:
         if not isinstance(method, LayerDrop):
             methods.append(method)
             continue
-        lists = {
-            unit: tuple(layer for layer in getattr(method, unit) if (unit, layer) in taken)
-            for unit in ("attention", "mlp", "block")
-        }
-        if any(lists.values()):
-            methods.append(dataclasses.replace(method, **lists))
-    return dataclasses.replace(plan, methods=[_only_its_weights(method) for method in methods])
+        attention, mlp, block = (
+            tuple(layer for layer in getattr(method, unit) if (unit, layer) in taken) for unit in UNITS
+        )
+        if attention or mlp or block:
+            fewer = dataclasses.replace(method, attention=attention, mlp=mlp, block=block)
+            methods.append(_with_its_weights_only(fewer))
+    return dataclasses.replace(plan, methods=methods)
 
 
-def _only_its_weights(method: object) -> object:
-    """A method without the weights of sublayers that it does not drop."""
-    if not isinstance(method, LayerDrop):
-        return method
-    kinds: tuple[Kind, Kind] = ("attention", "mlp")
-    leads = tuple(f"{kind}.{layer}." for kind in kinds for layer in method.dropped(kind))
-    weights: dict[str, Tensor] = {
-        name: tensor for name, tensor in method.weights.items() if name.startswith(leads)
-    }
+def _with_its_weights_only(method: LayerDrop) -> LayerDrop:
+    leads = tuple(f"{kind}.{layer}." for kind in KINDS for layer in method.dropped(kind))
+    weights = {name: tensor for name, tensor in method.weights.items() if name.startswith(leads)}
     return dataclasses.replace(method, weights=weights)

@@ -71,8 +71,8 @@ class TrainedWeights(nn.Module):
         trained += [_Trained(names[id(p)], p.detach(), 1.0, (None, name)) for name, p in small.items()]
         if not trained and not linear:
             raise CalibrationError(
-                f"The plan leaves nothing to train of {', '.join(what)}. What can be trained: added (filters, means and "
-                "heads, where the plan has any), norms, lora (linear layers near what was changed)."
+                f"The plan leaves nothing to train of {', '.join(what)}. What can be trained: added (filters, means "
+                "and heads, where the plan has any), norms, lora (linear layers near what was changed)."
             )
         self.trained = trained
         self.differences = nn.ParameterList(torch.zeros_like(t.start, dtype=torch.float32) for t in trained)
