@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model", type=Path, help="checkpoint folder of a causal language model, for drop_table"
     )
     run.add_argument("--texts", type=int, help="texts per point, for long_retrieval and context_extension")
+    run.add_argument("--plans", type=Path, help="folder where repaired plans are kept, and found again")
+    run.add_argument("--only", help="the one setting of repair to measure, such as attention-8")
     run.add_argument("--minutes", type=float, help="stop a benchmark after so long and keep what it has")
     tabled = commands.add_parser("tables", help="rewrite the tables in the README files from the results")
     tabled.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is stale")
@@ -73,7 +75,9 @@ def _run(options: argparse.Namespace) -> int:
     # A smoke run needs no GPU and must not take one from somebody who measures.
     on_gpu = torch.cuda.is_available() and not options.smoke
     device = torch.device("cuda" if on_gpu else "cpu")
-    settings = Settings(device, options.smoke, options.data, options.model, options.texts)
+    settings = Settings(
+        device, options.smoke, options.data, options.model, options.texts, options.plans, options.only
+    )
     done = True
     for name in options.names or registry.BENCHMARKS:
         benchmark = registry.BENCHMARKS[name]

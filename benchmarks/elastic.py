@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import tempfile
@@ -9,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
 import slimformer
@@ -37,7 +37,7 @@ _LINES, _SENTENCES = 1500, 3000
 def run(settings: Settings) -> Iterator[Measurement]:
     """All 225 queries, float32; the heads have seen no query and no judgement."""
     model = embedder(settings)
-    task, elsewhere = _task(settings), _other_texts(settings)
+    task, elsewhere = retrieval_task(settings), _other_texts(settings)
     depth = len(find_anatomy(model).layers)
     widths = settings.pick(WIDTHS, (32, 16))
     yield from _row(model, task, depth, DENSE, widths)
@@ -58,8 +58,10 @@ def embedder(settings: Settings) -> Any:
     Raises:
         MissingInput: If there is no `--model`.
     """
+    # Left to those that need it: machines that only train decoders do without.
+    library: Any = importlib.import_module("sentence_transformers")
     if settings.model is not None:
-        return SentenceTransformer(
+        return library.SentenceTransformer(
             str(settings.model), device=str(settings.device), model_kwargs={"dtype": "float32"}
         )
     if not settings.smoke:
@@ -70,7 +72,7 @@ def embedder(settings: Settings) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         BertModel(config).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
-        return SentenceTransformer(folder, device=str(settings.device))
+        return library.SentenceTransformer(folder, device=str(settings.device))
 
 
 def lines(settings: Settings, file: str) -> list[str]:
@@ -87,7 +89,12 @@ def lines(settings: Settings, file: str) -> list[str]:
     return [line.strip() for line in found if line.strip() and not line.strip().startswith("=")]
 
 
-def _task(settings: Settings) -> RetrievalTask:
+def retrieval_task(settings: Settings) -> RetrievalTask:
+    """Cranfield; in a smoke run without data, lines that look for themselves.
+
+    Raises:
+        MissingInput: If there is no `--data`.
+    """
     if settings.data is not None:
         return read_retrieval(settings.data / "cranfield")
     if not settings.smoke:

@@ -35,6 +35,8 @@ MODULES = (
     "long_retrieval",
     "context_extension",
     "self_extend_speed",
+    "repair",
+    "encoder_repair",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}
@@ -54,6 +56,8 @@ class Settings:
         data: Folder of the data sets, for benchmarks that read text.
         model: Folder of a checkpoint, for benchmarks that need real weights.
         texts: How many texts per point, for benchmarks that can do with fewer; None for all.
+        plans: Folder in which benchmarks that train keep their plans; those found there are not made again.
+        only: The one setting to measure, for benchmarks that train several.
     """
 
     device: torch.device
@@ -61,6 +65,8 @@ class Settings:
     data: Path | None = None
     model: Path | None = None
     texts: int | None = None
+    plans: Path | None = None
+    only: str | None = None
 
     def pick(self, full: Value, tiny: Value) -> Value:
         """`tiny` in a smoke run, else `full`."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from slimformer.methods.token_elimination import TokenElimination
     from slimformer.patching import patch, patched, status, unpatch
     from slimformer.plan import Plan
+    from slimformer.training.repair import repair
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "calibrate",
     "patch",
     "patched",
+    "repair",
     "status",
     "unpatch",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "TokenElimination": "slimformer.methods.token_elimination",
     "Plan": "slimformer.plan",
     "calibrate": "slimformer.calibration.calibrate",
+    "repair": "slimformer.training.repair",
     **dict.fromkeys(("patch", "patched", "status", "unpatch"), "slimformer.patching"),
 }
 

@@ -21,7 +21,7 @@ from slimformer.errors import PlanError
 from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
 from slimformer.rows import Rows, RowSelector, intersection
 from slimformer.shorter_cache import mask_of_slot
-from slimformer.stream import Stream, in_a_graph
+from slimformer.stream import Stream, in_a_graph, leaving_under_gradients
 
 # What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition.
 Replacement = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
@@ -41,6 +41,7 @@ class SublayerPlan:
         staying: Name the rows that stay in the stream from this layer on; no later layer computes the others. Read
             from the plan of the layer's attention, before which the others leave.
         leave_caches: Whether some of those others leave the caches of this layer and later ones too.
+        changes: Names of parameters within the layer, and what each becomes. They count whatever else is decided.
     """
 
     compute: bool = True
@@ -50,6 +51,7 @@ class SublayerPlan:
     compact_keys: bool = False
     staying: tuple[RowSelector, ...] = ()
     leave_caches: bool = False
+    changes: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = ()
 
     def __and__(self, other: SublayerPlan) -> SublayerPlan:
         """Both decisions: what one drops is dropped, and rows are those that both keep.
@@ -72,12 +74,14 @@ class SublayerPlan:
                 gone.weights,
                 staying=self.staying + other.staying,
                 leave_caches=self.leave_caches or other.leave_caches,
+                changes=self.changes + other.changes,
             )
         return SublayerPlan(
             rows=self.rows + other.rows,
             compact_keys=self.compact_keys or other.compact_keys,
             staying=self.staying + other.staying,
             leave_caches=self.leave_caches or other.leave_caches,
+            changes=self.changes + other.changes,
         )
 
 
@@ -271,7 +275,7 @@ class LayerExecutor:
         if (
             len(staying) == 0
             or in_a_graph(hidden.device)
-            or torch.is_grad_enabled()
+            or (torch.is_grad_enabled() and not leaving_under_gradients())
             or self.layer.training
             or self.observed()
         ):

@@ -114,6 +114,14 @@ def patched(model: Model, *methods: Method | str | os.PathLike[str]) -> Iterator
         unpatch(model)
 
 
+@contextlib.contextmanager
+def switched_off(model: Any) -> Iterator[None]:
+    """A patched model as it is unpatched, for the length of a `with` block; costs no examination of the model."""
+    current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
+    with contextlib.nullcontext() if current is None else current.ledger.switched_off():
+        yield
+
+
 def status(model: Any) -> dict[int, dict[Kind, str]]:
     """What every patched layer computes: layer index to sublayer to rows. Empty for an unpatched model.
 
@@ -180,6 +188,8 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
             ledger.set(model, "save_pretrained", partial(save_with_plan, model, methods))
         # Before anything is examined, so that rows are attended to as transforms say.
         patch.notes = transformed_by(methods, Attentions(anatomy, ledger, call))
+        for executor in executors.values():
+            _change_weights(executor, ledger)
         for index, executor in executors.items():
             _replace(executor, anatomy.causal, slots[index], ledger)
             if anatomy.causal and not keeps_state(executor.replacements.get("attention")):
@@ -258,6 +268,33 @@ def _replace(executor: LayerExecutor, causal: bool, slot: int, ledger: Ledger) -
                 value = value.to(_computing_device(layer, like), like.dtype)
             ledger.add_buffer(layer, name, value)
         executor.replacements[kind] = plan.replacement(layer, causal, slot)
+
+
+def _change_weights(executor: LayerExecutor, ledger: Ledger) -> None:
+    layer = executor.layer
+    values: dict[str, Tensor] = {}
+    for plan in executor.sublayers.values():
+        for name, changed in plan.changes:
+            values[name] = changed(values[name] if name in values else _own_weight(layer, name))
+    for name, value in values.items():
+        place, _, own = name.rpartition(".")
+        ledger.set_parameter(layer.get_submodule(place), own, value)
+
+
+def _own_weight(layer: nn.Module, name: str) -> Tensor:
+    try:
+        found = layer.get_parameter(name)
+    except AttributeError as error:
+        raise PlanError(
+            f"The plan changes {name} in {type(layer).__name__}, which has no such parameter ({error}). Patch the "
+            "model before adapters are put on it."
+        ) from error
+    if type(found) is not nn.Parameter or found.is_meta or not found.is_floating_point():
+        raise PlanError(
+            f"The plan changes {name}, whose values are quantised or not in memory. Load the whole model in float32, "
+            "bfloat16 or float16."
+        )
+    return found.detach()
 
 
 def _computing_device(layer: nn.Module, like: Tensor) -> Any:

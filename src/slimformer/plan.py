@@ -37,6 +37,7 @@ from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.self_extend import SelfExtend
 from slimformer.methods.temperature import LogNScale, TempScale
 from slimformer.methods.token_elimination import TokenElimination
+from slimformer.methods.weight_delta import WeightDelta
 
 FORMAT = 1
 FILE = "slimformer.json"
@@ -67,6 +68,7 @@ METHODS: dict[str, type[Any]] = {
     "PositionInterpolation": PositionInterpolation,
     "GroupedPositions": GroupedPositions,
     "RecurrentPositions": RecurrentPositions,
+    "WeightDelta": WeightDelta,
 }
 _MOST_LAYERS = 10_000
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _TAG = "_slimformer_stream"
 _RECORDING = "transformers.utils.output_capturing"
+_leaving_under_gradients: ContextVar[bool] = ContextVar("slimformer_leaving_under_gradients", default=False)
 
 
 @dataclass(eq=False)
@@ -277,6 +280,21 @@ class Stream:
             shape = (self.batch, self.tokens, cos.shape[-1])
             self.known[key] = (cos, *(t.expand(shape).reshape(-1, cos.shape[-1]) for t in (cos, sin)))
         return self.known[key][1], self.known[key][2]
+
+
+@contextlib.contextmanager
+def tokens_leave_under_gradients() -> Iterator[None]:
+    """A block in which tokens leave the stream although gradients are recorded, as in inference."""
+    token = _leaving_under_gradients.set(True)
+    try:
+        yield
+    finally:
+        _leaving_under_gradients.reset(token)
+
+
+def leaving_under_gradients() -> bool:
+    """Whether such a block is open."""
+    return _leaving_under_gradients.get()
 
 
 def in_a_graph(device: torch.device) -> bool:

@@ -88,6 +88,7 @@ class TokenSelection:
     leave: bool = True
     mean_behind: bool = False
 
+    @torch.no_grad()
     def __call__(self, stream: Stream, x: Tensor) -> Rows | None:
         """The rows of the residual `x` `[rows, hidden]` that stay; None if all do."""
         if stream.tokens < self.least or (self.keep == 1.0 and not self.threshold):

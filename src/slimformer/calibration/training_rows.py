@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimformer.calibration.data import load_texts, token_blocks
+from slimformer.calibration.data import load_texts, token_batches_padded, token_blocks
 from slimformer.calibration.held_out import split_texts
 from slimformer.errors import DataError
 from slimformer.training.loop import TrainingSettings
@@ -41,9 +42,7 @@ def training_rows(
     Raises:
         DataError: If either part has no row.
     """
-    texts, source = load_texts(
-        os.fspath(data) if isinstance(data, os.PathLike) else data, text_field=text_field
-    )
+    texts, source = _read(data, text_field)
     wanted = settings.steps * settings.rows * settings.accumulate
     cut: dict[str, Any] = {"sequence_length": tokens, "seed": settings.seed}
     if hold_out:
@@ -60,3 +59,44 @@ def training_rows(
             f"and {len(rest)}. Give more text, or a smaller length."
         )
     return read, rest, source
+
+
+def training_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    data: Any,
+    *,
+    text_field: str,
+    hold_out: bool,
+    tokens: int,
+    settings: TrainingSettings,
+    held_out: int,
+) -> tuple[Tensor, Tensor, str]:
+    """As `training_rows`, with a text of its own in every row.
+
+    Returns:
+        Ids and their mask, to train on and to measure on, `[rows, 2, tokens]`, and where they came from.
+
+    Raises:
+        DataError: If either part has no text.
+    """
+    texts, source = _read(data, text_field)
+    wanted = settings.steps * settings.rows * settings.accumulate
+    if hold_out:
+        kept, others = split_texts(texts)
+    else:
+        last = min(held_out, len(texts) // 5)
+        kept, others = texts[: len(texts) - last], texts[len(texts) - last :]
+    if not kept or not others:
+        raise DataError(
+            f"Training needs a text to read and one to measure on, and {source} gives {len(kept)} and {len(others)}. "
+            "Give more texts."
+        )
+    parts = []
+    for part, count in ((kept, wanted), (others, held_out)):
+        batch = token_batches_padded(part, tokenizer, max_length=tokens, count=count, seed=settings.seed)
+        parts.append(torch.stack([batch["input_ids"], batch["attention_mask"]], 1))
+    return parts[0], parts[1], source
+
+
+def _read(data: Any, text_field: str) -> tuple[list[str], str]:
+    return load_texts(os.fspath(data) if isinstance(data, os.PathLike) else data, text_field=text_field)

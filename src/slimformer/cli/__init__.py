@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from slimformer import __version__
-from slimformer.cli import calibrate, demo, generate, measure, show, train_predictor, train_router
+from slimformer.cli import calibrate, demo, generate, measure, repair, show, train_predictor, train_router
 from slimformer.cli.output import note
 from slimformer.errors import SlimformerError, SlimformerWarning
 
@@ -87,6 +87,7 @@ for _command in (
     calibrate.calibrate,
     train_predictor.train_predictor,
     train_router.train_router,
+    repair.repair,
     measure.eval_plan,
     measure.bench,
     generate.generate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from typing import Any
@@ -23,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
+from slimformer.anatomy import find_anatomy
 from slimformer.errors import SlimformerError
 
 _LONGEST_REASON = 300
@@ -92,6 +94,24 @@ def load_embedder(name: str, device: str = "auto", dtype: str = "auto") -> Any:
         # Texts of different lengths need one; which token it is does not matter, since it is masked.
         model.tokenizer.pad_token = model.tokenizer.eos_token
     return model
+
+
+def load_for_plan(name: str, device: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A decoder with its head, or an encoder with the pooling that makes its embeddings, and the tokenizer.
+
+    Without sentence-transformers an encoder is loaded alone, where its folder names no pooling.
+
+    Raises:
+        SlimformerError: If it cannot be loaded.
+    """
+    model = load_model(name, device, dtype)
+    if model.get_output_embeddings() is not None and find_anatomy(model).causal:
+        return model, load_tokenizer(name)
+    pipeline = os.path.isfile(os.path.join(name, "modules.json")) or not os.path.isdir(name)
+    if pipeline or importlib.util.find_spec("sentence_transformers") is not None:
+        embedder = load_embedder(name, device, dtype)
+        return embedder, embedder.tokenizer
+    return model, load_tokenizer(name)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -37,7 +37,14 @@ def show(
         raise typer.BadParameter(f"The picture is written to a file that ends in .svg, got {svg}.")
 
     from slimformer.plan import Plan
-    from slimformer.report import comparison_table, grid_picture, grid_table, plan_page, plan_table
+    from slimformer.report import (
+        comparison_table,
+        grid_picture,
+        grid_table,
+        plan_page,
+        plan_table,
+        repair_table,
+    )
 
     found = Plan.from_pretrained(plan)
     if html is not None:
@@ -51,4 +58,5 @@ def show(
     else:
         grid = grid_table(found)
         measured = [comparison_table(found.measured, "measured")] if found.measured else []
-        print_tables(plan_table(found), *([] if grid is None else [grid]), *measured)
+        repaired = [repair_table(found)] if "repair" in found.provenance else []
+        print_tables(plan_table(found), *([] if grid is None else [grid]), *repaired, *measured)

@@ -3,6 +3,7 @@
 from slimformer.report.elastic import grid_picture, grid_table
 from slimformer.report.elimination import curve_table, predictor_table
 from slimformer.report.page import plan_page
+from slimformer.report.repair import repair_table
 from slimformer.report.routing import router_table
 from slimformer.report.tables import comparison_table, plan_table
 
@@ -14,5 +15,6 @@ __all__ = [
     "plan_page",
     "plan_table",
     "predictor_table",
+    "repair_table",
     "router_table",
 ]

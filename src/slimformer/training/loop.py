@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
@@ -22,7 +24,7 @@ from slimformer.calibration.progress import Stages
 from slimformer.errors import CalibrationError
 
 Precision = Literal["no", "bf16", "fp16"]
-_STATE, _HISTORY = "state", "training.json"
+_STATE, _HISTORY, _BEST = "state", "training.json", "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,26 @@ class TrainingSettings:
             raise CalibrationError(f"precision must be one of no, bf16, fp16, got {self.precision!r}.")
 
 
+@dataclass(frozen=True)
+class EarlyStop:
+    """Training ends once text that it does not read is no longer predicted better, and goes back to its best step.
+
+    Attributes:
+        measure: The figure on that text after so many steps; the lower, the better.
+        every: Steps between measurements.
+        patience: So many measurements in a row that are no better than the best end it.
+    """
+
+    measure: Callable[[int], float]
+    every: int = 25
+    patience: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("every", "patience"):
+            if getattr(self, name) < 1:
+                raise CalibrationError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
+
+
 @dataclass
 class History:
     """What happened, step by step.
@@ -77,10 +99,17 @@ class History:
     Attributes:
         losses: The training loss of every step.
         measured: What `after_step` returned, by step.
+        held_out: What `EarlyStop` measured, by step; `"0"` is before the first.
     """
 
     losses: list[float] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
+    held_out: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> int:
+        """The step after which the held-out figure was lowest, the earliest of equals."""
+        return int(min(self.held_out, key=self.held_out.__getitem__))
 
 
 def fit(
@@ -93,6 +122,7 @@ def fit(
     folder: str | os.PathLike[str] | None = None,
     stages: Stages | None = None,
     after_step: Callable[[int], Any] | None = None,
+    early_stop: EarlyStop | None = None,
 ) -> History:
     """Train `module` in place.
 
@@ -107,6 +137,7 @@ def fit(
         folder: Where checkpoints are kept; the same call resumes from them. None keeps none.
         stages: Where a progress bar is shown.
         after_step: Called with the number of every finished step; what it returns, unless None, goes into the history.
+        early_stop: When to end before the last step. The module is then what it was after its best step.
 
     Raises:
         CalibrationError: If accelerate is not installed, the loss is no finite number, or memory runs out.
@@ -124,12 +155,16 @@ def fit(
     kept = _Checkpoint(folder, {**identity, "processes": accelerator.num_processes}, accelerator)
     history = kept.resume()
     order, done = _Order(len(rows), settings, accelerator), len(history.losses)
+    watch = _Watch(module, early_stop, settings.steps, history, kept, accelerator)
     remaining = range(done, settings.steps)
     module.train()
     try:
         with _InterruptsBetweenSteps() as interrupts:
+            watch.look(0)
             for step in remaining if stages is None else stages.track(remaining, "training"):
                 interrupts.check()
+                if watch.over:
+                    break
                 total = 0.0
                 for part in range(settings.accumulate):
                     batch = rows[order.of(step, part)].to(accelerator.device)
@@ -156,19 +191,33 @@ def fit(
                 measured = None if after_step is None else after_step(step + 1)
                 if measured is not None:
                     history.measured[str(step + 1)] = measured
+                watch.look(step + 1)
                 if (step + 1) % settings.keep_every == 0:
                     kept.write(history)
             interrupts.check()
+            if len(history.losses) > done:
+                kept.write(history)
     except torch.OutOfMemoryError as error:
         raise CalibrationError(
-            f"Memory ran out with {settings.rows} row(s) of {rows.shape[1]} tokens at a time. {kept.place()}Use fewer "
-            "rows with accumulate to make up for them, shorter rows, or a smaller dtype for the model."
+            f"Memory ran out with {settings.rows} row(s) of {rows.shape[-1]} tokens at a time. {kept.place()}"
+            f"{_smaller(settings, rows.shape[-1])}"
         ) from error
     except _Interrupted as interruption:
         kept.write(history)
         raise KeyboardInterrupt from interruption
+    watch.go_back()
     module.eval()
     return history
+
+
+def _smaller(settings: TrainingSettings, tokens: int) -> str:
+    if settings.rows == 1:
+        return f"Try rows of {tokens // 2} tokens, or a smaller dtype for the model."
+    parts = math.ceil(settings.rows / (settings.rows // 2))
+    return (
+        f"Try rows={settings.rows // 2} with accumulate={settings.accumulate * parts}, which trains the same; else "
+        "shorter rows, or a smaller dtype for the model."
+    )
 
 
 def _accelerator(module: nn.Module, settings: TrainingSettings) -> Any:
@@ -225,6 +274,55 @@ class _InterruptsBetweenSteps:
             raise _Interrupted
 
 
+class _Watch:
+    """The figure on held-out text, and the module as it was when that was best."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        early_stop: EarlyStop | None,
+        steps: int,
+        history: History,
+        kept: _Checkpoint,
+        accelerator: Any,
+    ) -> None:
+        self.module, self.early_stop, self.steps, self.history = module, early_stop, steps, history
+        self.kept, self.accelerator = kept, accelerator
+
+    @property
+    def over(self) -> bool:
+        """Whether the last measurements are all no better than the best."""
+        if self.early_stop is None or not self.history.held_out:
+            return False
+        return (
+            sum(int(step) > self.history.best for step in self.history.held_out) >= self.early_stop.patience
+        )
+
+    def look(self, step: int) -> None:
+        """Measure, if it is time to."""
+        found = self.early_stop
+        last = step == self.steps
+        if found is None or (step % found.every and not last) or str(step) in self.history.held_out:
+            return
+        measured = torch.tensor(found.measure(step), device=self.accelerator.device)
+        # One figure for all processes, so that all of them stop.
+        value = float(self.accelerator.reduce(measured, "mean"))
+        if not math.isfinite(value):
+            raise CalibrationError(
+                f"Held-out text gives {value} after step {step}. {self.kept.place()}Try a lower learning rate, or "
+                "precision='no'."
+            )
+        self.history.held_out[str(step)] = value
+        if self.history.best == step:
+            state = self.module.state_dict()
+            self.kept.best = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+    def go_back(self) -> None:
+        """Give the module what it had at the best step."""
+        if self.kept.best is not None:
+            self.module.load_state_dict(self.kept.best)
+
+
 class _Order:
     """Which rows each step reads: an order of all of them for every pass over the text, which the seed decides."""
 
@@ -252,6 +350,7 @@ class _Checkpoint:
         self.folder = None if folder is None else Path(folder)
         self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
         self.accelerator = accelerator
+        self.best: dict[str, Tensor] | None = None
 
     def resume(self) -> History:
         if self.folder is None:
@@ -263,7 +362,9 @@ class _Checkpoint:
         if content.get("identity") != self.identity:
             return History()
         self.accelerator.load_state(str(self.folder / _STATE))
-        return History(content["losses"], content["measured"])
+        if (self.folder / _STATE / _BEST).exists():
+            self.best = safetensors.torch.load_file(self.folder / _STATE / _BEST)
+        return History(content["losses"], content["measured"], content["held_out"])
 
     def write(self, history: History) -> None:
         if self.folder is None or not history.losses:
@@ -274,7 +375,9 @@ class _Checkpoint:
             self.accelerator.save_state(str(new))
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                content = {"identity": self.identity, "losses": history.losses, "measured": history.measured}
+                content = {"identity": self.identity, **dataclasses.asdict(history)}
+                if self.best is not None:
+                    safetensors.torch.save_file(self.best, new / _BEST)
                 (new / _HISTORY).write_text(json.dumps(content), encoding="utf-8")
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(new, old)

@@ -1,0 +1,353 @@
+"""Repair: the dense model teaches its slimmed self, and nothing of the user's checkpoint changes."""
+
+from __future__ import annotations
+
+import copy
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Normalize, Pooling, Transformer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import slimformer
+from slimformer import EarlyExit, LayerDrop, MixtureOfDepths, Plan, TempScale, TokenElimination
+from slimformer.anatomy import find_anatomy
+from slimformer.calibration.replay import Fitted, saved_weights
+from slimformer.errors import CalibrationError, DataError, PlanError
+from slimformer.methods.weight_delta import WeightDelta
+from slimformer.training.distillation import Distillation
+from slimformer.training.loop import TrainingSettings
+from slimformer.training.rounds import in_rounds
+from slimformer.training.trained_weights import TrainedWeights
+from test_training import TEXTS
+from tiny_checkpoints import tiny_tokenizer
+from tiny_models import DECODERS, tiny_model
+
+SHORT = TrainingSettings(steps=3, rows=2, learning_rate=3e-3)
+LONG = TrainingSettings(steps=40, rows=4, learning_rate=3e-3)
+GENERATOR = torch.Generator().manual_seed(1)
+IDS = torch.randint(3, 60, (2, 70), generator=GENERATOR)
+
+
+def strong(name: str, **overrides: object) -> PreTrainedModel:
+    """Weights large enough that every sublayer matters."""
+    return tiny_model(
+        name,
+        **{"initializer_range": 0.3, "max_position_embeddings": 256, "num_hidden_layers": 5, **overrides},
+    )
+
+
+def filters(*sublayers: tuple[Any, int], taps: int = 2, hidden: int = 32) -> LayerDrop:
+    """A drop whose filters are small random ones."""
+    fitted = {
+        (kind, layer): Fitted(
+            torch.randn(hidden, generator=GENERATOR) / 100,
+            torch.randn(hidden, hidden * (taps if kind == "attention" else 1), generator=GENERATOR) / 100,
+            taps,
+            True,
+        )
+        for kind, layer in sublayers
+    }
+    lists = {kind: [layer for k, layer in sublayers if k == kind] for kind in ("attention", "mlp")}
+    return LayerDrop(**lists, replace="filter", taps=taps, weights=saved_weights(fitted))
+
+
+def routed(**layers: list[int]) -> MixtureOfDepths:
+    weights = {}
+    for kind, of in layers.items():
+        for layer in of:
+            weights[f"{kind}.{layer}.weight"] = torch.randn(32, generator=GENERATOR)
+            weights[f"{kind}.{layer}.bias"] = torch.zeros(1)
+    return MixtureOfDepths(**layers, weights=weights)
+
+
+def repaired(model: Any, plan: Plan, settings: TrainingSettings = SHORT, **options: Any) -> Plan:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 256
+    given: dict[str, Any] = {"data": TEXTS, "length": 48, "every": 10, "rank": 4, **options}
+    return slimformer.repair(model, plan, tokenizer, settings=settings, **given)
+
+
+def output(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(ids)[0]
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gemma2", "olmo2", "gpt2", "gpt_neox", "mixtral", "bert", "distilbert", "mpnet", "modernbert"],
+)
+def test_the_model_is_left_bit_for_bit_and_the_plan_gives_the_same_outputs_anywhere(
+    name: str, tmp_path: Path
+) -> None:
+    model = tiny_model(name)
+    keys, state, dense = set(vars(model)), copy.deepcopy(model.state_dict()), output(model)
+    plan = repaired(model, Plan([LayerDrop(attention=[1], mlp=[2])]))
+    assert isinstance(plan.methods[-1], WeightDelta)
+    assert set(vars(model)) == keys
+    assert all(p.requires_grad for p in model.parameters())
+    slim = output(slimformer.patch(model, plan))
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert list(model.state_dict()) == list(state)
+    slimformer.unpatch(model)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert torch.equal(output(model), dense)
+    plan.save_pretrained(tmp_path)
+    fresh = slimformer.patch(tiny_model(name), Plan.from_pretrained(tmp_path))
+    assert torch.equal(output(fresh), slim)
+
+
+@pytest.mark.parametrize(
+    ("name", "methods", "options"),
+    [
+        ("llama", [filters(("attention", 1), ("attention", 3), ("mlp", 2))], {}),
+        ("llama", [filters(("attention", 1), ("attention", 3))], {"what": ["added"]}),
+        ("llama", [EarlyExit(3)], {"near": None}),
+        ("llama", [routed(attention=[1, 2], mlp=[3])], {}),
+        ("llama", [LayerDrop(attention=[1]), routed(mlp=[2]), EarlyExit(4)], {"hidden": 0.5}),
+        ("llama", [TempScale(tau=0.5)], {}),
+        ("qwen3", [LayerDrop(block=[2]), TempScale(tau=0.9)], {"what": ["lora"]}),
+        ("bert", [EarlyExit(3)], {"near": None}),
+        (
+            "bert",
+            [EarlyExit(3, {"head.weight": torch.zeros(32, 32), "head.bias": torch.zeros(32)})],
+            {"what": ["added"]},
+        ),
+        ("modernbert", [LayerDrop(attention=[1, 3])], {"what": ["norms", "lora"]}),
+    ],
+)
+def test_every_kind_of_plan_comes_nearer_to_dense(
+    name: str, methods: list[Any], options: dict[str, Any]
+) -> None:
+    plan = repaired(strong(name), Plan(methods), LONG, **options)
+    measured = plan.measured["repair"]
+    assert measured["divergence_after"] < measured["divergence_before"]
+    best = plan.provenance["repair"][0]["best"]
+    # What was trained beside the model is what stands in the plan, up to the rounding of its factors.
+    assert measured["divergence_after"] == pytest.approx(
+        plan.provenance["repair"][0]["held_out"][str(best)], rel=2e-2
+    )
+
+
+def test_tokens_leave_in_training_as_they_do_in_inference() -> None:
+    model = strong("llama")
+    plan = Plan([TokenElimination({2: 0.5}, window=8, least=32)])
+    anatomy = find_anatomy(model)
+    with slimformer.patched(model, plan):
+        expected = anatomy.stack(IDS, use_cache=False).last_hidden_state
+        with torch.no_grad():
+            inferred = anatomy.stack(IDS, use_cache=False).last_hidden_state
+        weights = TrainedWeights(anatomy, plan, ["norms"], None, 1)
+        student = Distillation(model, plan, weights).student(weights.tensors(), IDS, None)
+        student.output.sum().backward()
+    assert not torch.allclose(expected, inferred)
+    torch.testing.assert_close(student.output, inferred[:, -8:])
+    assert all(bool(p.grad.abs().sum() > 0) for p in weights.parameters() if p.grad is not None)
+    after = repaired(model, plan, LONG, length=128, near=None).measured["repair"]
+    assert after["divergence_after"] <= after["divergence_before"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_the_teacher_is_the_unpatched_model_bit_for_bit(name: str) -> None:
+    model = strong(name)
+    anatomy = find_anatomy(model)
+    plan = Plan([LayerDrop(attention=[1], mlp=[2]), WeightDelta(_some_delta(anatomy.layers[0]))])
+    with torch.no_grad():
+        dense = anatomy.stack(input_ids=IDS).last_hidden_state
+    with slimformer.patched(model, plan):
+        weights = TrainedWeights(anatomy, plan, ["norms", "lora"], None, 2)
+        lesson = Distillation(model, plan, weights)
+        for parameter in weights.parameters():
+            nn.init.normal_(parameter)
+        slim = lesson.student(weights.tensors(), IDS, None).output
+        taught = lesson.teacher(IDS, None).output
+        again = lesson.student(weights.tensors(), IDS, None).output
+        weights.adapters.take_out()
+    if name == "bert":
+        dense = dense.mean(1)
+        torch.testing.assert_close(taught, dense)
+    else:
+        assert torch.equal(taught, dense)
+        assert not torch.allclose(slim, dense, atol=1e-2)
+    assert torch.equal(slim, again)
+
+
+def _some_delta(layer: nn.Module) -> dict[str, Tensor]:
+    name = next(name for name, parameter in layer.named_parameters() if parameter.dim() == 1)
+    return {f"0.{name}.added": torch.full_like(layer.get_parameter(name), 0.1)}
+
+
+def test_what_is_trained_is_what_was_asked_for() -> None:
+    model = strong("llama")
+    plan = Plan([filters(("attention", 2))])
+    added = repaired(model, plan, what=["added"])
+    assert [type(method) for method in added.methods] == [LayerDrop]
+    assert not torch.equal(
+        added.methods[0].tensors()["attention.2.weight"], plan.methods[0].tensors()["attention.2.weight"]
+    )
+    norms, lora = (repaired(model, plan, what=[what], near=1).methods for what in ("norms", "lora"))
+    assert all(
+        torch.equal(norms[0].tensors()[name], tensor) for name, tensor in plan.methods[0].tensors().items()
+    )
+    # The norm in front of the filter is read by it, but the attention behind it does not run.
+    assert set(norms[1].parameters) == {
+        "1.input_layernorm.weight",
+        "1.post_attention_layernorm.weight",
+        "2.post_attention_layernorm.weight",
+        "3.input_layernorm.weight",
+        "3.post_attention_layernorm.weight",
+    }
+    assert {name.partition(".")[0] for name in lora[1].parameters} == {"1", "2", "3"}
+    assert "2.self_attn.q_proj.weight" not in lora[1].parameters
+    assert lora[1].tensors()["1.mlp.up_proj.weight.left"].shape == (48, 4)
+
+
+def test_rounds_drop_more_and_more_and_end_with_the_plan() -> None:
+    steps = [{"kind": "attention", "layer": layer, "divergence": 0.1} for layer in (3, 1, 2)]
+    plan = Plan([filters(("attention", 1), ("attention", 2), ("attention", 3))], provenance={"steps": steps})
+    first, second = in_rounds(plan, 2)
+    assert first.dropped("attention") == (1, 3)
+    assert set(first.tensors()) == {f"0.attention.{n}.{part}" for n in (1, 3) for part in ("weight", "bias")}
+    assert second.to_dict() == plan.to_dict()
+    with pytest.raises(CalibrationError, match="from 1 to the number of removals, 3, got 4"):
+        in_rounds(plan, 4)
+    done = repaired(strong("llama"), plan, LONG, rounds=3)
+    curves = done.provenance["repair"]
+    assert [curve["dropped"] for curve in curves] == [1, 2, 3]
+    assert done.dropped("attention") == (1, 2, 3)
+    assert [type(method) for method in done.methods] == [LayerDrop, WeightDelta]
+    # Three adapters of rank 4, one behind the other.
+    assert done.methods[1].tensors()["1.mlp.up_proj.weight.left"].shape == (48, 12)
+    assert done.measured["repair"]["divergence_after"] < curves[-1]["held_out"]["0"]
+
+
+def test_a_repaired_plan_can_be_repaired_further() -> None:
+    model = strong("llama")
+    once = repaired(model, Plan([LayerDrop(attention=[1, 3])]), LONG)
+    twice = repaired(model, once, LONG)
+    assert [type(method) for method in twice.methods] == [LayerDrop, WeightDelta]
+    assert len(twice.provenance["repair"]) == 2
+    assert twice.measured["repair"]["divergence_after"] <= once.measured["repair"]["divergence_after"]
+    slim = output(slimformer.patch(model, once))
+    assert not torch.equal(output(slimformer.patch(model, twice)), slim)
+    assert torch.equal(output(slimformer.patch(model, once)), slim)
+
+
+def test_an_interrupted_repair_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = strong("llama"), Plan([LayerDrop(attention=[1, 3])])
+    settings = TrainingSettings(steps=8, rows=2, keep_every=100)
+    whole = repaired(model, plan, settings, rounds=2, every=2)
+    keys, calls, own = set(vars(model)), 0, Distillation.loss
+
+    def pressed(self: Distillation, module: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 11:
+            signal.raise_signal(signal.SIGINT)
+        return own(self, module, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Distillation, "loss", pressed)
+        repaired(model, plan, settings, rounds=2, every=2, checkpoint=tmp_path)
+    assert set(vars(model)) == keys
+    assert slimformer.status(model) == {}
+    again = repaired(model, plan, settings, rounds=2, every=2, checkpoint=tmp_path)
+    assert again.provenance["repair"] == whole.provenance["repair"]
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor)
+
+
+def test_a_sentence_transformer_is_repaired_with_its_own_pooling(tmp_path: Path) -> None:
+    strong("bert").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    transformer = Transformer(str(tmp_path), max_seq_length=48)
+    model = SentenceTransformer(
+        modules=[transformer, Pooling(32, pooling_mode="cls"), Normalize()], device="cpu"
+    )
+    dense = model.encode(TEXTS[:4])
+    plan = repaired(model, Plan([LayerDrop(block=[2])]), LONG)
+    assert (model.encode(TEXTS[:4]) == dense).all()
+    after = (slimformer.patch(model, plan).encode(TEXTS[:4]) * dense).sum(1)
+    before = (slimformer.patch(model, LayerDrop(block=[2])).encode(TEXTS[:4]) * dense).sum(1)
+    assert after.mean() > before.mean()
+
+
+def test_mixed_precision_and_a_bfloat16_model() -> None:
+    plan = Plan([filters(("attention", 1), ("mlp", 2))])
+    settings = TrainingSettings(steps=20, rows=4, learning_rate=3e-3, precision="bf16")
+    for model in (strong("llama"), strong("llama").bfloat16()):
+        found = repaired(model, plan, settings).measured["repair"]
+        assert found["divergence_after"] < found["divergence_before"]
+
+
+def test_plans_and_arguments_that_leave_nothing_to_repair_are_refused() -> None:
+    model = strong("llama")
+    drop = Plan([LayerDrop(attention=[1])])
+    with pytest.raises(CalibrationError, match="nothing to train of added"):
+        repaired(model, drop, what=["added"])
+    with pytest.raises(CalibrationError, match="give a greater length"):
+        repaired(model, Plan([TokenElimination({2: 0.5})]))
+    everything = MixtureOfDepths.keeping_everything(32, mlp=[1])
+    with pytest.raises(CalibrationError, match="nothing to repair"):
+        repaired(model, Plan([everything]))
+    with pytest.raises(CalibrationError, match="what takes some of added, norms, lora"):
+        repaired(model, drop, what=["weights"])
+    for name, value in (("rank", 0), ("near", -1), ("hidden", -1.0), ("rounds", 2), ("patience", 0)):
+        with pytest.raises(CalibrationError, match=name):
+            repaired(model, drop, **{name: value})
+    with pytest.raises(CalibrationError, match="lets tokens leave"):
+        repaired(model, Plan([TokenElimination({2: 0.5}, least=16, window=4)]), hidden=1.0)
+    with pytest.raises(PlanError, match="5 layers"):
+        repaired(model, Plan([LayerDrop(attention=[9])]))
+    with pytest.raises(DataError, match="Give more text"):
+        repaired(model, drop, data=["short"])
+    with pytest.raises(DataError, match="Give more texts"):
+        repaired(strong("bert"), drop, data=["short"], hold_out=False)
+    with slimformer.patched(model, drop), pytest.raises(CalibrationError, match="Call unpatch first"):
+        repaired(model, drop)
+    assert slimformer.status(model) == {}
+
+
+def test_a_quantised_base_is_refused() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = strong("llama")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(CalibrationError, match="is quantised"):
+        repaired(model, Plan([LayerDrop(attention=[1])]))
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    model, plan = strong("llama"), Plan([LayerDrop(attention=[1])])
+    wild = TrainingSettings(steps=30, rows=2, learning_rate=1e30, clip=1e9, keep_every=1)
+    with pytest.raises(CalibrationError, match=r"The last good checkpoint is in .*round-1"):
+        repaired(model, plan, wild, checkpoint=tmp_path)
+    assert slimformer.status(model) == {}
+    assert (tmp_path / "round-1" / "state" / "training.json").exists()
+
+
+def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    model, plan = strong("llama"), Plan([LayerDrop(attention=[1])])
+    with pytest.raises(CalibrationError, match=r"slimformer\[training\]"):
+        repaired(model, plan)
+    assert repaired(model, plan, what=["norms"]).methods[-1].parameters
+
+
+def test_every_decoder_structure_has_linear_layers_to_train() -> None:
+    for name in DECODERS:
+        model = tiny_model(name)
+        anatomy = find_anatomy(model)
+        plan = Plan([LayerDrop(attention=[1])])
+        with slimformer.patched(model, plan):
+            weights = TrainedWeights(anatomy, plan, ["lora"], None, 2)
+            layers = {place.name.partition(".")[0] for place in weights.adapters.places}
+            weights.adapters.take_out()
+        # Mixtral's experts are no linear layers.
+        assert layers == ({"0", "2", "3"} if name == "mixtral" else {"0", "1", "2", "3"})
