@@ -5,6 +5,7 @@ from slimformer.report.elimination import curve_table, predictor_table
 from slimformer.report.page import plan_page
 from slimformer.report.routing import router_table
 from slimformer.report.tables import comparison_table, plan_table
+from slimformer.report.temperature import temperature_table
 
 __all__ = [
     "comparison_table",
@@ -15,4 +16,5 @@ __all__ = [
     "plan_table",
     "predictor_table",
     "router_table",
+    "temperature_table",
 ]

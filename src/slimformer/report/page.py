@@ -17,6 +17,7 @@ from slimformer.report.elimination import curve_section
 from slimformer.report.routing import arank_section
 from slimformer.report.summary import NAMES, Summary, comparison, figure
 from slimformer.report.tables import caption
+from slimformer.report.temperature import temperature_section
 
 
 def plan_page(plan: Plan) -> str:
@@ -46,6 +47,7 @@ def plan_page(plan: Plan) -> str:
         elastic_section(plan),
         curve_section(plan),
         arank_section(plan),
+        temperature_section(plan),
         _similarity_section(summary) if summary.count else "",
         _steps_section(summary) if summary.count else "",
         _measured_section(plan),
@@ -159,7 +161,7 @@ def _provenance_section(plan: Plan, summary: Summary) -> str:
     shown = {
         name: value
         for name, value in plan.provenance.items()
-        if name not in ("similarity", "steps", "divergence_name", "elastic")
+        if name not in ("similarity", "steps", "divergence_name", "elastic", "temperature")
     }
     rows = [["Left in place", summary.replacement]]
     for kind, layers in summary.dropped.items():
