@@ -24,7 +24,7 @@ from slimformer.anatomy import (
 )
 from slimformer.attention_transforms import Attentions, AttentionTransform, transformed_by
 from slimformer.cache import compact_slots
-from slimformer.errors import PlanError
+from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.executor import LayerExecutor, TokenPolicy
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
@@ -128,8 +128,9 @@ def status(model: Any) -> dict[int, dict[Kind, str]]:
         for index, executor in sorted(current.executors.items())
     }
     for index, note in current.notes.items():
-        if found[index]["attention"] != "dropped":
-            found[index]["attention"] += f", {note}"
+        rows = found.setdefault(index, dict.fromkeys(KINDS, "all rows"))
+        if rows["attention"] != "dropped":
+            rows["attention"] += f", {note}"
     return found
 
 
@@ -194,6 +195,11 @@ def _apply(model: nn.Module, methods: tuple[Method, ...]) -> None:
             core = attention_core(layer, anatomy.structure)
             if getattr(core, "layer_idx", slot) != slot:
                 ledger.set(core, "layer_idx", slot)
+        if not executors and not patch.notes:
+            raise UnsupportedModelError(
+                f"Nothing was asked for that changes {type(anatomy.stack).__name__}: its sublayers cannot be computed "
+                "apart. TempScale and LogNScale apply to it."
+            )
     except BaseException:
         ledger.undo()
         raise
