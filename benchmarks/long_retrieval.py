@@ -270,6 +270,23 @@ def encoder(content: dict[str, Any]) -> str:
     return _table(content, "")
 
 
+@table("long_retrieval_summary", source="long_retrieval")
+def encoder_summary(content: dict[str, Any]) -> str:
+    """One row per way: the mean over all lengths beyond what the model has positions for, and QMSum."""
+    beyond = [tokens for (tokens,) in tables.points(content, "tokens", where=lambda at: at["tokens"] > 512)]
+    names = list(dict.fromkeys(measurement["candidate"] for measurement in content["measurements"]))
+    columns = []
+    for task in ("passkey", "needle", "qmsum"):
+        column: list[float | None] = []
+        for name in names:
+            found = [tables.find(content, name, task=task, tokens=tokens) for tokens in beyond]
+            values = [next(iter(one["values"].values())) for one in found if one is not None]
+            column.append(sum(values) / len(values) if values else None)
+        columns.append(tables.best_in_bold(column, 2, max))
+    head = ["Read", "passkey, Acc@1", "needle, Acc@1", "QMSum, nDCG@10"]
+    return tables.markdown(head, [[name, *cells] for name, *cells in zip(names, *columns, strict=True)])
+
+
 @table("long_retrieval_mean", source="long_retrieval_decoder")
 def decoder_mean(content: dict[str, Any]) -> str:
     """The same of a decoder's mean."""

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import slimformer
+from real_models import minilm
 from slimformer import LayerDrop, Plan, SelfExtend, TempScale
-from slimformer.errors import DataError, PlanError, UnsupportedModelError
+from slimformer.errors import CalibrationError, DataError, PlanError, UnsupportedModelError
 from slimformer.methods.absolute_positions import GroupedPositions, PositionInterpolation, RecurrentPositions
-from slimformer.methods.context_windows import embed_in_windows, windows
+from slimformer.methods.context_windows import embed_in_windows, encode_in_windows, windows
 from slow_rows import arguments, error, one_thread, outputs, small  # noqa: F401
 
 MODELS = ["bert", "roberta", "mpnet", "distilbert"]
@@ -201,3 +203,27 @@ def test_a_long_text_is_the_normalised_mean_of_its_windows() -> None:
         embed_in_windows([long, short], 16, lambda pieces: torch.zeros(3, 8))
     with pytest.raises(DataError, match="no texts"):
         embed_in_windows([], 16, embed)
+
+
+def test_a_pipeline_reads_long_texts_window_by_window() -> None:
+    model = SentenceTransformer(str(minilm()), device="cpu")
+    model.max_seq_length = 32
+    words = [f"word{number % 7} of a long text" for number in range(30)]
+    long, short = " ".join(words), "a short text"
+    got = encode_in_windows(model, [long, short], batch_size=2)
+    torch.testing.assert_close(got[1], torch.tensor(model.encode(short)), atol=1e-5, rtol=0)
+    # The same windows by hand: [CLS] and [SEP] around each thirty tokens.
+    tokens = model.tokenizer(long, add_special_tokens=False)["input_ids"]
+    pieces = [tokens[start : start + 30] for start in range(0, len(tokens) - 30, 30)] + [tokens[-30:]]
+    ids = torch.tensor([[101, *piece, 102] for piece in pieces])
+    with torch.no_grad():
+        each = model({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["sentence_embedding"]
+    torch.testing.assert_close(got[0], nn.functional.normalize(each.mean(0), dim=0), atol=1e-5, rtol=0)
+    prompted = encode_in_windows(model, [short], prompt="query: ")
+    torch.testing.assert_close(
+        prompted[0], torch.tensor(model.encode(short, prompt="query: ")), atol=1e-5, rtol=0
+    )
+    with pytest.raises(DataError, match=r"length=2\) has no room for text besides 2 special tokens"):
+        encode_in_windows(model, [long], 2)
+    with pytest.raises(CalibrationError, match="takes a SentenceTransformer, got BertModel"):
+        encode_in_windows(small("bert"), [long])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForTextEncoding, DynamicCache, PreTrainedModel, T5Config
 
 import slimformer
 import slow_rows
@@ -267,3 +267,55 @@ def test_an_attention_that_would_ignore_it_is_refused(method: Any) -> None:
 def test_models_whose_layers_all_see_a_window_take_no_log_n_scaling() -> None:
     with pytest.raises(UnsupportedModelError, match="sliding window"):
         slimformer.patch(small("mistral", sliding_window=8), LogNScale(6))
+
+
+def t5(attention: str) -> PreTrainedModel:
+    """T5's encoder with a score bias that counts."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=64, d_model=32, d_ff=48, num_layers=3, num_heads=4, d_kv=8, dropout_rate=0.0)
+    model = AutoModelForTextEncoding.from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for layer in model.encoder.block:
+            layer.layer[0].SelfAttention.q.weight.mul_(6)
+        model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_()
+    return model
+
+
+def t5_divided(model: PreTrainedModel, by: float) -> None:
+    """Divide all scores by `by`, in the weights that they are made of."""
+    with torch.no_grad():
+        model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.div_(by)
+        for layer in model.encoder.block:
+            layer.layer[0].SelfAttention.q.weight.div_(by)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("method", "by"), [(TempScale(0.6), 0.6), (LogNScale(6), math.log(6) / math.log(24))]
+)
+def test_t5_divides_its_bias_too(method: Any, by: float, attention: str, layout: str) -> None:
+    model = t5(attention)
+    given = batch("bert", layout) if isinstance(method, TempScale) else arguments("bert", [(0, 24), (0, 24)])
+    given = {name: given[name] for name in ("input_ids", "attention_mask")}
+    dense = outputs(model, given)
+    keys = [set(vars(m)) for m in model.modules()]
+    with slimformer.patched(model, method):
+        actual = outputs(model, given)
+        assert slimformer.status(model)[2] == {"attention": f"all rows, {method!r}", "mlp": "all rows"}
+    assert torch.equal(outputs(model, given), dense)
+    assert [set(vars(m)) for m in model.modules()] == keys
+    t5_divided(model, by)
+    assert error(actual, outputs(model, given), given["attention_mask"]) <= CLOSE
+    assert error(actual, dense, given["attention_mask"]) > 1e-2
+
+
+def test_what_t5_cannot_take_is_refused_by_name() -> None:
+    model = t5("sdpa")
+    with pytest.raises(PlanError, match=r"sublayers of T5Block .* cannot be computed apart"):
+        slimformer.patch(model, LayerDrop(attention=[1]))
+    with pytest.raises(UnsupportedModelError, match="Nothing was asked for that changes T5Stack"):
+        slimformer.patch(model)
+    with pytest.raises(UnsupportedModelError, match="T5Stack has no rotary_emb"):
+        slimformer.patch(model, slimformer.SelfExtend(2, 4))
+    assert not slimformer.status(model)

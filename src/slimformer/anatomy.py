@@ -55,12 +55,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class Structure:
-    """One row of the structure table: how the layers of some families are built."""
+    """One row of the structure table: how the layers of some families are built.
+
+    With `apart` False the sublayers of a layer hand each other more than the residual, so that none can be computed
+    for chosen rows: attention transforms apply, token policies do not.
+    """
 
     name: str
     attention: Parts
     mlp: Parts
     parallel: bool = False
+    apart: bool = True
     examples: str = ""
 
     def parts(self, kind: Kind) -> Parts:
@@ -137,6 +142,13 @@ STRUCTURES: tuple[Structure, ...] = (
         Parts("mlp", norm_before="mlp_norm"),
         examples="ModernBERT",
     ),
+    Structure(
+        "pre-norm with a position bias",
+        Parts("layer.0"),
+        Parts("layer.1"),
+        apart=False,
+        examples="T5's encoder",
+    ),
 )
 
 
@@ -171,8 +183,8 @@ class Anatomy:
 
 def attention_core(layer: nn.Module, structure: Structure) -> nn.Module:
     """The module of a layer that calls the attention function and knows its `layer_idx`."""
-    module = getattr(layer, structure.attention.module)
-    for inner in ("self", "attn"):
+    module = layer.get_submodule(structure.attention.module)
+    for inner in ("self", "attn", "SelfAttention"):
         if isinstance(getattr(module, inner, None), nn.Module):
             return getattr(module, inner)
     return module
@@ -184,6 +196,9 @@ def match_structure(layer: nn.Module) -> Structure | None:
     An extra child means something the row does not describe, so it must not match.
     """
     children = {name for name, _ in layer.named_children()}
+    if children == {"layer"}:
+        # T5 keeps its sublayers in a list.
+        children = {f"layer.{name}" for name, _ in layer.get_submodule("layer").named_children()}
     for structure in STRUCTURES:
         if structure.attention.children() | structure.mlp.children() == children:
             return structure
@@ -274,13 +289,14 @@ def check_structure(anatomy: Anatomy, call: tuple[Tensor, dict[str, Any]] | None
 
     Args:
         anatomy: The model's.
-        call: Input and arguments of the first layer, from `first_layer_call`; None skips the check.
+        call: Input and arguments of the first layer, from `first_layer_call`; None skips the check, as does a
+            structure whose sublayers are never computed apart.
         run: What is to be compared.
 
     Raises:
         UnsupportedModelError: If the two outputs differ by more than rounding.
     """
-    if call is None:
+    if call is None or not anatomy.structure.apart:
         return
     hidden, kwargs = call
     checked: set[type] = set()

@@ -157,7 +157,7 @@ def transformed_attention(
         value: The same.
         attention_mask: Made for the model's own function.
         scaling: Factor on the products of queries and keys.
-        kwargs: What else the model's own function takes.
+        kwargs: What else the model's own function takes; a `position_bias` counts as part of the scores.
 
     Returns:
         `[batch, queries, heads, head_dim]`, and attention weights where the model's own function gives any.
@@ -173,6 +173,14 @@ def transformed_attention(
     if extension is not None:
         output = _extended(extension, scores, query, key, value, texts, scale, kwargs)
         return output.view(batch, tokens, heads, -1), None
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        bias = (
+            bias * scores.scale
+            if factors is None
+            else bias * scores.scale * factors.view(batch, 1, tokens, 1)
+        )
+        kwargs["position_bias"] = bias.to(query.dtype)
     function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
         scores.implementation, own_eager_attention(module)
     )

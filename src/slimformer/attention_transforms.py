@@ -112,7 +112,8 @@ class Attentions:
         """
         core: Any = self.core(index)
         kind = type(core)
-        if hasattr(core, "scaling"):
+        # A score bias is added behind `scaling`, and is divided too.
+        if hasattr(core, "scaling") and "position_bias" not in positional_names(core):
             if kind not in self._heeds_scaling:
                 self._heeds_scaling[kind] = self._differs(
                     core, lambda probe, to: to.set(core, "scaling", probe)
@@ -191,6 +192,9 @@ class Attentions:
         if self.call is None or device is None or device.type == "meta":
             return None
         hidden, kwargs = self.call[0].to(device), for_attention(self.call[1])
+        if "mask" in positional_names(core):
+            # T5's name for it.
+            kwargs["mask"] = kwargs.pop("attention_mask", None)
         return hidden, {name: _on(value, device) for name, value in kwargs.items()}
 
     def _differs(self, core: nn.Module, change: Callable[[float, Ledger], None]) -> bool:

@@ -132,6 +132,11 @@ class LayerExecutor:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.structure.apart:
+            raise PlanError(
+                f"The sublayers of {type(self.layer).__name__} ({self.structure.examples}) cannot be computed apart: "
+                "none can be dropped and no token left out. TempScale and LogNScale apply to this model."
+            )
         self.names = positional_names(self.layer)[1:]
         self.parallel = self.structure.is_parallel(self.layer)
         # MPNet's encoder indexes the layer's output; every other stack takes the tensor.

@@ -24,7 +24,7 @@ from slimformer.anatomy import (
 )
 from slimformer.attention_transforms import Attentions, AttentionTransform, transformed_by
 from slimformer.cache import compact_slots
-from slimformer.errors import PlanError
+from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.executor import LayerExecutor, TokenPolicy
 from slimformer.integrations.sentence_transformers import faster_pipeline
 from slimformer.ledger import Ledger
@@ -137,8 +137,9 @@ def status(model: Any) -> dict[int, dict[Kind, str]]:
         for index, executor in sorted(current.executors.items())
     }
     for index, note in current.notes.items():
-        if found[index]["attention"] != "dropped":
-            found[index]["attention"] += f", {note}"
+        rows = found.setdefault(index, dict.fromkeys(KINDS, "all rows"))
+        if rows["attention"] != "dropped":
+            rows["attention"] += f", {note}"
     return found
 
 
@@ -206,6 +207,11 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
             if getattr(core, "layer_idx", slot) != slot:
                 ledger.set(core, "layer_idx", slot)
         faster_pipeline(pipeline, model, ledger)
+        if not executors and not patch.notes:
+            raise UnsupportedModelError(
+                f"Nothing was asked for that changes {type(anatomy.stack).__name__}: its sublayers cannot be computed "
+                "apart. TempScale and LogNScale apply to it."
+            )
     except BaseException:
         ledger.undo()
         raise

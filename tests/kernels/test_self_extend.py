@@ -339,6 +339,13 @@ def test_operator_changes_nothing(device, interpreted):
     # The interpreter cannot run on fake tensors, which the other checks need.
     tests = {"test_utils": ("test_schema",)} if interpreted else {}
     torch.library.opcheck(self_extend_op.registered, order(given), **tests)
+    torch.library.opcheck(self_extend_decode_op.registered, decode_order(given), **tests)
+
+
+def test_turns_may_be_kept_for_more_places_than_there_are_keys():
+    given = arguments(setting("left", "some", 4, 2, 8, 29), "odd", True)
+    turns = far_turns(given["inv_freq"], given["group"], 64, False)
+    assert torch.equal(self_extend(**given, turns=turns), self_extend(**given))
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -349,6 +356,7 @@ def test_operator_changes_nothing(device, interpreted):
     ({"trained": -1}, "trained must not be negative"),
     ({"inv_freq": torch.zeros(9)}, r"inv_freq does not fit query.*\(9,\)"),
     ({"inv_freq": torch.zeros(2).int()}, "inv_freq must hold floating"),
+    ({"turns": (torch.zeros(28, 8), torch.zeros(28, 8))}, r"cos of turns does not fit.*\(28, 8\).*at least 29 places"),
     ({"positions": torch.zeros(2).long()}, "positions has the wrong shape"),
     ({"key": torch.zeros(3, 29, 3, 8)}, "value has the wrong shape"),
 ])  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from slimformer.cli import options
-from slimformer.cli.embeddings import calibrate_exits
+from slimformer.cli.embeddings import calibrate_exits, sweep_temperatures
 from slimformer.cli.output import check_output, note, print_json, print_tables
 from slimformer.cli.partial import partial_results
 
@@ -23,6 +23,7 @@ class Method(str, Enum):
     elastic = "elastic"
     elimination = "elimination"
     arank = "arank"
+    temperature = "temperature"
 
 
 class Selection(str, Enum):
@@ -66,7 +67,8 @@ def calibrate(
             help="drop: which sublayers can go. elimination: from which layer on which fraction of a long prompt's "
             "tokens can go, within --max-divergence. arank: which layers can be routed, --drop of them. elastic: for "
             "embedding models, the quality of every early exit at every width on --data, which may also be a folder in "
-            "BEIR's layout or a .tsv file of pairs."
+            "BEIR's layout or a .tsv file of pairs. temperature: for embedding models, which temperature is best on "
+            "the same --data, or, for text without labels, keeps embeddings of long texts apart."
         ),
     ] = Method.drop,
     data: options.Data = None,
@@ -125,10 +127,12 @@ def calibrate(
     """Choose what MODEL need not compute and write the plan to the output folder.
 
     Interrupted with Ctrl-C, it keeps what it has measured: the same command goes on from there
-    (--method elastic starts anew).
+    (--method elastic and --method temperature start anew).
     """
     if task is not None and method is not Method.drop:
-        raise typer.BadParameter("--task goes with --method drop; elastic takes the same as --data.")
+        raise typer.BadParameter(
+            "--task goes with --method drop; elastic and temperature take the same as --data."
+        )
     if method is not Method.elastic and (layer is not None or max_loss is not None):
         raise typer.BadParameter("--layer and --max-loss go with --method elastic.")
     if method is Method.elastic:
@@ -142,6 +146,15 @@ def calibrate(
         calibrate_exits(
             model, output, data, text_field, layer, max_loss, head, hold_out, device, dtype.value, as_json
         )
+        return
+    if method is Method.temperature:
+        if drop is not None or max_divergence is not None or speedup is not None:
+            raise typer.BadParameter(
+                "--method temperature takes none of --drop, --max-divergence and --speedup: the best of its sweep is "
+                "the plan."
+            )
+        check_output(output, force)
+        sweep_temperatures(model, output, data, text_field, hold_out, device, dtype.value, as_json)
         return
     if method is Method.drop and drop is None and max_divergence is None and speedup is None:
         raise typer.BadParameter("Say when to stop: give --drop, --max-divergence or --speedup.")

@@ -52,6 +52,33 @@ def calibrate_exits(
         print_tables(*([] if table is None else [table]))
 
 
+def sweep_temperatures(
+    model: str,
+    output: Path,
+    data: str | None,
+    text_field: str,
+    hold_out: bool,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """`slimformer calibrate --method temperature`: the curve, its page, and the plan of the best temperature."""
+    from slimformer.calibration.temperature import calibrate_temperature
+    from slimformer.cli.loading import load_embedder
+    from slimformer.evaluation.embedding_tasks import read_task
+    from slimformer.report import temperature_table
+
+    task = read_task(data, text_field=text_field)
+    plan = calibrate_temperature(load_embedder(model, device, dtype), task, hold_out=hold_out, progress=True)
+    plan.save_pretrained(output)
+    note(f"The plan is in {output}. slimformer show {output} --html plan.html draws the curve.")
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        table = temperature_table(plan)
+        print_tables(*([] if table is None else [table]))
+
+
 def measure_task(
     model: str, plan: str, source: str, text_field: str, device: str, dtype: str
 ) -> dict[str, Any]:

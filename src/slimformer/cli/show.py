@@ -44,6 +44,7 @@ def show(
         plan_page,
         plan_table,
         repair_table,
+        temperature_table,
     )
 
     found = Plan.from_pretrained(plan)
@@ -56,7 +57,7 @@ def show(
     if as_json:
         print_json(found.to_dict())
     else:
-        grid = grid_table(found)
+        swept = [table for table in (grid_table(found), temperature_table(found)) if table is not None]
         measured = [comparison_table(found.measured, "measured")] if found.measured else []
         repaired = [repair_table(found)] if "repair" in found.provenance else []
-        print_tables(plan_table(found), *([] if grid is None else [grid]), *repaired, *measured)
+        print_tables(plan_table(found), *swept, *repaired, *measured)

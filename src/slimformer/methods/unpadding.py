@@ -28,7 +28,9 @@ class Unpadding:
     """
 
     def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
-        """All rows that are text, in every layer."""
+        """All rows that are text, in every layer whose sublayers can be computed apart."""
+        if not anatomy.structure.apart:
+            return {}
         plans: dict[tuple[int, Kind], SublayerPlan] = {
             (index, "attention"): SublayerPlan() for index in range(len(anatomy.layers))
         }

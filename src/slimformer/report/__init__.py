@@ -6,6 +6,7 @@ from slimformer.report.page import plan_page
 from slimformer.report.repair import repair_table
 from slimformer.report.routing import router_table
 from slimformer.report.tables import comparison_table, plan_table
+from slimformer.report.temperature import temperature_table
 
 __all__ = [
     "comparison_table",
@@ -17,4 +18,5 @@ __all__ = [
     "predictor_table",
     "repair_table",
     "router_table",
+    "temperature_table",
 ]

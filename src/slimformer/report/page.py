@@ -18,6 +18,7 @@ from slimformer.report.repair import repair_section
 from slimformer.report.routing import arank_section
 from slimformer.report.summary import NAMES, Summary, comparison, figure
 from slimformer.report.tables import caption
+from slimformer.report.temperature import temperature_section
 
 
 def plan_page(plan: Plan) -> str:
@@ -48,6 +49,7 @@ def plan_page(plan: Plan) -> str:
         curve_section(plan),
         arank_section(plan),
         repair_section(plan),
+        temperature_section(plan),
         _similarity_section(summary) if summary.count else "",
         _steps_section(summary) if summary.count else "",
         _measured_section(plan),
@@ -161,7 +163,7 @@ def _provenance_section(plan: Plan, summary: Summary) -> str:
     shown = {
         name: value
         for name, value in plan.provenance.items()
-        if name not in ("similarity", "steps", "divergence_name", "elastic", "repair")
+        if name not in ("similarity", "steps", "divergence_name", "elastic", "repair", "temperature")
     }
     rows = [["Left in place", summary.replacement]]
     for kind, layers in summary.dropped.items():

@@ -79,5 +79,7 @@ def caption(plan: Plan) -> str:
         family, layers = (plan.fingerprint.get(name, "?") for name in ("model_type", "layers"))
         parts.append(f"for a {family} model of {layers} layers")
     if plan.provenance.get("data"):
-        parts.append(f"chosen by {plan.provenance.get('tokens', '?')} tokens of {plan.provenance['data']}")
+        tokens = plan.provenance.get("tokens")
+        read = "" if tokens is None else f"{tokens} tokens of "
+        parts.append(f"chosen by {read}{plan.provenance['data']}")
     return ", ".join(parts)
