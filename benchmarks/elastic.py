@@ -37,7 +37,7 @@ _LINES, _SENTENCES = 1500, 3000
 def run(settings: Settings) -> Iterator[Measurement]:
     """All 225 queries, float32; the heads have seen no query and no judgement."""
     model = embedder(settings)
-    task, elsewhere = _task(settings), _other_texts(settings)
+    task, elsewhere = retrieval_task(settings), _other_texts(settings)
     depth = len(find_anatomy(model).layers)
     widths = settings.pick(WIDTHS, (32, 16))
     yield from _row(model, task, depth, DENSE, widths)
@@ -87,7 +87,12 @@ def lines(settings: Settings, file: str) -> list[str]:
     return [line.strip() for line in found if line.strip() and not line.strip().startswith("=")]
 
 
-def _task(settings: Settings) -> RetrievalTask:
+def retrieval_task(settings: Settings) -> RetrievalTask:
+    """Cranfield; a few lines of a tiny model's own in a smoke run.
+
+    Raises:
+        MissingInput: If there is no `--data`.
+    """
     if settings.data is not None:
         return read_retrieval(settings.data / "cranfield")
     if not settings.smoke:

@@ -32,6 +32,7 @@ MODULES = (
     "elimination_speed",
     "elimination_quality",
     "encoder_elimination",
+    "encoder_narrow",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}

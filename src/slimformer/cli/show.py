@@ -37,7 +37,14 @@ def show(
         raise typer.BadParameter(f"The picture is written to a file that ends in .svg, got {svg}.")
 
     from slimformer.plan import Plan
-    from slimformer.report import comparison_table, grid_picture, grid_table, plan_page, plan_table
+    from slimformer.report import (
+        comparison_table,
+        grid_picture,
+        grid_table,
+        narrow_table,
+        plan_page,
+        plan_table,
+    )
 
     found = Plan.from_pretrained(plan)
     if html is not None:
@@ -49,6 +56,6 @@ def show(
     if as_json:
         print_json(found.to_dict())
     else:
-        grid = grid_table(found)
+        own = [table for table in (grid_table(found), narrow_table(found)) if table is not None]
         measured = [comparison_table(found.measured, "measured")] if found.measured else []
-        print_tables(plan_table(found), *([] if grid is None else [grid]), *measured)
+        print_tables(plan_table(found), *own, *measured)
