@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from transformers import PreTrainedModel
 
 from slimformer.errors import PlanError, SlimformerWarning
@@ -116,7 +121,9 @@ def _plan_on_the_hub(repo_id: str, revision: str | None) -> Plan | None:
         return None
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
         if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, EntryNotFoundError):
-            _logger.info("The Hub could not say whether a plan lies with %s: %s", repo_id, type(error).__name__)
+            _logger.info(
+                "The Hub could not say whether a plan lies with %s: %s", repo_id, type(error).__name__
+            )
         return None
     with contextlib.suppress(EntryNotFoundError):  # a plan without weights has no such file
         hf_hub_download(repo_id, WEIGHTS, revision=revision, etag_timeout=_PATIENCE)

@@ -135,7 +135,7 @@ def calibrate(
     """Choose what MODEL need not compute and write the plan to the output folder.
 
     Interrupted with Ctrl-C, it keeps what it has measured: the same command goes on from there
-    (--method elastic and narrow start anew).
+    (--method narrow starts anew).
     """
     if task is not None and method is not Method.drop:
         raise typer.BadParameter("--task goes with --method drop; elastic takes the same as --data.")

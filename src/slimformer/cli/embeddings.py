@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.cli.output import note, print_json, print_tables
+from slimformer.cli.partial import partial_results
 
 _logger = logging.getLogger("slimformer")
 
@@ -34,16 +35,18 @@ def calibrate_exits(
     from slimformer.report import grid_table
 
     task = read_task(data, text_field=text_field)
-    plan = calibrate_elastic(
-        load_embedder(model, device, dtype),
-        task,
-        layer=layer,
-        max_loss=max_loss,
-        head=head,
-        hold_out=hold_out,
-        progress=True,
-    )
-    plan.save_pretrained(output)
+    with partial_results(output) as partial:
+        plan = calibrate_elastic(
+            load_embedder(model, device, dtype),
+            task,
+            layer=layer,
+            max_loss=max_loss,
+            head=head,
+            hold_out=hold_out,
+            checkpoint=partial,
+            progress=True,
+        )
+        plan.save_pretrained(output)
     note(f"The plan is in {output}. slimformer show {output} --html plan.html draws the grid.")
     if as_json:
         print_json(plan.to_dict())
