@@ -12,7 +12,7 @@ from benchmarks import tables
 from benchmarks.elastic import embedder, retrieval_task
 from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement
-from slimformer.calibration.narrow_mlps import KEEPS, fit_narrow, units_of
+from slimformer.calibration.narrow_mlps import KEEPS, NarrowFit, units_of
 
 UNPATCHED, DENSE = "unpatched", "slimformer.patch(model)"
 _TEXTS, _ROUNDS, BATCH = 128, 5, 32
@@ -32,11 +32,10 @@ def run(settings: Settings) -> Iterator[Measurement]:
         UNPATCHED: partial(slimformer.unpatch, model),
         DENSE: partial(slimformer.patch, model),
     }
+    fitting = NarrowFit(slimformer.unpatch(model), task.texts)
     for keep in settings.pick(KEEPS, KEEPS[:1]):
-        units = units_of(slimformer.unpatch(model), keep)
-        ways[f"{keep:.0%} of the hidden units"] = partial(
-            slimformer.patch, model, fit_narrow(model, task.texts, units)
-        )
+        method = fitting.fit(units_of(model, keep))
+        ways[f"{keep:.0%} of the hidden units"] = partial(slimformer.patch, model, method)
     step = max(1, len(task.texts) // settings.pick(_TEXTS, 8))
     texts = task.texts[::step]
     sorted_, arrival = (_seconds(model, ways, calls, settings.pick(_ROUNDS, 1)) for calls in (

@@ -37,8 +37,8 @@ KEEPS = (1 / 2, 1 / 3, 1 / 4, 1 / 6)
 _TOKENS = 40_000
 # Units that go at once.
 _AT_ONCE = 32
-# Of a text's pieces, which stand for short texts such as queries: shortest and longest, in words.
-_PIECE = (4, 24)
+# Pieces of a text, which stand for short texts such as queries: how many for each whole one, and how long, in words.
+_PIECES, _PIECE = 4, (4, 24)
 
 
 def calibrate_narrow(
@@ -101,9 +101,10 @@ def calibrate_narrow(
             raise CalibrationError(
                 f"The dense {judged.name} is {dense:.4g}, and of that no fraction can be lost. Check the data."
             )
+        fitting = NarrowFit(model, texts, batch_size)
         chosen, curve = None, []
         for part in stages.track(KEEPS if keep is None else (keep,), "widths measured"):
-            method = fit_narrow(model, texts, units_of(model, part), batch_size=batch_size)
+            method = fitting.fit(units_of(model, part))
             with patched(model, method):
                 (score,) = judged.scores(model)
             curve.append({"keep": part, "score": score})
@@ -125,7 +126,6 @@ def calibrate_narrow(
     return Plan([chosen], fingerprint(inner), provenance)
 
 
-@torch.no_grad()
 def fit_narrow(
     model: Any, texts: Sequence[str], units: Mapping[int, int], *, batch_size: int = 32, seed: int = 0
 ) -> NarrowMlp:
@@ -147,40 +147,80 @@ def fit_narrow(
     Example:
         >>> method = fit_narrow(SentenceTransformer("all-MiniLM-L6-v2"), texts, {5: 384})  # doctest: +SKIP
     """
-    check_texts(texts)
-    anatomy = _checked(model)
-    layers: list[Any] = list(anatomy.layers)
-    count = len(layers)
-    for index, number in units.items():
-        width = layers[index].intermediate.dense.out_features if index in range(count) else 0
-        if not 0 <= number < width:
+    return NarrowFit(model, texts, batch_size, seed).fit(units)
+
+
+class NarrowFit:
+    """What fits of several widths on the same texts share; arguments and errors are those of `fit_narrow`."""
+
+    @torch.no_grad()
+    def __init__(self, model: Any, texts: Sequence[str], batch_size: int = 32, seed: int = 0) -> None:
+        check_texts(texts)
+        self.model, self.texts, self.batch_size = model, list(texts), batch_size
+        self.anatomy = _checked(model)
+        self.calls: list[Call] = []
+        self.dense: Tensor | None = None
+        chosen, read, tokens = random.Random(seed), list(texts), 0
+        chosen.shuffle(read)
+        for start in range(0, len(read), batch_size):
+            batch = read[start : start + batch_size]
+            for some in (batch, [_piece(text, chosen) for text in batch for _ in range(_PIECES)]):
+                features = model.preprocess(some) if hasattr(model, "preprocess") else model.tokenize(some)
+                inputs = {name: value for name, value in features.items() if isinstance(value, Tensor)}
+                self.calls.append(record_call(self.anatomy, inputs))
+                tokens += int(inputs["attention_mask"].sum())
+            if tokens >= _TOKENS:
+                break
+
+    @torch.no_grad()
+    def fit(self, units: Mapping[int, int]) -> NarrowMlp:
+        """The method with so many units in each of some layers."""
+        _checked(self.model)
+        layers: list[Any] = list(self.anatomy.layers)
+        count = len(layers)
+        for index, number in units.items():
+            width = layers[index].intermediate.dense.out_features if index in range(count) else 0
+            if not 0 <= number < width:
+                raise CalibrationError(
+                    f"Layer {index} cannot keep {number} hidden units: layers are 0 to {count - 1}"
+                    + (f", and it has {width}, of which fewer are to stay." if width else ".")
+                )
+        with evaluating(transformer_of(self.model)):
+            weights = _fit(self.anatomy, self.calls, units)
+            if count - 1 in units:
+                weights.update(self._head(NarrowMlp(units, weights)))
+        if any(bool(tensor.isnan().any()) for tensor in weights.values()):
             raise CalibrationError(
-                f"Layer {index} cannot keep {number} hidden units: layers are 0 to {count - 1}"
-                + (f", and it has {width}, of which fewer are to stay." if width else ".")
+                "The fitted weights are not numbers: the model computes NaN on these texts. Check the checkpoint, or "
+                "load it in bfloat16 or float32 instead of float16."
             )
-    chosen = random.Random(seed)
-    calls, tokens, read = [], 0, list(texts)
-    chosen.shuffle(read)
-    for start in range(0, len(read), batch_size):
-        batch = read[start : start + batch_size]
-        # Half of the text whole, half in pieces: several pieces of a text for each whole one.
-        for some in (batch, [_piece(text, chosen) for text in batch for _ in range(4)]):
-            features = model.preprocess(some) if hasattr(model, "preprocess") else model.tokenize(some)
-            inputs = {name: value for name, value in features.items() if isinstance(value, Tensor)}
-            calls.append(record_call(anatomy, inputs))
-            tokens += int(inputs["attention_mask"].sum())
-        if tokens >= _TOKENS:
-            break
-    with evaluating(transformer_of(model)):
-        weights = _fit(anatomy, calls, units)
-        if count - 1 in units:
-            weights.update(_fit_head(model, texts, NarrowMlp(units, weights), batch_size))
-    if any(bool(tensor.isnan().any()) for tensor in weights.values()):
-        raise CalibrationError(
-            "The fitted weights are not numbers: the model computes NaN on these texts. Check the checkpoint, or load "
-            "it in bfloat16 or float32 instead of float16."
+        return NarrowMlp(dict(units), weights)
+
+    def _head(self, method: NarrowMlp) -> dict[str, Tensor]:
+        """The ridge regression from the narrow model's pooled output to the dense one's."""
+        if self.dense is None:
+            self.dense = self._pooled()
+        with patched(self.model, method):
+            slim = self._pooled()
+        sums = RidgeSums(slim.shape[1], 1, slim.device)
+        sums.add(slim[None], (self.dense - slim)[None], None)
+        head = sums.solve(False, slim, HEAD_RIDGE)
+        if head.weight is None:
+            return {}
+        return dict(zip(HEAD, (head.weight.cpu(), head.bias.cpu()), strict=True))
+
+    def _pooled(self) -> Tensor:
+        """What the pooling makes of the texts, in the order in which the pipeline reads them."""
+        found: list[Tensor] = []
+        pooling, _ = pooling_of(self.model)
+        handle = pooling.register_forward_hook(
+            lambda _, given, output: found.append(output["sentence_embedding"])
         )
-    return NarrowMlp(dict(units), weights)
+        try:
+            self.model.encode(self.texts, batch_size=self.batch_size, show_progress_bar=False)
+        finally:
+            handle.remove()
+        return torch.cat(found)
 
 
 @dataclass
@@ -275,31 +315,6 @@ def _narrowed(layer: Any, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
     h = layer.intermediate.intermediate_act_fn(nn.functional.linear(x, w["up.weight"], w["up.bias"]))
     normed: Tensor = layer.output.LayerNorm(y + nn.functional.linear(h, w["down.weight"]))
     return normed
-
-
-def _fit_head(model: Any, texts: Sequence[str], method: NarrowMlp, batch_size: int) -> dict[str, Tensor]:
-    """The ridge regression from the narrow model's pooled output to the dense one's."""
-    pooling, _ = pooling_of(model)
-    found: list[Tensor] = []
-    handle = pooling.register_forward_hook(lambda _, args, output: found.append(output["sentence_embedding"]))
-
-    def pooled() -> Tensor:
-        found.clear()
-        model.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
-        return torch.cat(found)
-
-    try:
-        dense = pooled()
-        with patched(model, method):
-            slim = pooled()
-    finally:
-        handle.remove()
-    sums = RidgeSums(dense.shape[1], 1, dense.device)
-    sums.add(slim[None], (dense - slim)[None], None)
-    head = sums.solve(False, dense, HEAD_RIDGE)
-    if head.weight is None:
-        return {}
-    return dict(zip(HEAD, (head.weight.cpu(), head.bias.cpu()), strict=True))
 
 
 def _checked(model: Any) -> Anatomy:
