@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from slimformer.calibration.replay import Call, record_call
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.embedding_tasks import EmbeddingTask, read_task
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.evaluation.retrieval import RetrievalTask
 from slimformer.executor import LayerExecutor
 from slimformer.methods.narrow_mlp import HEAD, PARTS, NarrowMlp, check_narrows
 from slimformer.patching import patched, status
@@ -34,11 +36,12 @@ from slimformer.plan import Plan, fingerprint
 # The fractions of hidden units that are tried, one after the other.
 KEEPS = (1 / 2, 1 / 3, 1 / 4, 1 / 6)
 # Several times as many as the units and the residual have together.
-_TOKENS = 40_000
+_TOKENS = 50_000
 # Units that go at once.
 _AT_ONCE = 32
-# Pieces of a text, which stand for short texts such as queries: how many for each whole one, and how long, in words.
-_PIECES, _PIECE = 4, (4, 24)
+# Sentences of each whole text.
+_SENTENCES = 4
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
 def calibrate_narrow(
@@ -62,7 +65,7 @@ def calibrate_narrow(
         keep: The fraction of every other layer's hidden units that stays.
         max_loss: Instead of `keep`: the smallest of `KEEPS` that loses at most this fraction of the dense figure, 0.01
             for 1%. A smaller one is only tried where the one before was good enough.
-        fit_on: Texts to fit on; None for the texts of the data.
+        fit_on: Texts to fit on; None for the texts of the data, and of the queries those that it is chosen by.
         hold_out: Choose by a part of the data, and leave the rest for `slimformer eval --task`.
         batch_size: Texts per forward.
         progress: Show a progress bar.
@@ -101,7 +104,10 @@ def calibrate_narrow(
             raise CalibrationError(
                 f"The dense {judged.name} is {dense:.4g}, and of that no fraction can be lost. Check the data."
             )
-        fitting = NarrowFit(model, texts, batch_size)
+        queries = (
+            list(judged.queries.values()) if isinstance(judged, RetrievalTask) and fit_on is None else []
+        )
+        fitting = NarrowFit(model, texts, queries, batch_size)
         chosen, curve = None, []
         for part in stages.track(KEEPS if keep is None else (keep,), "widths measured"):
             method = fitting.fit(units_of(model, part))
@@ -120,24 +126,31 @@ def calibrate_narrow(
         **versions(anatomy),
         "arguments": {"method": "narrow", "keep": keep, "max_loss": max_loss, "hold_out": hold_out},
         "data": task.source,
-        "fitted_on": f"{len(texts)} texts",
+        "fitted_on": f"{len(texts)} texts and {len(queries)} queries",
         "narrow": {"name": judged.name, "dense": dense, "curve": curve},
     }
     return Plan([chosen], fingerprint(inner), provenance)
 
 
 def fit_narrow(
-    model: Any, texts: Sequence[str], units: Mapping[int, int], *, batch_size: int = 32, seed: int = 0
+    model: Any,
+    texts: Sequence[str],
+    units: Mapping[int, int],
+    *,
+    queries: Sequence[str] = (),
+    batch_size: int = 32,
+    seed: int = 0,
 ) -> NarrowMlp:
     """Choose the hidden units that stay, fit the weights around them, and a head where the last layer is among them.
 
     Args:
         model: An unpatched SentenceTransformer of BERT's structure; it is left as it was.
-        texts: Texts like those that will be embedded. Some of them and short pieces of others are what the MLPs are
+        texts: Texts like those that will be embedded. Some of them and sentences of theirs are what the MLPs are
             fitted on; the head is fitted on all.
         units: Layer to how many hidden units stay.
+        queries: Texts that are asked with, all of which are read.
         batch_size: Texts per forward.
-        seed: Which texts and pieces are read.
+        seed: Which texts and sentences are read.
 
     Raises:
         CalibrationError: If the model is patched or no such pipeline, or a layer does not exist or has fewer units.
@@ -147,30 +160,47 @@ def fit_narrow(
     Example:
         >>> method = fit_narrow(SentenceTransformer("all-MiniLM-L6-v2"), texts, {5: 384})  # doctest: +SKIP
     """
-    return NarrowFit(model, texts, batch_size, seed).fit(units)
+    return NarrowFit(model, texts, queries, batch_size, seed).fit(units)
 
 
 class NarrowFit:
     """What fits of several widths on the same texts share; arguments and errors are those of `fit_narrow`."""
 
     @torch.no_grad()
-    def __init__(self, model: Any, texts: Sequence[str], batch_size: int = 32, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        texts: Sequence[str],
+        queries: Sequence[str] = (),
+        batch_size: int = 32,
+        seed: int = 0,
+    ) -> None:
         check_texts(texts)
-        self.model, self.texts, self.batch_size = model, list(texts), batch_size
+        self.model, self.texts, self.batch_size = model, [*texts, *queries], batch_size
         self.anatomy = _checked(model)
         self.calls: list[Call] = []
         self.dense: Tensor | None = None
         chosen, read, tokens = random.Random(seed), list(texts), 0
         chosen.shuffle(read)
+        for start in range(0, len(queries), batch_size):
+            self._read(queries[start : start + batch_size])
         for start in range(0, len(read), batch_size):
             batch = read[start : start + batch_size]
-            for some in (batch, [_piece(text, chosen) for text in batch for _ in range(_PIECES)]):
-                features = model.preprocess(some) if hasattr(model, "preprocess") else model.tokenize(some)
-                inputs = {name: value for name, value in features.items() if isinstance(value, Tensor)}
-                self.calls.append(record_call(self.anatomy, inputs))
-                tokens += int(inputs["attention_mask"].sum())
+            tokens += self._read(batch)
+            # Short texts stand for queries.
+            tokens += self._read([_sentence(text, chosen) for text in batch for _ in range(_SENTENCES)])
             if tokens >= _TOKENS:
                 break
+
+    def _read(self, texts: Sequence[str]) -> int:
+        """Record what the first layer reads of a batch; returns how many tokens that are."""
+        model = self.model
+        features = (
+            model.preprocess(list(texts)) if hasattr(model, "preprocess") else model.tokenize(list(texts))
+        )
+        inputs = {name: value for name, value in features.items() if isinstance(value, Tensor)}
+        self.calls.append(record_call(self.anatomy, inputs))
+        return int(inputs["attention_mask"].sum())
 
     @torch.no_grad()
     def fit(self, units: Mapping[int, int]) -> NarrowMlp:
@@ -336,8 +366,5 @@ def units_of(model: Any, keep: float) -> dict[int, int]:
     return {**narrow, len(layers) - 1: 0}
 
 
-def _piece(text: str, chosen: random.Random) -> str:
-    words = text.split()
-    length = chosen.randint(*_PIECE)
-    start = chosen.randrange(max(len(words) - length, 0) + 1)
-    return " ".join(words[start : start + length]) or text
+def _sentence(text: str, chosen: random.Random) -> str:
+    return chosen.choice([part for part in _SENTENCE_ENDS.split(text) if part.strip()] or [text])
