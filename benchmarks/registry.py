@@ -37,6 +37,7 @@ MODULES = (
     "self_extend_speed",
     "repair",
     "encoder_repair",
+    "encoder_narrow",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}

@@ -219,6 +219,34 @@ def test_an_elastic_calibration_measures_every_exit_at_every_width(
         assert grid.scores[1] == pytest.approx(judged.scores(model, (32, 16, 8)), abs=1e-6)
 
 
+def test_an_interrupted_calibration_goes_on_from_what_it_has_measured(
+    tmp_path: Path, model: SentenceTransformer
+) -> None:
+    class Interrupted(NeighbourTask):
+        """Is stopped by hand at its third measurement; of two halves, both count."""
+
+        seen: list[int] = []  # noqa: RUF012
+
+        def scores(self, *arguments: Any) -> list[float]:
+            self.seen.append(1)
+            if len(self.seen) == 3:
+                raise KeyboardInterrupt
+            return super().scores(*arguments)
+
+    task = Interrupted("text", TEXTS)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_elastic(model, task, layer=2, checkpoint=tmp_path)
+    assert slimformer.status(model) == {}
+    plan = calibrate_elastic(model, task, layer=2, checkpoint=tmp_path)
+    # Five rows, of which two were there.
+    assert len(task.seen) == 3 + 3
+    anew = calibrate_elastic(model, NeighbourTask("text", TEXTS), layer=2)
+    assert plan.provenance["elastic"] == anew.provenance["elastic"]
+    assert len(task.seen) == 6
+    calibrate_elastic(model, task, layer=2, checkpoint=tmp_path, head=False)
+    assert len(task.seen) == 11
+
+
 @pytest.mark.parametrize("mode", ["mean", "lasttoken"])
 def test_a_generative_model_goes_the_same_way(tmp_path: Path, mode: str) -> None:
     model = pipeline(tmp_path, mode, "llama")

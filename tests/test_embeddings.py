@@ -12,7 +12,7 @@ import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
 import slimformer
 from real_models import minilm
@@ -196,6 +196,40 @@ def test_a_plan_in_the_folder_of_the_first_module_is_found(tmp_path: Path) -> No
     with pytest.raises(PlanError, match=r"modules\.json does not say where"):
         slimformer.patch(again)
     assert dropped(again) == {1: ["attention"], 2: ["mlp"]}
+
+
+def hub_repository(cache: Path, repo_id: str, commit: str) -> Path:
+    """A repository as the Hub's own cache holds it; returns the folder of the commit."""
+    root = cache / f"models--{repo_id.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    (root / "snapshots" / commit).mkdir(parents=True)
+    return root / "snapshots" / commit
+
+
+def test_a_plan_beside_a_checkpoint_of_the_hub_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit, repo_id = "a" * 40, "somebody/embedder"
+    folder = hub_repository(tmp_path, repo_id, commit)
+    tiny_checkpoint(folder, "bert")
+    with caplog.at_level("INFO", "slimformer"):
+        model = slimformer.patch(AutoModel.from_pretrained(repo_id, cache_dir=tmp_path))
+    assert dropped(model) == {}
+    assert f"could not say whether a plan lies with {repo_id}" in caplog.text
+    (folder.parents[1] / ".no_exist" / commit).mkdir(parents=True)
+    (folder.parents[1] / ".no_exist" / commit / FILE).touch()
+    caplog.clear()
+    assert dropped(slimformer.patch(model)) == {}
+    assert "could not say" not in caplog.text
+    (folder.parents[1] / ".no_exist" / commit / FILE).unlink()
+    Plan([DROP]).save_pretrained(folder)
+    assert dropped(slimformer.patch(model)) == {1: ["attention"], 2: ["mlp"]}
+    (folder / FILE).write_text("{")
+    with pytest.raises(PlanError, match="damaged"):
+        slimformer.patch(model)
 
 
 def test_a_patch_that_no_plan_can_hold_is_not_saved_and_says_so(tmp_path: Path) -> None:

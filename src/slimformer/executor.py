@@ -23,7 +23,8 @@ from slimformer.rows import Rows, RowSelector, intersection
 from slimformer.shorter_cache import mask_of_slot
 from slimformer.stream import Stream, in_a_graph, leaving_under_gradients
 
-# What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition.
+# What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition. One with a
+# true attribute `by_row` takes rows `[rows, hidden]` too.
 Replacement = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 
 

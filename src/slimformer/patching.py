@@ -154,7 +154,8 @@ def _method(given: Method | str | os.PathLike[str]) -> Method:
 
 
 def _plan_beside_checkpoint(model: nn.Module) -> tuple[Method, ...]:
-    found = stored_plan(getattr(getattr(model, "config", None), "name_or_path", ""))
+    config = getattr(model, "config", None)
+    found = stored_plan(getattr(config, "name_or_path", ""), getattr(config, "_commit_hash", None))
     if found is not None:
         return (found,)
     _logger.info(

@@ -33,6 +33,7 @@ from slimformer.methods.absolute_positions import GroupedPositions, PositionInte
 from slimformer.methods.early_exit import EarlyExit
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
+from slimformer.methods.narrow_mlp import NarrowMlp
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.self_extend import SelfExtend
 from slimformer.methods.temperature import LogNScale, TempScale
@@ -60,6 +61,7 @@ METHODS: dict[str, type[Any]] = {
     "EarlyExit": EarlyExit,
     "LayerDrop": LayerDrop,
     "MixtureOfDepths": MixtureOfDepths,
+    "NarrowMlp": NarrowMlp,
     "TokenElimination": TokenElimination,
     "TempScale": TempScale,
     "LogNScale": LogNScale,

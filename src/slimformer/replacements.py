@@ -37,6 +37,7 @@ class Mean:
 
     layer: nn.Module
     kind: Kind
+    by_row = True
 
     def __call__(self, residual: Tensor, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The addition to the residual, `[hidden]`, the same for every token."""
@@ -65,6 +66,11 @@ class LinearFilter:
     taps: int
     causal: bool
     slot: int
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a token's addition depends on no other, so that rows may come without their batch."""
+        return self.taps == 1
 
     def __call__(self, residual: Tensor, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The addition to the residual `[batch, tokens, hidden]`."""

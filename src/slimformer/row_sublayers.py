@@ -234,6 +234,8 @@ class Run:
         """What stands in for a sublayer that computes no rows."""
         if replacement is None:
             return None
+        if getattr(replacement, "by_row", False):
+            return Update(replacement(x, self._normed(kind, x, None), self.kwargs))
         stream = self.stream
         full = stream.padded(x).view(stream.batch, stream.tokens, -1)
         normed = stream.padded(self._normed(kind, x, None)).view_as(full)

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from transformers import PreTrainedModel
 
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import FILE, METHODS, WEIGHTS, Plan, PlannedMethod, fingerprint
 
+_logger = logging.getLogger("slimformer")
+# Patching a model waits no longer than this for the Hub, in seconds.
+_PATIENCE = 3.0
 
-def stored_plan(checkpoint: str) -> Plan | None:
-    """The plan in a checkpoint's folder, or in the folder of a sentence-transformers pipeline's first module.
+
+def stored_plan(checkpoint: str, revision: str | None = None) -> Plan | None:
+    """The plan in a checkpoint's folder or repository, or in that of a sentence-transformers pipeline's first module.
 
     Args:
         checkpoint: What the model's configuration says it was loaded from: a folder, a Hub id, or nothing.
+        revision: The commit of the Hub that it was loaded from; None for a folder, or where it is not known.
 
     Returns:
-        None where there is no such folder, or no plan in it.
+        None where there is no such folder or repository, no plan in it, or no way to the Hub.
 
     Raises:
         PlanError: If there is a plan that cannot be read.
@@ -33,7 +47,7 @@ def stored_plan(checkpoint: str) -> Plan | None:
         True
     """
     if not checkpoint or not os.path.isdir(checkpoint):
-        return None
+        return _plan_on_the_hub(checkpoint, revision) if checkpoint.count("/") == 1 else None
     for folder in (Path(checkpoint), _first_module(Path(checkpoint))):
         if (folder / FILE).is_file():
             return Plan.from_pretrained(folder)
@@ -95,6 +109,25 @@ def _plan_of(model: PreTrainedModel, methods: Sequence[object]) -> Plan | None:
             )
             return None
     return Plan(flat, fingerprint(model)) if flat else None
+
+
+def _plan_on_the_hub(repo_id: str, revision: str | None) -> Plan | None:
+    """The plan at the commit that the checkpoint is of, else the newest; what the Hub said once is in its cache."""
+    if try_to_load_from_cache(repo_id, FILE, revision=revision) is _CACHED_NO_EXIST:
+        return None
+    try:
+        file = hf_hub_download(repo_id, FILE, revision=revision, etag_timeout=_PATIENCE)
+    except HFValidationError:
+        return None
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, EntryNotFoundError):
+            _logger.info(
+                "The Hub could not say whether a plan lies with %s: %s", repo_id, type(error).__name__
+            )
+        return None
+    with contextlib.suppress(EntryNotFoundError):  # a plan without weights has no such file
+        hf_hub_download(repo_id, WEIGHTS, revision=revision, etag_timeout=_PATIENCE)
+    return Plan.from_pretrained(file)
 
 
 def _first_module(checkpoint: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from slimformer.anatomy import find_anatomy, transformer_of
 from slimformer.calibration.calibrate import versions
 from slimformer.calibration.exit_heads import fit_exits, pooling_of
+from slimformer.calibration.partial_results import PartialResults
 from slimformer.calibration.progress import Stages
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.elastic_grid import Grid
@@ -33,6 +36,7 @@ def calibrate_elastic(
     fit_on: Iterable[str] | None = None,
     hold_out: bool = True,
     batch_size: int = 32,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Plan:
     """Measure every exit at every width on your own data, and make the plan of one exit.
@@ -49,6 +53,7 @@ def calibrate_elastic(
         fit_on: Texts to fit heads on; None for the texts of the data.
         hold_out: Choose by a part of the data, and leave the rest for `slimformer eval --task`.
         batch_size: Texts per forward.
+        checkpoint: A folder for partial results. The same call resumes from them after an interruption.
         progress: Show a progress bar.
 
     Returns:
@@ -100,12 +105,17 @@ def calibrate_elastic(
             if head
             else {k: EarlyExit(k) for k in exits}
         )
+        identity = {"task": task.source, "texts": _digest(texts), "head": head, "widths": widths}
+        partial = PartialResults(checkpoint, {**identity, "model": fingerprint(inner)})
+        rows = {int(index): row for index, row in (partial.kept("rows") or {}).items()}
         judged = judged.recorded(model)
-        rows = {depth: judged.scores(model, widths)}
-        for index in stages.track(exits, "exits measured"):
-            with patched(model, methods[index]):
-                rows[index] = judged.scores(model, widths)
         every = (*exits, depth)
+        for index in stages.track(every, "exits measured"):
+            if index in rows:
+                continue
+            with patched(model, methods[index]) if index < depth else contextlib.nullcontext():
+                rows[index] = judged.scores(model, widths)
+            partial.keep("rows", {str(measured): row for measured, row in rows.items()})
         grid = Grid(task.name, every, tuple(widths), tuple(tuple(rows[index]) for index in every))
         chosen = layer if layer is not None else _lowest(grid, max_loss or 0.0)
         if len(final) > len(texts):
@@ -125,6 +135,11 @@ def calibrate_elastic(
         "elastic": grid.to_dict(),
     }
     return Plan([methods[chosen]], fingerprint(inner), provenance)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    """Tells texts apart without keeping them."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def _allowed(name: str, given: Iterable[Any], allowed: range) -> list[int]:

@@ -52,8 +52,7 @@ def fit_exits(
         >>> slimformer.patch(model, exits[4])  # doctest: +SKIP
     """
     pooling, mode = pooling_of(model)
-    if isinstance(texts, str) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"Expected a list of at least two strings to fit heads on, got {_described(texts)}.")
+    check_texts(texts)
     if status(model):
         raise CalibrationError(
             "The model is patched; heads are fitted to the dense model. Call unpatch first."
@@ -72,6 +71,16 @@ def fit_exits(
     finally:
         tap.remove()
     return {layer: tap.solve(layer) for layer in exits}
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raise unless there is something to fit on.
+
+    Raises:
+        DataError: If there are fewer than two texts, or they are not strings.
+    """
+    if isinstance(texts, str) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"Expected a list of at least two strings to fit on, got {_described(texts)}.")
 
 
 def pooling_of(model: Any) -> tuple[nn.Module, str]:

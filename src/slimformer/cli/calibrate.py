@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from slimformer.cli import options
-from slimformer.cli.embeddings import calibrate_exits, sweep_temperatures
+from slimformer.cli.embeddings import calibrate_exits, narrow_mlps, sweep_temperatures
 from slimformer.cli.output import check_output, note, print_json, print_tables
 from slimformer.cli.partial import partial_results
 
@@ -24,6 +24,7 @@ class Method(str, Enum):
     elimination = "elimination"
     arank = "arank"
     temperature = "temperature"
+    narrow = "narrow"
 
 
 class Selection(str, Enum):
@@ -68,7 +69,8 @@ def calibrate(
             "tokens can go, within --max-divergence. arank: which layers can be routed, --drop of them. elastic: for "
             "embedding models, the quality of every early exit at every width on --data, which may also be a folder in "
             "BEIR's layout or a .tsv file of pairs. temperature: for embedding models, which temperature is best on "
-            "the same --data, or, for text without labels, keeps embeddings of long texts apart."
+            "the same --data, or, for text without labels, keeps embeddings of long texts apart. narrow: for embedding "
+            "models of BERT's structure, MLPs with as few hidden units as --data allows within --max-loss."
         ),
     ] = Method.drop,
     data: options.Data = None,
@@ -107,7 +109,15 @@ def calibrate(
     max_loss: Annotated[
         float | None,
         typer.Option(
-            min=0, show_default=False, help="elastic: the lowest exit that loses at most this fraction."
+            min=0,
+            show_default=False,
+            help="elastic, narrow: the lowest exit, or the narrowest MLPs, that lose at most this fraction.",
+        ),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, show_default=False, help="narrow: the fraction of hidden units that stays."
         ),
     ] = None,
     head: Annotated[
@@ -127,14 +137,23 @@ def calibrate(
     """Choose what MODEL need not compute and write the plan to the output folder.
 
     Interrupted with Ctrl-C, it keeps what it has measured: the same command goes on from there
-    (--method elastic and --method temperature start anew).
+    (--method narrow and --method temperature start anew).
     """
     if task is not None and method is not Method.drop:
         raise typer.BadParameter(
-            "--task goes with --method drop; elastic and temperature take the same as --data."
+            "--task goes with --method drop; elastic, temperature and narrow take the same as --data."
         )
-    if method is not Method.elastic and (layer is not None or max_loss is not None):
+    if method not in (Method.elastic, Method.narrow) and (layer is not None or max_loss is not None):
         raise typer.BadParameter("--layer and --max-loss go with --method elastic.")
+    if method is not Method.narrow and keep is not None:
+        raise typer.BadParameter("--keep goes with --method narrow.")
+    if method is Method.narrow:
+        others = (drop, max_divergence, speedup, layer)
+        if any(value is not None for value in others) or (keep is None) == (max_loss is None):
+            raise typer.BadParameter("--method narrow takes either --keep or --max-loss, and no other goal.")
+        check_output(output, force)
+        narrow_mlps(model, output, data, text_field, keep, max_loss, hold_out, device, dtype.value, as_json)
+        return
     if method is Method.elastic:
         if drop is not None or max_divergence is not None or speedup is not None:
             raise typer.BadParameter(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.cli.output import note, print_json, print_tables
+from slimformer.cli.partial import partial_results
 
 _logger = logging.getLogger("slimformer")
 
@@ -34,21 +35,61 @@ def calibrate_exits(
     from slimformer.report import grid_table
 
     task = read_task(data, text_field=text_field)
-    plan = calibrate_elastic(
-        load_embedder(model, device, dtype),
-        task,
-        layer=layer,
-        max_loss=max_loss,
-        head=head,
-        hold_out=hold_out,
-        progress=True,
-    )
-    plan.save_pretrained(output)
+    with partial_results(output) as partial:
+        plan = calibrate_elastic(
+            load_embedder(model, device, dtype),
+            task,
+            layer=layer,
+            max_loss=max_loss,
+            head=head,
+            hold_out=hold_out,
+            checkpoint=partial,
+            progress=True,
+        )
+        plan.save_pretrained(output)
     note(f"The plan is in {output}. slimformer show {output} --html plan.html draws the grid.")
     if as_json:
         print_json(plan.to_dict())
     else:
         table = grid_table(plan)
+        print_tables(*([] if table is None else [table]))
+
+
+def narrow_mlps(
+    model: str,
+    output: Path,
+    data: str | None,
+    text_field: str,
+    keep: float | None,
+    max_loss: float | None,
+    hold_out: bool,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """`slimformer calibrate --method narrow`: the plan of narrow MLPs, and what each width was worth."""
+    from slimformer.calibration.narrow_mlps import calibrate_narrow
+    from slimformer.cli.loading import load_embedder
+    from slimformer.evaluation.embedding_tasks import read_task
+    from slimformer.report import narrow_table
+
+    task = read_task(data, text_field=text_field)
+    plan = calibrate_narrow(
+        load_embedder(model, device, dtype),
+        task,
+        keep=keep,
+        max_loss=max_loss,
+        hold_out=hold_out,
+        progress=True,
+    )
+    plan.save_pretrained(output)
+    note(
+        f"The plan is in {output}. slimformer eval {model} --plan {output} --task ... measures what was held out."
+    )
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        table = narrow_table(plan)
         print_tables(*([] if table is None else [table]))
 
 

@@ -41,6 +41,7 @@ def show(
         comparison_table,
         grid_picture,
         grid_table,
+        narrow_table,
         plan_page,
         plan_table,
         repair_table,
@@ -57,7 +58,8 @@ def show(
     if as_json:
         print_json(found.to_dict())
     else:
-        swept = [table for table in (grid_table(found), temperature_table(found)) if table is not None]
+        tables = (grid_table(found), temperature_table(found), narrow_table(found))
+        swept = [table for table in tables if table is not None]
         measured = [comparison_table(found.measured, "measured")] if found.measured else []
         repaired = [repair_table(found)] if "repair" in found.provenance else []
         print_tables(plan_table(found), *swept, *repaired, *measured)

@@ -2,6 +2,7 @@
 
 from slimformer.report.elastic import grid_picture, grid_table
 from slimformer.report.elimination import curve_table, predictor_table
+from slimformer.report.narrow import narrow_table
 from slimformer.report.page import plan_page
 from slimformer.report.repair import repair_table
 from slimformer.report.routing import router_table
@@ -13,6 +14,7 @@ __all__ = [
     "curve_table",
     "grid_picture",
     "grid_table",
+    "narrow_table",
     "plan_page",
     "plan_table",
     "predictor_table",
