@@ -37,7 +37,8 @@ IDS = torch.randint(3, 60, (2, 70), generator=GENERATOR)
 def strong(name: str, **overrides: object) -> PreTrainedModel:
     """Weights large enough that every sublayer matters."""
     return tiny_model(
-        name, **{"initializer_range": 0.3, "max_position_embeddings": 256, "num_hidden_layers": 5, **overrides}
+        name,
+        **{"initializer_range": 0.3, "max_position_embeddings": 256, "num_hidden_layers": 5, **overrides},
     )
 
 
@@ -79,7 +80,8 @@ def output(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma2", "olmo2", "gpt2", "gpt_neox", "mixtral", "bert", "distilbert", "mpnet", "modernbert"]
+    "name",
+    ["llama", "gemma2", "olmo2", "gpt2", "gpt_neox", "mixtral", "bert", "distilbert", "mpnet", "modernbert"],
 )
 def test_the_model_is_left_bit_for_bit_and_the_plan_gives_the_same_outputs_anywhere(
     name: str, tmp_path: Path
@@ -113,7 +115,11 @@ def test_the_model_is_left_bit_for_bit_and_the_plan_gives_the_same_outputs_anywh
         ("llama", [TempScale(tau=0.5)], {}),
         ("qwen3", [LayerDrop(block=[2]), TempScale(tau=0.9)], {"what": ["lora"]}),
         ("bert", [EarlyExit(3)], {"near": None}),
-        ("bert", [EarlyExit(3, {"head.weight": torch.zeros(32, 32), "head.bias": torch.zeros(32)})], {"what": ["added"]}),
+        (
+            "bert",
+            [EarlyExit(3, {"head.weight": torch.zeros(32, 32), "head.bias": torch.zeros(32)})],
+            {"what": ["added"]},
+        ),
         ("modernbert", [LayerDrop(attention=[1, 3])], {"what": ["norms", "lora"]}),
     ],
 )
@@ -247,11 +253,12 @@ def test_an_interrupted_repair_goes_on_where_it_was(tmp_path: Path, monkeypatch:
             signal.raise_signal(signal.SIGINT)
         return own(self, module, batch)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Distillation, "loss", pressed)
+    monkeypatch.setattr(Distillation, "loss", pressed)
+    with pytest.raises(KeyboardInterrupt):
         repaired(model, plan, settings, rounds=2, every=2, checkpoint=tmp_path)
     assert set(vars(model)) == keys
     assert slimformer.status(model) == {}
+    monkeypatch.undo()
     again = repaired(model, plan, settings, rounds=2, every=2, checkpoint=tmp_path)
     assert again.provenance["repair"] == whole.provenance["repair"]
     for name, tensor in whole.tensors().items():
