@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import slimformer
+from real_models import minilm
 from slimformer import EarlyExit, LayerDrop, MixtureOfDepths, Plan, TempScale, TokenElimination
 from slimformer.anatomy import find_anatomy
 from slimformer.calibration.replay import Fitted, saved_weights
@@ -400,3 +401,20 @@ def test_two_processes_train_what_one_does_with_twice_the_rows(tmp_path: Path) -
     curves = [plan.provenance["repair"][0]["held_out"] for plan in (one, two)]
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
     assert one.measured["repair"] == pytest.approx(two.measured["repair"], rel=1e-3)
+
+
+def test_minilm_without_a_layer_comes_nearer_to_itself_and_is_left_bit_for_bit() -> None:
+    model = SentenceTransformer(str(minilm()), device="cpu")
+    texts = ["A man plays a guitar.", "Nobody knows why the bridge fell.", "Prices rose again in May."]
+    dense = model.encode(texts)
+    plan = slimformer.repair(
+        model,
+        Plan([LayerDrop(block=[4])]),
+        near=None,
+        length=24,
+        every=10,
+        settings=TrainingSettings(steps=10, rows=8),
+    )
+    assert (model.encode(texts) == dense).all()
+    measured = plan.measured["repair"]
+    assert measured["divergence_after"] < 0.8 * measured["divergence_before"]
