@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.evaluation.perplexity import evaluating
 
-_TOKENS_AT_ONCE = 16_384
+_TOKENS_AT_ONCE, _LOGITS_AT_ONCE = 16_384, 4096
 
 
 class Question(NamedTuple):
@@ -94,12 +94,18 @@ def _scored(model: Any, rows: Sequence[tuple[list[int], int]]) -> Iterator[tuple
     ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in rows], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in rows], device=model.device)
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    places = [(number, place) for number, (row, start) in enumerate(rows) for place in range(start, len(row))]
+    of, place = torch.tensor(places, device=model.device).unbind(1)
+    targets, states = ids[of, place], hidden[of, place - 1]
     head = model.get_output_embeddings()
-    for number, (row, start) in enumerate(rows):
-        logits: Tensor = head(hidden[number, start - 1 : len(row) - 1]).float()
-        target = ids[number, start : len(row), None]
-        likelihood = logits.log_softmax(-1).gather(1, target).sum()
-        yield float(likelihood), bool((logits.argmax(-1, keepdim=True) == target).all())
+    likelihoods, greedy = [], []
+    for state, target in zip(states.split(_LOGITS_AT_ONCE), targets.split(_LOGITS_AT_ONCE), strict=True):
+        logits: Tensor = head(state).float()
+        likelihoods.append(logits.log_softmax(-1).gather(1, target[:, None])[:, 0])
+        greedy.append(logits.argmax(-1) == target)
+    total = torch.zeros(len(rows), device=model.device).index_add_(0, of, torch.cat(likelihoods))
+    missed = torch.zeros(len(rows), device=model.device).index_add_(0, of, (~torch.cat(greedy)).float())
+    yield from zip(total.tolist(), (missed == 0).tolist(), strict=True)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

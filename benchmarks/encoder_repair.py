@@ -73,6 +73,7 @@ def repaired_blocks(
 ) -> tuple[Plan, Plan, float]:
     """A plan without these layers, the same repaired, and the seconds that this took."""
     plan = Plan([LayerDrop(block=blocks)])
+    on_gpu = settings.device.type == "cuda"
 
     def make() -> Plan:
         model, tokenizer = _encoder(settings)
@@ -83,14 +84,14 @@ def repaired_blocks(
             data=texts,
             near=None,
             rank=settings.pick(64, 2),
-            length=settings.pick(256, 32),
+            length=settings.pick(256 if on_gpu else 128, 32),
             every=settings.pick(50, 2),
             patience=6,
             settings=TrainingSettings(
-                steps=settings.pick(1500, 4),
-                rows=settings.pick(64, 4),
+                steps=settings.pick(1500 if on_gpu else 240, 4),
+                rows=settings.pick(64 if on_gpu else 32, 4),
                 learning_rate=1e-3,
-                precision="bf16" if settings.device.type == "cuda" else "no",
+                precision="bf16" if on_gpu else "no",
                 keep_every=10_000,
             ),
             progress=not settings.smoke,

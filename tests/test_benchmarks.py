@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import registry, results, tables
+from benchmarks.accuracy import Question, _likelihoods, accuracy
 from benchmarks.compare import Case, Unsupported, compare
 from benchmarks.registry import Settings
 from benchmarks.timing import Candidate, Effort, interleaved
+
+from tiny_checkpoints import tiny_tokenizer
+from tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -210,3 +214,25 @@ def test_measurements_that_prove_nothing_are_refused(change: dict[str, object], 
     content["measurements"][0].update(change)
     with pytest.raises(ValueError, match=complaint):
         results.validate(content)
+
+
+def test_questions_are_counted_as_one_forward_each_would() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    questions = [
+        Question("the cat ", (" sat", " on a mat", " a"), 1),
+        Question("a much longer context that ends in ", (" no", " yes and no"), 0),
+        Question("one", (" dog",), 0),
+    ]
+
+    def by_hand(context: str, choice: str) -> float:
+        ids = torch.tensor([tokenizer(context + choice)["input_ids"]])
+        start = len(tokenizer(context)["input_ids"])
+        with torch.no_grad():
+            found = model(ids).logits[0].log_softmax(-1)
+        return sum(float(found[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))
+
+    asked = [(q.context, choice) for q in questions for choice in q.choices]
+    values = [value for value, _ in _likelihoods(model, tokenizer, asked)]
+    assert values == pytest.approx([by_hand(*one) for one in asked], abs=1e-4)
+    right = [max(range(3), key=values.__getitem__) == 1, values[3] > values[4], False]
+    assert accuracy(model, tokenizer, questions) == pytest.approx(sum(right) / 3)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from slimformer import LayerDrop, MixtureOfDepths, Plan, TokenElimination
 from slimformer.errors import PlanError
-from slimformer.report import comparison_table, plan_page, plan_table
+from slimformer.report import comparison_table, plan_page, plan_table, repair_table
 
 QUALITY = {"perplexity_dense": 24.92, "perplexity_slim": 26.41, "divergence": 0.0613, "agreement": 0.871}
 SPEED = {
@@ -202,3 +202,27 @@ def test_a_page_draws_the_curve_of_an_elimination_and_the_ranks_of_attention_map
     assert "layer 4: 1.00, routed" in page
     assert "layer 5: 6.00, routed" not in page
     assert "Attention maps" not in plan_page(Plan([method], provenance={"arank": ["<b>"]}))
+
+
+def test_a_repaired_plan_shows_the_curve_of_every_round() -> None:
+    rounds: list[Any] = [
+        {"dropped": 1, "held_out": {"0": 0.4, "25": 0.25, "50": 0.3}, "best": 25, "losses": [0.3] * 50},
+        {"dropped": 2, "held_out": {"0": 0.5, "25": 0.2}, "best": 25, "losses": [0.3] * 25},
+    ]
+    plan = Plan([LayerDrop(attention=[1, 2])], provenance={"repair": rounds})
+    page = Page(plan_page(plan))
+    assert "Divergence from dense on text that was not trained on: 0.4 before, 0.2 after." in " ".join(
+        page.text
+    )
+    assert {"round 1, step 25: 0.25, kept", "round 1, step 50: 0.3", "round 2, step 0: 0.5"} <= set(
+        page.titles
+    )
+    console = Console(width=120, record=True)
+    console.print(repair_table(plan))
+    printed = console.export_text()
+    assert "38%" in printed
+    assert "60%" in printed
+    for broken in ("text", [3], [{"held_out": {"a": 1.0}}], [{"held_out": {"0": math.nan}}]):
+        damaged = Plan([LayerDrop(attention=[1])], provenance={"repair": broken})
+        assert "<h2>Repair" not in plan_page(damaged)
+        assert repair_table(damaged).row_count == 0

@@ -18,7 +18,7 @@ from slimformer.anatomy import find_anatomy
 from slimformer.calibration.elimination import calibrate_elimination, prefill_flops
 from slimformer.calibration.predictors import recall, train_predictors
 from slimformer.errors import CalibrationError, DataError, PlanError
-from slimformer.training.loop import TrainingSettings, fit
+from slimformer.training.loop import EarlyStop, TrainingSettings, fit
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import tiny_model
 
@@ -87,8 +87,10 @@ def test_memory_that_runs_out_is_said_with_what_to_change() -> None:
     def full(module: nn.Module, batch: Tensor) -> Tensor:
         raise torch.OutOfMemoryError
 
-    with pytest.raises(CalibrationError, match=r"2 row\(s\) of 4 tokens"):
+    with pytest.raises(CalibrationError, match=r"2 row\(s\) of 4 tokens .* Try rows=1 with accumulate=4"):
         fit(line(), full, ROWS, SETTINGS, identity={})
+    with pytest.raises(CalibrationError, match=r"1 row\(s\) of 4 tokens .* Try rows of 2 tokens"):
+        fit(line(), full, ROWS, TrainingSettings(rows=1), identity={})
 
 
 def test_without_accelerate_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +264,49 @@ def test_a_gradient_that_is_no_number_never_reaches_a_checkpoint(tmp_path: Path)
     with pytest.raises(CalibrationError, match="The gradient is nan at step 1"):
         fit(module, breaks, ROWS, SETTINGS, identity={}, folder=tmp_path)
     assert torch.equal(module.weight, before)
+
+
+class Falling:
+    """A held-out figure that falls for some steps and then rises."""
+
+    def __init__(self, best: int) -> None:
+        self.best, self.asked = best, []
+
+    def __call__(self, step: int) -> float:
+        self.asked.append(step)
+        return abs(step - self.best) + 1.0
+
+
+def test_training_ends_when_held_out_text_gets_no_better_and_goes_back_to_its_best(tmp_path: Path) -> None:
+    settings = TrainingSettings(steps=40, rows=2, learning_rate=0.05, keep_every=4)
+    stopped = line()
+    seen: dict[int, Tensor] = {}
+    history = fit(
+        stopped,
+        loss_of,
+        ROWS,
+        settings,
+        identity={},
+        folder=tmp_path,
+        after_step=lambda step: seen.update({step: stopped.weight.detach().clone()}),
+        early_stop=EarlyStop(Falling(6), every=3, patience=2),
+    )
+    assert list(history.held_out) == ["0", "3", "6", "9", "12"]
+    assert (history.best, len(history.losses)) == (6, 12)
+    assert torch.equal(stopped.weight, seen[6])
+    # The same call ends at once, at the same weights.
+    again, measure = line(), Falling(6)
+    repeated = fit(
+        again, loss_of, ROWS, settings, identity={}, folder=tmp_path, early_stop=EarlyStop(measure, 3, 2)
+    )
+    assert (measure.asked, repeated) == ([], history)
+    assert torch.equal(again.weight, seen[6])
+
+
+def test_a_held_out_figure_that_is_no_number_stops() -> None:
+    nan = EarlyStop(lambda step: float("nan") if step == 4 else 1.0, every=4)
+    with pytest.raises(CalibrationError, match="Held-out text gives nan after step 4"):
+        fit(line(), loss_of, ROWS, SETTINGS, identity={}, early_stop=nan)
 
 
 def test_another_precision_in_the_same_process() -> None:

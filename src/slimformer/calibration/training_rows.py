@@ -43,7 +43,7 @@ def training_rows(
         DataError: If either part has no row.
     """
     texts, source = _read(data, text_field)
-    wanted = settings.steps * settings.rows * settings.accumulate
+    wanted = _wanted(settings)
     cut: dict[str, Any] = {"sequence_length": tokens, "seed": settings.seed}
     if hold_out:
         kept, others = split_texts(texts)
@@ -80,7 +80,7 @@ def training_texts(
         DataError: If either part has no text.
     """
     texts, source = _read(data, text_field)
-    wanted = settings.steps * settings.rows * settings.accumulate
+    wanted = _wanted(settings)
     if hold_out:
         kept, others = split_texts(texts)
     else:
@@ -100,3 +100,10 @@ def training_texts(
 
 def _read(data: Any, text_field: str) -> tuple[list[str], str]:
     return load_texts(os.fspath(data) if isinstance(data, os.PathLike) else data, text_field=text_field)
+
+
+def _wanted(settings: TrainingSettings) -> int:
+    """How many rows all processes of a training read."""
+    # As launchers say it, since nothing has been started yet.
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return settings.steps * settings.rows * settings.accumulate * processes

@@ -229,7 +229,7 @@ def _accelerator(module: nn.Module, settings: TrainingSettings) -> Any:
         ) from error
     accelerate.utils.set_seed(settings.seed)
     device = next(module.parameters()).device
-    if accelerate.PartialState().num_processes == 1:
+    if accelerate.PartialState(cpu=device.type == "cpu").num_processes == 1:
         # It remembers the precision of the first training in a process, and refuses another.
         accelerate.state.AcceleratorState._reset_state()
     try:
