@@ -15,6 +15,7 @@ from .layer_norm_rows import layer_norm_rows
 from .pooled_scores import PooledScores, pooled_scores
 from .rms_norm_rows import rms_norm_rows
 from .rotary import rotary_
+from .router_scores import router_scores
 from .self_extend import self_extend
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "pooled_scores",
     "rms_norm_rows",
     "rotary_",
+    "router_scores",
     "self_extend",
     "set_debug",
     "swiglu",

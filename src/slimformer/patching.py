@@ -116,9 +116,9 @@ def patched(model: Model, *methods: Method | str | os.PathLike[str]) -> Iterator
 def status(model: Any) -> dict[int, dict[Kind, str]]:
     """What every patched layer computes: layer index to sublayer to rows. Empty for an unpatched model.
 
-    `"dropped"`: nothing, or what a replacement leaves. `"chosen rows"`: those that policies name. `"text rows"`: all
-    but padding. `"all rows"`: padding too, by the model's own code, where the sublayer is none that can do without.
-    Behind that stands how transforms change the scores of an attention, with the text length that it reaches then.
+    `"dropped"`: nothing, or what a replacement leaves. `"chosen rows"`: those that policies name, and which part
+    of all they were in the last forward pass. `"text rows"`: all but padding. `"all rows"`: padding too, by the
+    model's own code, where the sublayer is none that can do without. Behind that stands how transforms change the scores of an attention, with the text length that it reaches then.
     """
     current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
     if current is None:
@@ -131,6 +131,14 @@ def status(model: Any) -> dict[int, dict[Kind, str]]:
         if found[index]["attention"] != "dropped":
             found[index]["attention"] += f", {note}"
     return found
+
+
+def keep_ratios(model: Any) -> dict[tuple[int, Kind], float]:
+    """Which part of the rows policies named in the last forward pass, of every sublayer where they choose."""
+    current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
+    executors = {} if current is None else current.executors
+    ratios = {(index, kind): e.keep_ratio(kind) for index, e in sorted(executors.items()) for kind in KINDS}
+    return {sublayer: ratio for sublayer, ratio in ratios.items() if ratio is not None}
 
 
 def _method(given: Method | str | os.PathLike[str]) -> Method:

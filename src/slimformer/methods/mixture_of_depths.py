@@ -196,10 +196,11 @@ class Router:
         """A number per row, in float32: rounding must not decide differently in a prompt and in a step."""
         layer = stream.layer
         norm = None if layer is None else layer.structure.parts(self.kind).norm_before
-        h = x if layer is None or norm is None else layer.norms(norm, x, None, False)
         if self.weight.device != x.device:
             self.weight, self.bias = self.weight.to(x.device), self.bias.to(x.device)
-        return (h.float() * self.weight.float()).sum(-1) + self.bias.float()
+        if layer is None or norm is None:
+            return (x.float() * self.weight.float()).sum(-1) + self.bias.float()
+        return layer.norms.scores(norm, x, self.weight, self.bias)
 
     def _best(self, stream: Stream, score: Tensor) -> Tensor:
         text = stream.padding_mask()
