@@ -31,6 +31,8 @@ MODULES = (
     "elimination_speed",
     "elimination_quality",
     "encoder_elimination",
+    "mixture_of_depths",
+    "mixture_of_depths_speed",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}

@@ -118,7 +118,8 @@ def status(model: Any) -> dict[int, dict[Kind, str]]:
 
     `"dropped"`: nothing, or what a replacement leaves. `"chosen rows"`: those that policies name, and which part
     of all they were in the last forward pass. `"text rows"`: all but padding. `"all rows"`: padding too, by the
-    model's own code, where the sublayer is none that can do without. Behind that stands how transforms change the scores of an attention, with the text length that it reaches then.
+    model's own code, where the sublayer is none that can do without. Behind that stands how transforms change the
+    scores of an attention, with the text length that it reaches then.
     """
     current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
     if current is None:

@@ -184,7 +184,7 @@ class Router:
         """The rows of the residual `x` `[rows, hidden]` that are computed."""
         if self.keep is not None and (stream.tokens == 1 or self.keep == 1.0):
             return None
-        score = self._scores(stream, x)
+        score = self.scores(stream, x)
         mask = score > 0 if self.keep is None else self._best(stream, score)
         protected = protected_tokens(stream)
         if protected is not None:
@@ -192,7 +192,7 @@ class Router:
             mask = mask | (flat if stream.held is None else flat[stream.held.index])
         return Rows(x.shape[0], given_mask=mask)
 
-    def _scores(self, stream: Stream, x: Tensor) -> Tensor:
+    def scores(self, stream: Stream, x: Tensor) -> Tensor:
         """A number per row, in float32: rounding must not decide differently in a prompt and in a step."""
         layer = stream.layer
         norm = None if layer is None else layer.structure.parts(self.kind).norm_before
