@@ -14,7 +14,8 @@ import slimformer
 from slimformer import MixtureOfDepths, Plan
 from slimformer.anatomy import find_anatomy
 from slimformer.calibration.arank import attention_ranks, calibrate_arank, layer_ranks, lowest
-from slimformer.calibration.routers import _Routed, train_routers
+from slimformer.calibration.routed_model import Routed
+from slimformer.calibration.routers import train_routers
 from slimformer.errors import CalibrationError, PlanError
 from slimformer.training.loop import TrainingSettings
 from slow_rows import small
@@ -163,8 +164,8 @@ def test_routers_refuse_what_does_not_fit() -> None:
 def test_fresh_routers_have_one_spread_whatever_shares_them(shared: Any) -> None:
     model = small("llama")
     method = MixtureOfDepths.keeping_everything(32, attention=[1, 2], mlp=[1, 2, 3], shared=shared)
-    routed = _Routed(model, find_anatomy(model), method)
-    row = torch.randint(3, 64, (1, 60))
+    routed = Routed(model, find_anatomy(model), method)
+    row = {"input_ids": torch.randint(3, 64, (1, 60))}
     routers = routed.fresh_routers(row)
     with torch.no_grad():
         scores = routed.run(routers, routed.call(row)).scores

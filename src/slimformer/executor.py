@@ -41,6 +41,7 @@ class SublayerPlan:
         staying: Name the rows that stay in the stream from this layer on; no later layer computes the others. Read
             from the plan of the layer's attention, before which the others leave.
         leave_caches: Whether some of those others leave the caches of this layer and later ones too.
+        reads_images: Whether what names rows asks which tokens stand for images.
     """
 
     compute: bool = True
@@ -50,6 +51,7 @@ class SublayerPlan:
     compact_keys: bool = False
     staying: tuple[RowSelector, ...] = ()
     leave_caches: bool = False
+    reads_images: bool = False
 
     def __and__(self, other: SublayerPlan) -> SublayerPlan:
         """Both decisions: what one drops is dropped, and rows are those that both keep.
@@ -72,12 +74,14 @@ class SublayerPlan:
                 gone.weights,
                 staying=self.staying + other.staying,
                 leave_caches=self.leave_caches or other.leave_caches,
+                reads_images=self.reads_images or other.reads_images,
             )
         return SublayerPlan(
             rows=self.rows + other.rows,
             compact_keys=self.compact_keys or other.compact_keys,
             staying=self.staying + other.staying,
             leave_caches=self.leave_caches or other.leave_caches,
+            reads_images=self.reads_images or other.reads_images,
         )
 
 

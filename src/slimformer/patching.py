@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from slimformer.anatomy import (
     KINDS,
@@ -26,6 +27,7 @@ from slimformer.attention_transforms import Attentions, AttentionTransform, tran
 from slimformer.cache import compact_slots
 from slimformer.errors import PlanError
 from slimformer.executor import LayerExecutor, TokenPolicy
+from slimformer.image_tokens import read_images
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import Plan
@@ -163,7 +165,7 @@ def _plan_beside_checkpoint(model: nn.Module) -> tuple[Method, ...]:
     return ()
 
 
-def _apply(model: nn.Module, methods: tuple[Method, ...]) -> None:
+def _apply(model: PreTrainedModel, methods: tuple[Method, ...]) -> None:
     anatomy = find_anatomy(model)
     executors = _executors(anatomy, (*methods, Unpadding()))
     dropped = [index for index, executor in executors.items() if not executor.sublayers["attention"].compute]
@@ -188,6 +190,8 @@ def _apply(model: nn.Module, methods: tuple[Method, ...]) -> None:
             ledger.set(model, "save_pretrained", partial(save_with_plan, model, methods))
         # Before anything is examined, so that rows are attended to as transforms say.
         patch.notes = transformed_by(methods, Attentions(anatomy, ledger, call))
+        if any(plan.reads_images for e in executors.values() for plan in e.sublayers.values()):
+            read_images(model, ledger)
         for index, executor in executors.items():
             _replace(executor, anatomy.causal, slots[index], ledger)
             if anatomy.causal and not keeps_state(executor.replacements.get("attention")):
