@@ -48,6 +48,7 @@ class Decisions:
     """What the routers of a method say of an unpatched model's own sublayer inputs, noted while it runs."""
 
     def __init__(self, model: nn.Module, method: MixtureOfDepths) -> None:
+        self.scores: dict[tuple[int, Kind], Tensor] = {}
         self.masks: dict[tuple[int, Kind], Tensor] = {}
         anatomy = find_anatomy(model)
         self.hooks = []
@@ -59,7 +60,7 @@ class Decisions:
                 module: Any, args: Any, out: Tensor, kind: Kind = kind, index: int = index, name: str = name
             ) -> None:
                 score = out.float() @ method.weights[f"{name}.weight"] + method.weights[f"{name}.bias"]
-                self.masks[index, kind] = score > 0
+                self.scores[index, kind], self.masks[index, kind] = score, score > 0
 
             self.hooks.append(getattr(anatomy.layers[index], norm).register_forward_hook(note))
 
