@@ -31,6 +31,7 @@ MODULES = (
     "elimination_speed",
     "elimination_quality",
     "encoder_elimination",
+    "arank",
     "mixture_of_depths",
     "mixture_of_depths_speed",
 )

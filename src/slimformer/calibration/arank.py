@@ -68,6 +68,7 @@ def layer_ranks(
     model: PreTrainedModel | None = None,
     metric: Metric = "effective_rank",
     queries: int | None = QUERIES,
+    layers: int | None = None,
 ) -> list[float]:
     """ARank of every layer: the mean over heads and texts.
 
@@ -77,16 +78,17 @@ def layer_ranks(
         model: What reads those; None for the stack that holds the layers.
         metric: As in `attention_ranks`.
         queries: How many rows of a map are read, spread over the later half of the text; None for all rows.
+        layers: Only so many of the first layers; None for all.
 
     Raises:
         UnsupportedModelError: If a layer's queries and keys are not known.
     """
-    attentions = _attentions(anatomy)
-    total, count = [0.0] * len(anatomy.layers), 0
+    attentions = _attentions(anatomy)[:layers]
+    total, count = [0.0] * len(attentions), 0
     for batch in rows:
         given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
         call = record_call(anatomy, given, None if model is None else model.base_model)
-        layers, hidden = executors(anatomy, {}), call.hidden
+        run, hidden = executors(anatomy, {}), call.hidden
         tokens = hidden.shape[1]
         first = 0 if queries is None else tokens // 2
         asking = torch.linspace(first, tokens - 1, min(queries or tokens, tokens - first)).round().long()
@@ -95,7 +97,7 @@ def layer_ranks(
             weights = _weights(anatomy, attention, index, call, hidden, asking.to(hidden.device))
             ranks = attention_ranks(weights, asking.to(hidden.device), metric)
             total[index] += float(ranks.mean(1).sum())
-            hidden = run_layer(layers[index], call, hidden, index)
+            hidden = run_layer(run[index], call, hidden, index)
     return [value / count for value in total]
 
 
