@@ -17,6 +17,7 @@ from slimformer.calibration.arank import attention_ranks, calibrate_arank, layer
 from slimformer.calibration.routed_model import Routed
 from slimformer.calibration.routers import train_routers
 from slimformer.errors import CalibrationError, PlanError
+from slimformer.patching import keep_ratios
 from slimformer.training.loop import TrainingSettings
 from slow_rows import small
 from test_training import TEXTS
@@ -116,6 +117,22 @@ def test_routers_meet_their_budget_and_the_model_stays_as_it_was(name: str, shar
         slimformer.patch(model, plan)
         assert not torch.allclose(model(ids)[0], dense)
         assert torch.equal(slimformer.unpatch(model)(ids)[0], dense)
+
+
+@pytest.mark.parametrize("fields", [{"routing": "top_k"}, {"per": "sequence"}])
+def test_what_looks_at_whole_texts_is_trained_so(fields: dict[str, Any]) -> None:
+    model = tiny_model("bert")
+    method = MixtureOfDepths.keeping_everything(32, mlp=[1, 2, 3], keep=0.5, **fields)
+    settings = TrainingSettings(steps=20, rows=4, learning_rate=1e-2)
+    plan = train_routers(model, tiny_tokenizer(), method=method, data=TEXTS, length=32, settings=settings)
+    found = plan.measured["routers"]
+    assert found["keep"] == pytest.approx(0.5, abs=0.2 if "per" in fields else 0.01)
+    ids = torch.randint(3, 60, (4, 32))
+    slimformer.patch(model, plan)
+    with torch.no_grad():
+        model(ids)
+    for ratio in keep_ratios(model).values():
+        assert ratio == 0.5 if "routing" in fields else ratio * 4 in range(5)
 
 
 def test_training_starts_at_the_dense_model_and_beats_chance() -> None:
