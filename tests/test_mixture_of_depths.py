@@ -198,6 +198,22 @@ def test_status_says_how_many_rows_were_computed() -> None:
         assert keep_ratios(model)[1, "attention"] in (0.0, 1.0)
 
 
+def test_a_step_that_no_token_takes_reads_no_weight() -> None:
+    model, text = small("llama"), ids(2, 21)
+    never = {f"{kind}.1.weight": torch.zeros(32) for kind in KINDS}
+    never |= {f"{kind}.1.bias": -torch.ones(1) for kind in KINDS}
+    slimformer.patch(model, MixtureOfDepths(attention=[1], mlp=[1], weights=never))
+    layer = find_anatomy(model).layers[1]
+    with torch.no_grad():
+        whole = model(text).logits[:, -1]
+        cache = model(text[:, :20], use_cache=True).past_key_values
+        for linear in (layer.self_attn.q_proj, layer.self_attn.o_proj, *layer.mlp.children()):
+            if isinstance(linear, nn.Linear):
+                linear.weight.fill_(float("nan"))
+        step = model(text[:, 20:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(step, whole, atol=1e-4, rtol=1e-4)
+
+
 def test_protected_tokens_are_always_computed() -> None:
     model, text = small("llama"), ids(1, 24)
     method = routed(mlp=[1])

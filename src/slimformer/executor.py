@@ -162,7 +162,7 @@ class LayerExecutor:
             if self.chooses:
                 stream.past = self.by_rows.cached_tokens(given)
             kernels = uses_kernels(x, self.layer)
-            if self.chooses and x.is_cuda and not kernels and self._may_mask(stream):
+            if self.chooses and x.is_cuda and not kernels and self._may_mask(stream, x):
                 return self._masked(x, stream, given)
             if self.chooses or stream.held is not None or kernels:
                 return self._by_rows(x, stream, given)
@@ -315,9 +315,12 @@ class LayerExecutor:
             output = stream.attach(x.view(hidden.shape))
         return self._returned(output, run.weights, kwargs)
 
-    def _may_mask(self, stream: Stream) -> bool:
+    def _may_mask(self, stream: Stream, x: Tensor) -> bool:
         compact = self.sublayers["attention"].compact_keys
-        return stream.held is None and not compact and not torch.compiler.is_compiling()
+        if stream.held is not None or compact or torch.compiler.is_compiling():
+            return False
+        # A step that may read no weights is worth more launches.
+        return self.by_rows is None or not self.by_rows.may_be_skipped(x.reshape(-1, x.shape[-1]))
 
     def _masked(self, x: Tensor, stream: Stream, kwargs: dict[str, Any]) -> Any:
         """The layer on all rows, of which the chosen ones count.
