@@ -115,7 +115,7 @@ def _tiny_model() -> PreTrainedModel:
         vocab_size=128,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=4,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
     )

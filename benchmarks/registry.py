@@ -38,6 +38,9 @@ MODULES = (
     "repair",
     "encoder_repair",
     "encoder_narrow",
+    "arank",
+    "mixture_of_depths",
+    "mixture_of_depths_speed",
 )
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}

@@ -15,6 +15,7 @@ from slimformer import LayerDrop, MixtureOfDepths, Plan, TokenElimination
 from slimformer.anatomy import KINDS, Kind, find_anatomy
 from slimformer.errors import PlanError
 from slimformer.methods.mixture_of_depths import router_name
+from slimformer.patching import keep_ratios
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, positions, slowly, small  # noqa: F401
 from test_token_elimination import ids, mask_of, only, staying
 from tiny_models import DECODERS, ENCODERS, tiny_model
@@ -48,6 +49,7 @@ class Decisions:
     """What the routers of a method say of an unpatched model's own sublayer inputs, noted while it runs."""
 
     def __init__(self, model: nn.Module, method: MixtureOfDepths) -> None:
+        self.scores: dict[tuple[int, Kind], Tensor] = {}
         self.masks: dict[tuple[int, Kind], Tensor] = {}
         anatomy = find_anatomy(model)
         self.hooks = []
@@ -59,7 +61,7 @@ class Decisions:
                 module: Any, args: Any, out: Tensor, kind: Kind = kind, index: int = index, name: str = name
             ) -> None:
                 score = out.float() @ method.weights[f"{name}.weight"] + method.weights[f"{name}.bias"]
-                self.masks[index, kind] = score > 0
+                self.scores[index, kind], self.masks[index, kind] = score, score > 0
 
             self.hooks.append(getattr(anatomy.layers[index], norm).register_forward_hook(note))
 
@@ -131,6 +133,87 @@ def test_top_k_takes_its_share_of_every_text(name: str) -> None:
     assert counts == [round(24 / 4) + round(19 / 4) + round(13 / 4)]
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_sequences_go_one_way_by_the_mean_of_their_scores(name: str) -> None:
+    model, mask = small(name), mask_of(0, 5, 11, tokens=24)
+    method = routed(mlp=[2], per="sequence")
+    given = {"input_ids": ids()[:, :24], "attention_mask": mask}
+    if name == "llama":
+        given["position_ids"] = positions(mask)
+    weight = method.weights["mlp.2.weight"]
+    anatomy = find_anatomy(model)
+    inputs: list[Tensor] = []
+    norm = anatomy.structure.mlp.norm_before
+    # BERT's router reads the residual itself, which is what its MLP gets.
+    source = anatomy.layers[2].intermediate if norm is None else getattr(anatomy.layers[2], norm)
+    hook = source.register_forward_hook(lambda m, args, out: inputs.append(args[0] if norm is None else out))
+    dense = outputs(model, given)
+    hook.remove()
+    score = inputs[0].float() @ weight
+    mean = (score * mask).sum(1) / mask.sum(1)
+    # A threshold between the texts, so that some pass by and some do not.
+    middle = mean.sort().values[:2].mean()
+    weights = {"mlp.2.weight": weight, "mlp.2.bias": -middle[None]}
+    method = MixtureOfDepths(mlp=[2], per="sequence", weights=weights)
+    keep = (mean > middle)[:, None].expand_as(mask)
+    with slowly(model, {(2, "mlp"): keep}):
+        expected = outputs(model, given)
+    with slimformer.patched(model, method):
+        assert error(outputs(model, given), expected, mask) <= CLOSE
+    assert error(expected, dense, mask) > 1e-3
+
+
+@pytest.mark.parametrize("fields", [{"routing": "top_k"}, {"per": "sequence"}])
+def test_what_looks_at_whole_texts_does_not_go_on_with_them(fields: dict[str, Any]) -> None:
+    model = slimformer.patch(small("llama"), routed(attention=[1], **fields))
+    with torch.no_grad():
+        first = model(ids(1, 12), use_cache=True)
+        for more in (1, 4):
+            with pytest.raises(PlanError, match="continues one that is in the cache"):
+                model(ids(1, 12)[:, :more], past_key_values=first.past_key_values)
+
+
+def test_status_says_how_many_rows_were_computed() -> None:
+    model, text = small("llama"), ids(2, 24)
+    method = routed(attention=[1], mlp=[2])
+    slimformer.patch(model, method)
+    assert slimformer.status(model)[1]["attention"] == "chosen rows"
+    decisions = {}
+    with torch.no_grad():
+        model(text)
+    for kind, index in method.sublayers:
+        decisions[index, kind] = keep_ratios(model)[index, kind]
+    first = slimformer.status(model)[1]["attention"]
+    assert first == f"chosen rows, {decisions[1, 'attention']:.1%} in the last call"
+    slimformer.unpatch(model)
+    noted = Decisions(model, method)
+    with torch.no_grad():
+        model(text)
+    noted.close()
+    assert decisions[1, "attention"] == pytest.approx(float(noted.masks[1, "attention"].float().mean()))
+    # A later call replaces it.
+    with torch.no_grad(), slimformer.patched(model, method):
+        model(text)
+        model(text[:1, :1])
+        assert keep_ratios(model)[1, "attention"] in (0.0, 1.0)
+
+
+def test_a_step_that_no_token_takes_reads_no_weight() -> None:
+    model, text = small("llama"), ids(2, 21)
+    never = {f"{kind}.1.weight": torch.zeros(32) for kind in KINDS}
+    never |= {f"{kind}.1.bias": -torch.ones(1) for kind in KINDS}
+    slimformer.patch(model, MixtureOfDepths(attention=[1], mlp=[1], weights=never))
+    layer = find_anatomy(model).layers[1]
+    with torch.no_grad():
+        whole = model(text).logits[:, -1]
+        cache = model(text[:, :20], use_cache=True).past_key_values
+        for linear in (layer.self_attn.q_proj, layer.self_attn.o_proj, *layer.mlp.children()):
+            if isinstance(linear, nn.Linear):
+                linear.weight.fill_(float("nan"))
+        step = model(text[:, 20:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(step, whole, atol=1e-4, rtol=1e-4)
+
+
 def test_protected_tokens_are_always_computed() -> None:
     model, text = small("llama"), ids(1, 24)
     method = routed(mlp=[1])
@@ -186,6 +269,9 @@ def test_generate_and_plans_and_undo(tmp_path: Path) -> None:
         ({"mlp": [1], "keep": 0.0}, "above 0 and up to 1"),
         ({"mlp": [1], "routing": "best"}, "one of threshold, top_k"),
         ({"mlp": [1], "shared": "some"}, "one of sublayer, layer, all"),
+        ({"mlp": [1], "per": "word"}, "one of token, sequence"),
+        ({"mlp": [1], "tokens": "some"}, "one of all, image"),
+        ({"mlp": [1], "per": "sequence", "routing": "top_k"}, "decides on whole texts"),
         ({"mlp": [1]}, "no router for mlp 1"),
         (
             {"mlp": [1], "weights": {"mlp.1.weight": torch.zeros(2, 2), "mlp.1.bias": torch.zeros(1)}},

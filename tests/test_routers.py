@@ -14,8 +14,10 @@ import slimformer
 from slimformer import MixtureOfDepths, Plan
 from slimformer.anatomy import find_anatomy
 from slimformer.calibration.arank import attention_ranks, calibrate_arank, layer_ranks, lowest
-from slimformer.calibration.routers import _Routed, train_routers
+from slimformer.calibration.routed_model import Routed
+from slimformer.calibration.routers import train_routers
 from slimformer.errors import CalibrationError, PlanError
+from slimformer.patching import keep_ratios
 from slimformer.training.loop import TrainingSettings
 from slow_rows import small
 from test_training import TEXTS
@@ -117,6 +119,22 @@ def test_routers_meet_their_budget_and_the_model_stays_as_it_was(name: str, shar
         assert torch.equal(slimformer.unpatch(model)(ids)[0], dense)
 
 
+@pytest.mark.parametrize("fields", [{"routing": "top_k"}, {"per": "sequence"}])
+def test_what_looks_at_whole_texts_is_trained_so(fields: dict[str, Any]) -> None:
+    model = tiny_model("bert")
+    method = MixtureOfDepths.keeping_everything(32, mlp=[1, 2, 3], keep=0.5, **fields)
+    settings = TrainingSettings(steps=20, rows=4, learning_rate=1e-2)
+    plan = train_routers(model, tiny_tokenizer(), method=method, data=TEXTS, length=32, settings=settings)
+    found = plan.measured["routers"]
+    assert found["keep"] == pytest.approx(0.5, abs=0.2 if "per" in fields else 0.01)
+    ids = torch.randint(3, 60, (4, 32))
+    slimformer.patch(model, plan)
+    with torch.no_grad():
+        model(ids)
+    for ratio in keep_ratios(model).values():
+        assert ratio == 0.5 if "routing" in fields else ratio * 4 in range(5)
+
+
 def test_training_starts_at_the_dense_model_and_beats_chance() -> None:
     model = small("llama")
     method = MixtureOfDepths.keeping_everything(32, mlp=[1, 2, 3], keep=0.5)
@@ -163,8 +181,8 @@ def test_routers_refuse_what_does_not_fit() -> None:
 def test_fresh_routers_have_one_spread_whatever_shares_them(shared: Any) -> None:
     model = small("llama")
     method = MixtureOfDepths.keeping_everything(32, attention=[1, 2], mlp=[1, 2, 3], shared=shared)
-    routed = _Routed(model, find_anatomy(model), method)
-    row = torch.randint(3, 64, (1, 60))
+    routed = Routed(model, find_anatomy(model), method)
+    row = {"input_ids": torch.randint(3, 64, (1, 60))}
     routers = routed.fresh_routers(row)
     with torch.no_grad():
         scores = routed.run(routers, routed.call(row)).scores

@@ -12,9 +12,11 @@ from .chunked_head import chunked_cross_entropy, chunked_kl
 from .errors import KernelArgumentError
 from .glu import geglu, geglu_packed, swiglu, swiglu_packed
 from .layer_norm_rows import layer_norm_rows
+from .linear_if_any import linear_if_any
 from .pooled_scores import PooledScores, pooled_scores
 from .rms_norm_rows import rms_norm_rows
 from .rotary import rotary_
+from .router_scores import router_scores
 from .self_extend import self_extend
 
 __all__ = [
@@ -31,9 +33,11 @@ __all__ = [
     "geglu",
     "geglu_packed",
     "layer_norm_rows",
+    "linear_if_any",
     "pooled_scores",
     "rms_norm_rows",
     "rotary_",
+    "router_scores",
     "self_extend",
     "set_debug",
     "swiglu",

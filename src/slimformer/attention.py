@@ -23,6 +23,7 @@ from slimformer.attention_backend import fastest_backend
 from slimformer.attention_projections import Projections, match_projections
 from slimformer.attention_scores import Extension, own_eager_attention, own_implementation, scores_of
 from slimformer.cache import extended, layer_cache
+from slimformer.linear_steps import linear_step, may_be_skipped
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.shorter_cache import ShorterLayer, ShorterStaticLayer, shorter_layer
@@ -88,8 +89,17 @@ class RowAttention:
             return "flash" not in str(own_implementation(self.core)) or stream.tokens == 1
         return stream.key_ranges(mask, self.window) is not None
 
+    def may_be_skipped(self, x: Tensor) -> bool:
+        """Whether a step of the rows `x` `[rows, hidden]` reads no weight of queries where none of them is wanted."""
+        return may_be_skipped(getattr(self.core, self.projections.query), x)
+
     def whole(
-        self, h: Tensor, stream: Stream, kwargs: dict[str, Any], kernels: bool
+        self,
+        h: Tensor,
+        stream: Stream,
+        kwargs: dict[str, Any],
+        kernels: bool,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """All rows of a stream that has lost none, through the model's own attention function.
 
@@ -98,12 +108,13 @@ class RowAttention:
             stream: What the rows are.
             kwargs: The layer's arguments.
             kernels: Whether to run kernels where there are any.
+            wanted: The rows whose result counts, bool `[batch * tokens]`; None for all.
 
         Returns:
             `[batch * tokens, hidden]`, or `[batch * tokens, heads * head_dim]` where the output layer lies outside,
             and the attention weights if the function gives any.
         """
-        q, k, v = self._project(h, h, None, None, stream, kwargs, kernels)
+        q, k, v = self._project(h, h, None, None, stream, kwargs, kernels, wanted)
         shape = (stream.batch, stream.tokens, -1, self.head_dim)
         q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
         cache = self.cache_of(kwargs)
@@ -129,7 +140,7 @@ class RowAttention:
                 softcap=self.softcap,
                 **rest,
             )
-        return self._output(output.reshape(h.shape[0], -1)), weights
+        return self._output(output.reshape(h.shape[0], -1), wanted), weights
 
     def chosen(
         self,
@@ -284,14 +295,15 @@ class RowAttention:
         stream: Stream,
         kwargs: dict[str, Any],
         kernels: bool,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[rows, heads, head_dim]`, rotated to their original positions."""
         p, core = self.projections, self.core
         if p.key is None or p.value is None:
             q, k, v = self._packed(h_query, h_key, rows, key_rows)
         else:
-            names = ((p.query, h_query), (p.key, h_key), (p.value, h_key))
-            q, k, v = (getattr(core, name)(h) for name, h in names)
+            q = linear_step(getattr(core, p.query), h_query, wanted)
+            k, v = (getattr(core, name)(h_key) for name in (p.key, p.value))
         if p.norms is not None:
             q, k = (self._normed(name, t, kernels) for name, t in zip(p.norms, (q, k), strict=True))
         q, k, v = (t.view(t.shape[0], t.shape[-1] // self.head_dim, self.head_dim) for t in (q, k, v))
@@ -343,11 +355,11 @@ class RowAttention:
         width = x.shape[-1] if weight is None else int(weight.numel())
         return self.norms(name, x.reshape(-1, width), None, kernels).view(x.shape)
 
-    def _output(self, heads: Tensor) -> Tensor:
+    def _output(self, heads: Tensor, wanted: Tensor | None = None) -> Tensor:
         p = self.projections
         if p.output is None:
             return heads
-        y: Tensor = getattr(self.core, p.output)(heads)
+        y = linear_step(getattr(self.core, p.output), heads, wanted)
         return y if p.dropout is None else getattr(self.core, p.dropout)(y)
 
     @property

@@ -43,6 +43,7 @@ class SublayerPlan:
             from the plan of the layer's attention, before which the others leave.
         leave_caches: Whether some of those others leave the caches of this layer and later ones too.
         changes: Names of parameters within the layer, and what each becomes. They count whatever else is decided.
+        reads_images: Whether what names rows asks which tokens stand for images.
     """
 
     compute: bool = True
@@ -53,6 +54,7 @@ class SublayerPlan:
     staying: tuple[RowSelector, ...] = ()
     leave_caches: bool = False
     changes: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = ()
+    reads_images: bool = False
 
     def __and__(self, other: SublayerPlan) -> SublayerPlan:
         """Both decisions: what one drops is dropped, and rows are those that both keep.
@@ -76,6 +78,7 @@ class SublayerPlan:
                 staying=self.staying + other.staying,
                 leave_caches=self.leave_caches or other.leave_caches,
                 changes=self.changes + other.changes,
+                reads_images=self.reads_images or other.reads_images,
             )
         return SublayerPlan(
             rows=self.rows + other.rows,
@@ -83,6 +86,7 @@ class SublayerPlan:
             staying=self.staying + other.staying,
             leave_caches=self.leave_caches or other.leave_caches,
             changes=self.changes + other.changes,
+            reads_images=self.reads_images or other.reads_images,
         )
 
 
@@ -115,6 +119,7 @@ class LayerExecutor:
         shortens: Whether the cache of this layer may hold fewer tokens than the text has.
         last: Whether rows that left the stream come back behind this layer.
         observed: Says whether something reads what runs between the layers, so that no row may leave.
+        chosen: The rows that policies named in the last call: all there were, and their mask or number.
     """
 
     layer: nn.Module
@@ -130,6 +135,7 @@ class LayerExecutor:
     shortens: bool = False
     last: bool = False
     observed: Callable[[], bool] = lambda: False
+    chosen: dict[Kind, tuple[int, Tensor | int]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -166,7 +172,7 @@ class LayerExecutor:
             if self.chooses:
                 stream.past = self.by_rows.cached_tokens(given)
             kernels = uses_kernels(x, self.layer)
-            if self.chooses and x.is_cuda and not kernels and self._may_mask(stream):
+            if self.chooses and x.is_cuda and not kernels and self._may_mask(stream, x):
                 return self._masked(x, stream, given)
             if self.chooses or stream.held is not None or kernels:
                 return self._by_rows(x, stream, given)
@@ -251,9 +257,17 @@ class LayerExecutor:
         if not plan.compute:
             return "dropped"
         if plan.rows:
-            return "chosen rows"
+            ratio = self.keep_ratio(kind)
+            return "chosen rows" if ratio is None else f"chosen rows, {ratio:.1%} in the last call"
         attends = self.by_rows is not None and self.by_rows.attention is not None
         return "text rows" if not self.returns_tuple and (kind == "mlp" or attends) else "all rows"
+
+    def keep_ratio(self, kind: Kind) -> float | None:
+        """The part of the rows that policies named in the last call; None before the first, and where none chooses."""
+        if kind not in self.chosen:
+            return None
+        total, kept = self.chosen[kind]
+        return int(kept if isinstance(kept, int) else kept.sum()) / max(total, 1)
 
     def _concerns_rows(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call may do anything else than all rows by the model's own code."""
@@ -311,9 +325,12 @@ class LayerExecutor:
             output = stream.attach(x.view(hidden.shape))
         return self._returned(output, run.weights, kwargs)
 
-    def _may_mask(self, stream: Stream) -> bool:
+    def _may_mask(self, stream: Stream, x: Tensor) -> bool:
         compact = self.sublayers["attention"].compact_keys
-        return stream.held is None and not compact and not torch.compiler.is_compiling()
+        if stream.held is not None or compact or torch.compiler.is_compiling():
+            return False
+        # A step that may read no weights is worth more launches.
+        return self.by_rows is None or not self.by_rows.may_be_skipped(x.reshape(-1, x.shape[-1]))
 
     def _masked(self, x: Tensor, stream: Stream, kwargs: dict[str, Any]) -> Any:
         """The layer on all rows, of which the chosen ones count.
@@ -321,20 +338,30 @@ class LayerExecutor:
         For small models on a GPU, which wait for the CPU: gathering and scattering would be launches more, and this
         has none that the layer's own forward does not have.
         """
-        rows = self._chosen("attention", x, stream)
+        rows = self._choose("attention", x, stream)
         attention, weights = self.addition("attention", x, kwargs)
         if self.parallel:
-            mlp_rows, (mlp, _) = self._chosen("mlp", x, stream), self.addition("mlp", x, kwargs)
+            mlp_rows, (mlp, _) = self._choose("mlp", x, stream), self.addition("mlp", x, kwargs)
             x = self._masked_residual("attention", x, attention, rows)
         else:
             x = self._masked_residual("attention", x, attention, rows)
-            mlp_rows, (mlp, _) = self._chosen("mlp", x, stream), self.addition("mlp", x, kwargs)
+            mlp_rows, (mlp, _) = self._choose("mlp", x, stream), self.addition("mlp", x, kwargs)
         output = self._masked_residual("mlp", x, mlp, mlp_rows)
         return self._returned(output if self.last else stream.attach(output), weights, kwargs)
 
-    def _chosen(self, kind: Kind, x: Tensor, stream: Stream) -> Rows | None:
+    def _choose(self, kind: Kind, x: Tensor, stream: Stream) -> Rows | None:
+        """The rows of the residual `x` `[..., hidden]` that policies name, kept in mind for `status`."""
         plan = self.sublayers[kind]
-        return intersection(plan.rows, stream, x.view(-1, x.shape[-1])) if plan.compute else None
+        if not (plan.compute and plan.rows):
+            return None
+        rows = intersection(plan.rows, stream, x.reshape(-1, x.shape[-1]))
+        if not torch.compiler.is_compiling():
+            # The mask itself: counting it would be a launch that only `status` needs.
+            kept: Tensor | int = stream.rows
+            if rows is not None:
+                kept = rows.mask if rows.known_count is None else rows.known_count
+            self.chosen[kind] = (stream.rows, kept)
+        return rows
 
     def _masked_residual(self, kind: Kind, x: Tensor, y: Tensor | None, rows: Rows | None) -> Tensor:
         """The residual `[batch, tokens, hidden]` after a sublayer at the chosen rows."""
@@ -352,7 +379,7 @@ class LayerExecutor:
             if kind == "attention" and self.slot is not None:
                 leave_slot_empty(layer_cache(run.kwargs), self.slot)
             return run.replaced(kind, x, self.replacements.get(kind))
-        rows = intersection(plan.rows, run.stream, x)
+        rows = self._choose(kind, x, run.stream)
         if kind == "mlp":
             return run.mlp(x, rows, normed)
         return run.attention(x, rows, plan.compact_keys)

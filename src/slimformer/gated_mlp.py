@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimformer.linear_steps import linear_step, may_be_skipped
 from slimformer_kernels import geglu, swiglu
 
 
@@ -58,10 +59,13 @@ class GatedMlp:
     parts: GatedParts
     product: Callable[[Tensor, Tensor], Tensor]
 
-    def __call__(self, h: Tensor) -> Tensor:
-        """`[rows, hidden]` to `[rows, hidden]`."""
-        y: Tensor = getattr(self.module, self.parts.down)(self._inner(h))
-        return y
+    def __call__(self, h: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """`[rows, hidden]` to `[rows, hidden]`; rows outside `wanted`, bool `[rows]`, hold anything finite."""
+        return linear_step(getattr(self.module, self.parts.down), self._inner(h, wanted), wanted)
+
+    def may_be_skipped(self, h: Tensor) -> bool:
+        """Whether a step of the rows `h` `[rows, hidden]` reads no weight where none of them is wanted."""
+        return may_be_skipped(getattr(self.module, self.parts.gate), h)
 
     def add_to(self, x: Tensor, h: Tensor) -> bool:
         """Add the MLP of `h` to the residual `x` `[rows, hidden]` in place, inside the last matrix product.
@@ -77,12 +81,12 @@ class GatedMlp:
         x.addmm_(self._inner(h), down.weight.T)
         return True
 
-    def _inner(self, h: Tensor) -> Tensor:
-        gate = getattr(self.module, self.parts.gate)(h)
+    def _inner(self, h: Tensor, wanted: Tensor | None = None) -> Tensor:
+        gate = linear_step(getattr(self.module, self.parts.gate), h, wanted)
         if self.parts.up is None:
             gate, up = gate.chunk(2, dim=-1)
         else:
-            up = getattr(self.module, self.parts.up)(h)
+            up = linear_step(getattr(self.module, self.parts.up), h, wanted)
         return self.product(gate, up)
 
 

@@ -26,6 +26,7 @@ from slimformer.attention_transforms import Attentions, AttentionTransform, tran
 from slimformer.cache import compact_slots
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.executor import LayerExecutor, TokenPolicy
+from slimformer.image_tokens import read_images
 from slimformer.integrations.sentence_transformers import faster_pipeline
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
@@ -125,9 +126,10 @@ def switched_off(model: Any) -> Iterator[None]:
 def status(model: Any) -> dict[int, dict[Kind, str]]:
     """What every patched layer computes: layer index to sublayer to rows. Empty for an unpatched model.
 
-    `"dropped"`: nothing, or what a replacement leaves. `"chosen rows"`: those that policies name. `"text rows"`: all
-    but padding. `"all rows"`: padding too, by the model's own code, where the sublayer is none that can do without.
-    Behind that stands how transforms change the scores of an attention, with the text length that it reaches then.
+    `"dropped"`: nothing, or what a replacement leaves. `"chosen rows"`: those that policies name, and which part
+    of all they were in the last forward pass. `"text rows"`: all but padding. `"all rows"`: padding too, by the
+    model's own code, where the sublayer is none that can do without. Behind that stands how transforms change the
+    scores of an attention, with the text length that it reaches then.
     """
     current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
     if current is None:
@@ -141,6 +143,14 @@ def status(model: Any) -> dict[int, dict[Kind, str]]:
         if rows["attention"] != "dropped":
             rows["attention"] += f", {note}"
     return found
+
+
+def keep_ratios(model: Any) -> dict[tuple[int, Kind], float]:
+    """Which part of the rows policies named in the last forward pass, of every sublayer where they choose."""
+    current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
+    executors = {} if current is None else current.executors
+    ratios = {(index, kind): e.keep_ratio(kind) for index, e in sorted(executors.items()) for kind in KINDS}
+    return {sublayer: ratio for sublayer, ratio in ratios.items() if ratio is not None}
 
 
 def _method(given: Method | str | os.PathLike[str]) -> Method:
@@ -192,6 +202,8 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
         patch.notes = transformed_by(methods, Attentions(anatomy, ledger, call))
         for executor in executors.values():
             _change_weights(executor, ledger)
+        if any(plan.reads_images for e in executors.values() for plan in e.sublayers.values()):
+            read_images(model, ledger)
         for index, executor in executors.items():
             _replace(executor, anatomy.causal, slots[index], ledger)
             if anatomy.causal and not keeps_state(executor.replacements.get("attention")):

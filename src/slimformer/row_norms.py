@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from slimformer_kernels import add_layer_norm, add_rms_norm, layer_norm_rows, rms_norm_rows
+from slimformer_kernels import add_layer_norm, add_rms_norm, layer_norm_rows, rms_norm_rows, router_scores
 from slimformer_kernels.rms_norm_rows import rms_norm_rows_reference
 
 # A pass over memory of fewer numbers takes less time than the longer launch of a Triton kernel (H100: 8 us, 50 us);
@@ -59,6 +59,21 @@ class RowNorms:
         chosen = x if index is None else x.index_select(0, index)
         normed: Tensor = norm(chosen)
         return normed
+
+    def scores(self, name: str, x: Tensor, router: Tensor, bias: Tensor) -> Tensor:
+        """The norm of `x` `[rows, hidden]` times `router` `[hidden]`, plus `bias` `[1]`: float32 `[rows]`."""
+        norm, kind = getattr(self.owner, name), self.kinds[name]
+        if isinstance(kind, RmsNorm) and x.is_cuda:
+            return router_scores(
+                x,
+                norm.weight,
+                kind.eps,
+                router,
+                bias,
+                offset=kind.offset,
+                multiply_in_fp32=kind.multiply_in_fp32,
+            )
+        return (norm(x).float() * router.float()).sum(-1) + bias.float()
 
     def fused(self, name: str, x: Tensor) -> Tensor:
         """The norm of `x` `[..., hidden]` by PyTorch's own kernel, where it computes the same in one launch."""

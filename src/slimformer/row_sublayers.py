@@ -106,6 +106,13 @@ class RowSublayers:
             return 0
         return cache.get_seq_length() - (0 if self.counted else tokens)
 
+    def may_be_skipped(self, x: Tensor) -> bool:
+        """Whether a sublayer of a step of the rows `x` `[rows, hidden]` reads no weights where none is wanted."""
+        attention, gated = self.attention, self.gated
+        if attention is not None and attention.may_be_skipped(x):
+            return True
+        return gated is not None and gated.may_be_skipped(x)
+
     def begin(self, x: Tensor, stream: Stream, kwargs: dict[str, Any]) -> Run:
         """One call of the layer on the residual `x` `[rows, hidden]`."""
         return Run(self, stream, kwargs, uses_kernels(x, self.layer))
@@ -168,11 +175,12 @@ class Run:
         index = None if rows is None or masked else rows.index
         h = self._normed("mlp", x, index) if normed is None else normed
         module = getattr(layer, parts.module)
-        if self.kernels and self.of.gated is not None and _untouched(module):
+        step = masked and self.of.gated is not None and self.of.gated.may_be_skipped(h)
+        if (self.kernels or step) and self.of.gated is not None and _untouched(module):
             alone = rows is None and self._writes() and parts.norm_after is None and not parts.post_norm
             if alone and self.of.gated.add_to(x, h):
                 return Update(x, replaces=True)
-            y = self.of.gated(h)
+            y = self.of.gated(h, rows.mask if step and rows is not None else None)
         else:
             y = module(h[None])
             y = (y[0] if isinstance(y, tuple) else y)[0]
@@ -192,9 +200,11 @@ class Run:
             rows, masked = self._worth_choosing(rows)
         chosen = None if masked else rows
         if chosen is None and stream.held is None:
-            if by_rows is None or not self.kernels:
+            step = rows is not None and by_rows is not None and by_rows.may_be_skipped(x)
+            if by_rows is None or not (self.kernels or step):
                 return self._by_module(x, rows, masked)
-            y, self.weights = by_rows.whole(self._normed("attention", x, None), stream, kwargs, kernels=True)
+            h, wanted = self._normed("attention", x, None), rows.mask if step and rows is not None else None
+            y, self.weights = by_rows.whole(h, stream, kwargs, self.kernels, wanted)
         elif by_rows is None or not by_rows.can_choose_rows(stream, kwargs):
             if stream.shorter:
                 raise PlanError(

@@ -16,6 +16,7 @@ from slimformer_kernels.add_rows_norm import add_rows_layer_norm_op, add_rows_rm
 from slimformer_kernels.glu import glu_op, glu_reference
 from slimformer_kernels.layer_norm_rows import layer_norm_rows_op, layer_norm_rows_reference
 from slimformer_kernels.rms_norm_rows import rms_norm_rows_op, rms_norm_rows_reference
+from slimformer_kernels.router_scores import router_scores_op, router_scores_reference
 
 EPS = 1e-5
 SHAPES = [(1, 1), (7, 5), (70, 100), (37, 576), (3, 5000)]
@@ -66,6 +67,19 @@ def test_norms_match_their_references(shape, kind, device, dtype, poisoned, chec
         check_close(got, rms_norm_rows_reference(x, rows, weight, EPS, *order))
     for got, shift in zip(layer, (bias, None), strict=True):
         check_close(got, layer_norm_rows_reference(x, rows, weight, shift, EPS))
+
+
+@shapes
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+def test_router_scores_are_the_norm_times_a_vector(shape, strided, device, dtype, poisoned, check_close):
+    x, _, _, weight, router = setting(shape, "all", device, dtype, strided=strided)
+    bias = torch.randn(1, device=device)
+    for order in RMS_KINDS:
+        for rows in (x, x[:0]):
+            with poisoned():
+                got = router_scores_op(rows, weight, EPS, router.float(), bias, *order)
+            expected = router_scores_reference(rows, weight, EPS, router.float(), bias, *order)
+            check_close(got, expected, tolerance=1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @shapes
@@ -188,6 +202,7 @@ def test_operators_declare_what_they_change(device, interpreted):
         (add_rows_rms_norm_op, (x, rows, y, weight, EPS, 1.0, True)),
         (add_rows_layer_norm_op, (x, None, x.clone(), weight, None, EPS)),
         (glu_op, (x, x.clone(), "silu")),
+        (router_scores_op, (x, weight, EPS, bias, weight[:1], 0.0, False)),
         (add_rms_norm_op, (x, x.clone(), weight, EPS, 1.0, True)),
         (add_layer_norm_op, (x, x.clone(), weight, bias, EPS)),
     ]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.anatomy import Anatomy, find_anatomy, first_layer_call, transformer_of
 from slimformer.attention import RowAttention
@@ -19,6 +19,7 @@ from slimformer.calibration.held_out import split_texts
 from slimformer.calibration.partial_results import PartialResults
 from slimformer.calibration.progress import Stages
 from slimformer.calibration.replay import Call, executors, record_call, run_layer
+from slimformer.calibration.training_rows import examples
 from slimformer.errors import CalibrationError, DataError, UnsupportedModelError
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
@@ -62,36 +63,41 @@ def attention_ranks(weights: Tensor, queries: Tensor, metric: Metric) -> Tensor:
 
 def layer_ranks(
     anatomy: Anatomy,
-    rows: Iterable[Tensor],
+    rows: Iterable[Tensor | Mapping[str, Tensor]],
     *,
+    model: PreTrainedModel | None = None,
     metric: Metric = "effective_rank",
     queries: int | None = QUERIES,
+    layers: int | None = None,
 ) -> list[float]:
     """ARank of every layer: the mean over heads and texts.
 
     Args:
         anatomy: An unpatched model's.
-        rows: Token ids `[texts, tokens]`, a batch at a time.
+        rows: Token ids `[texts, tokens]`, a batch at a time; or all inputs of a model that reads images too.
+        model: What reads those; None for the stack that holds the layers.
         metric: As in `attention_ranks`.
         queries: How many rows of a map are read, spread over the later half of the text; None for all rows.
+        layers: Only so many of the first layers; None for all.
 
     Raises:
         UnsupportedModelError: If a layer's queries and keys are not known.
     """
-    attentions = _attentions(anatomy)
-    total, count = [0.0] * len(anatomy.layers), 0
+    attentions = _attentions(anatomy)[:layers]
+    total, count = [0.0] * len(attentions), 0
     for batch in rows:
-        call = record_call(anatomy, {"input_ids": batch})
-        layers, hidden = executors(anatomy, {}), call.hidden
-        tokens = batch.shape[1]
+        given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        call = record_call(anatomy, given, None if model is None else model.base_model)
+        run, hidden = executors(anatomy, {}), call.hidden
+        tokens = hidden.shape[1]
         first = 0 if queries is None else tokens // 2
         asking = torch.linspace(first, tokens - 1, min(queries or tokens, tokens - first)).round().long()
-        count += len(batch)
+        count += len(hidden)
         for index, attention in enumerate(attentions):
             weights = _weights(anatomy, attention, index, call, hidden, asking.to(hidden.device))
             ranks = attention_ranks(weights, asking.to(hidden.device), metric)
             total[index] += float(ranks.mean(1).sum())
-            hidden = run_layer(layers[index], call, hidden, index)
+            hidden = run_layer(run[index], call, hidden, index)
     return [value / count for value in total]
 
 
@@ -114,7 +120,7 @@ def calibrate_arank(
     kinds: Sequence[Literal["attention", "mlp"]] = ("attention",),
     keep: float = 0.5,
     metric: Metric = "effective_rank",
-    data: str | os.PathLike[str] | Iterable[str] | None = None,
+    data: str | os.PathLike[str] | Iterable[str] | Sequence[Mapping[str, Tensor]] | None = None,
     text_field: str = "text",
     hold_out: bool = True,
     length: int = 1024,
@@ -132,7 +138,8 @@ def calibrate_arank(
         kinds: What is routed in them.
         keep: The fraction of tokens that routers are to be trained for.
         metric: `"effective_rank"`, or the published `"rank"`.
-        data: As for `slimformer.calibrate`; its texts are read one behind the other.
+        data: As for `slimformer.calibrate`; its texts are read one behind the other. For a vision-language model, a
+            list of what its processor makes of images with text.
         text_field: The field with the text, in JSON lines, Parquet and Hub datasets.
         hold_out: Leave every fifth text alone, so that `slimformer eval` can measure on it.
         length: Tokens of a text.
@@ -165,15 +172,22 @@ def calibrate_arank(
         raise CalibrationError(f"number must be from 1 to {most}, got {number!r}.")
     if metric not in get_args(Metric):
         raise CalibrationError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}.")
-    tokenizer = tokenizer or tokenizer_of(model)
-    found, source = load_texts(
-        os.fspath(data) if isinstance(data, os.PathLike) else data, text_field=text_field
-    )
-    read = split_texts(found)[0] if hold_out else found
-    tokens = min(length, longest(anatomy, tokenizer))
-    rows = token_blocks(read, tokenizer, sequence_length=tokens, count=texts, seed=seed)
-    if not len(rows):
-        raise DataError(f"ARank needs a text of {tokens} tokens, and {source} gives fewer. Give more text.")
+    rows: Sequence[Tensor | Mapping[str, Tensor]] | None = examples(data)
+    source, tokens = f"{len(rows or ())} batches", 0
+    if rows is None:
+        tokenizer = tokenizer or tokenizer_of(model)
+        found, source = load_texts(
+            os.fspath(data) if isinstance(data, os.PathLike) else data,  # type: ignore[arg-type]
+            text_field=text_field,
+        )
+        read = split_texts(found)[0] if hold_out else found
+        tokens = min(length, longest(anatomy, tokenizer))
+        blocks = token_blocks(read, tokenizer, sequence_length=tokens, count=texts, seed=seed)
+        rows = blocks.split(1)
+        if not len(blocks):
+            raise DataError(
+                f"ARank needs a text of {tokens} tokens, and {source} gives fewer. Give more text."
+            )
     identity = {
         "data": source,
         "model": fingerprint(inner),
@@ -182,8 +196,9 @@ def calibrate_arank(
     partial = PartialResults(checkpoint, identity)
     with evaluating(inner), Stages(progress) as stages:
         done = list(partial.kept("ranks") or [])
+        reads = inner if tokens == 0 else None
         for row in stages.track(list(rows[len(done) :]), "attention maps"):
-            done.append(layer_ranks(anatomy, [row[None].to(anatomy.stack.device)], metric=metric))
+            done.append(layer_ranks(anatomy, [row], model=reads, metric=metric))
             partial.keep("ranks", done)
     ranks = [sum(column) / len(done) for column in zip(*done, strict=True)]
     chosen = lowest(ranks, wanted)
@@ -195,7 +210,7 @@ def calibrate_arank(
         "arguments": {"number": wanted, "kinds": list(kinds), "metric": metric, "length": tokens, "seed": seed,
                       "hold_out": hold_out},
         "data": source,
-        "tokens": rows.numel(),
+        "tokens": sum((row if isinstance(row, Tensor) else row["input_ids"]).numel() for row in rows),
         "arank": ranks,
     }  # fmt: skip
     return Plan([method], fingerprint(inner), provenance)
@@ -223,5 +238,7 @@ def _weights(
     h = hidden if norm is None else getattr(layer, norm)(hidden)
     stream = Stream.of(hidden, anatomy.causal, call.arguments[index])
     batch, tokens = hidden.shape[:2]
-    real = torch.ones(batch, tokens, dtype=torch.bool, device=hidden.device)
+    real = call.real
+    if real is None:
+        real = torch.ones(batch, tokens, dtype=torch.bool, device=hidden.device)
     return attention.weights(h.flatten(0, 1), stream, asking.expand(batch, -1), real)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from slimformer.anatomy import Anatomy, Kind, positional_names
 from slimformer.executor import LayerExecutor, SublayerPlan
@@ -90,8 +91,14 @@ class Call:
     arguments: list[dict[str, Any]] = field(default_factory=list)
 
 
-def record_call(anatomy: Anatomy, batch: Mapping[str, Tensor]) -> Call:
-    """Let the model prepare a batch for its layers, without running any."""
+def record_call(anatomy: Anatomy, batch: Mapping[str, Tensor], model: PreTrainedModel | None = None) -> Call:
+    """Let the model prepare a batch for its layers, without running any of them.
+
+    Args:
+        anatomy: The model's layers.
+        batch: Its inputs.
+        model: What reads them; None for the stack that holds the layers.
+    """
     inputs = {name: tensor.to(anatomy.stack.device) for name, tensor in batch.items()}
     mask = inputs.get("attention_mask")
     call = Call(inputs, None if mask is None or bool(mask.all()) else mask.bool())
@@ -107,7 +114,11 @@ def record_call(anatomy: Anatomy, batch: Mapping[str, Tensor]) -> Call:
             return _as_layer_returns(self.names, hidden_states)
 
     with torch.no_grad():
-        _run_bypassed(anatomy, [Recorder(layer).forward for layer in anatomy.layers], anatomy.stack, inputs)
+        forwards = [Recorder(layer).forward for layer in anatomy.layers]
+        _run_bypassed(anatomy, forwards, model or anatomy.stack, inputs)
+    if model is not None:
+        # What the stack itself got.
+        call.batch = {"inputs_embeds": call.hidden}
     return call
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from slimformer.calibration.data import load_texts, token_batches_padded, token_
 from slimformer.calibration.held_out import split_texts
 from slimformer.errors import DataError
 from slimformer.training.loop import TrainingSettings
+
+# Of batches that are given as they are, one in so many is measured on.
+_EVERY = 5
 
 
 def training_rows(
@@ -107,3 +111,34 @@ def _wanted(settings: TrainingSettings) -> int:
     # As launchers say it, since nothing has been started yet.
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return settings.steps * settings.rows * settings.accumulate * processes
+
+
+def examples(data: Any) -> list[Mapping[str, Tensor]] | None:
+    """The batches among what may be given as data: inputs that a processor made; None for any kind of text.
+
+    Raises:
+        DataError: If a batch has no token ids.
+    """
+    if not isinstance(data, Sequence) or isinstance(data, str) or not data or isinstance(data[0], str):
+        return None
+    for number, batch in enumerate(data):
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            raise DataError(
+                "Expected strings, or what a processor makes of images with text, with input_ids [texts, tokens]; "
+                f"item {number} is {type(batch).__name__}{'' if ids is None else f' with {type(ids).__name__}'}."
+            )
+    return [dict(batch) for batch in data]
+
+
+def rows_of_examples(batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The numbers of the batches to train on, and of every fifth to measure on, each `[batches, 1]`.
+
+    Raises:
+        DataError: If there is only one.
+    """
+    numbers = torch.arange(len(batches))[:, None]
+    if len(batches) < 2:
+        raise DataError("Training needs two batches: one to read and one to measure on. Give more.")
+    held = numbers % _EVERY == min(_EVERY, len(batches)) - 1
+    return numbers[~held[:, 0]], numbers[held[:, 0]]

@@ -33,6 +33,20 @@ class Shared(str, Enum):
     all = "all"
 
 
+class Routing(str, Enum):
+    """How a router decides."""
+
+    threshold = "threshold"
+    top_k = "top_k"
+
+
+class Per(str, Enum):
+    """What goes one way."""
+
+    token = "token"
+    sequence = "sequence"
+
+
 def train_router(
     model: options.Model,
     output: options.Output,
@@ -45,6 +59,12 @@ def train_router(
     ] = None,
     kinds: Annotated[Kinds, typer.Option(help="What is routed in them.")] = Kinds.attention,
     shared: Annotated[Shared, typer.Option(help="What shares a router.")] = Shared.sublayer,
+    routing: Annotated[
+        Routing, typer.Option(help="By a threshold, or the best tokens of every text (not for generation).")
+    ] = Routing.threshold,
+    per: Annotated[
+        Per, typer.Option(help="Decide per token, or on whole texts (not for generation).")
+    ] = Per.token,
     data: options.Data = None,
     text_field: options.TextField = "text",
     hold_out: Annotated[
@@ -88,6 +108,7 @@ def train_router(
     loaded = load_model(model, device, dtype.value)
     chosen: Any = tuple(kinds.value.split(","))
     common: dict[str, Any] = {"data": data, "text_field": text_field, "hold_out": hold_out, "length": length}
+    how: dict[str, Any] = {"routing": routing.value, "per": per.value}
     with partial_results(output) as partial:
         ranked = calibrate_arank(
             loaded,
@@ -102,7 +123,7 @@ def train_router(
         )
         layers = {kind: getattr(ranked.methods[0], kind) for kind in chosen}
         method = MixtureOfDepths.keeping_everything(
-            loaded.config.get_text_config().hidden_size, keep=keep, shared=shared.value, **layers
+            loaded.config.get_text_config().hidden_size, keep=keep, shared=shared.value, **how, **layers
         )
         plan = train_routers(
             loaded, tokenizer, method=method, settings=settings, checkpoint=partial, progress=True, **common

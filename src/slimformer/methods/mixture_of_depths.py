@@ -14,11 +14,17 @@ from torch import Tensor
 from slimformer.anatomy import KINDS, Anatomy, Kind
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
+from slimformer.image_tokens import image_tokens
 from slimformer.rows import Rows
-from slimformer.stream import Stream
+from slimformer.stream import Stream, in_a_graph
 from slimformer.token_selection import protected_tokens, protecting
 
-_ALLOWED = {"routing": ("threshold", "top_k"), "shared": ("sublayer", "layer", "all")}
+_ALLOWED = {
+    "routing": ("threshold", "top_k"),
+    "shared": ("sublayer", "layer", "all"),
+    "per": ("token", "sequence"),
+    "tokens": ("all", "image"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,12 @@ class MixtureOfDepths:
         mlp: Layers whose MLP is routed.
         keep: The fraction of tokens computed: what thresholds were trained for, and how many `"top_k"` takes.
         routing: `"threshold"`, or `"top_k"`: the tokens of every text with the highest scores. That looks at the whole
-            text, so it is for encoders and prompts; a single token is always computed.
+            text, so it is for encoders, for prompts on their own, and for image tokens.
         shared: Whether every `"sublayer"` has a router, every `"layer"`, or `"all"` have one (γ-MoD).
+        per: Whether every `"token"` goes its own way, or all tokens of a `"sequence"` the same, by the mean of their
+            scores; like top-k that looks at the whole text.
+        tokens: Whether `"all"` tokens may pass by, or only those that stand for an `"image"` or a video, in
+            vision-language models; text never does then, and the ratio counts image tokens alone.
         keep_kv: Whether tokens that pass an attention by supply keys and values; without, no cache can be used.
         weights: The routers by name, such as `"attention.5.weight"` `[hidden]` and `"attention.5.bias"` `[1]`, as
             `slimformer train-router` makes them; `"5.weight"` per layer, `"all.weight"` for one.
@@ -54,6 +64,8 @@ class MixtureOfDepths:
     keep: float = 0.5
     routing: Literal["threshold", "top_k"] = "threshold"
     shared: Literal["sublayer", "layer", "all"] = "sublayer"
+    per: Literal["token", "sequence"] = "token"
+    tokens: Literal["all", "image"] = "all"
     keep_kv: bool = True
     weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
@@ -80,6 +92,11 @@ class MixtureOfDepths:
                 raise PlanError(
                     f"MixtureOfDepths({name}=...) takes one of {', '.join(allowed)}, got {getattr(self, name)!r}."
                 )
+        if self.per == "sequence" and (self.routing == "top_k" or self.tokens == "image"):
+            raise PlanError(
+                "MixtureOfDepths(per='sequence') decides on whole texts by a threshold: it goes with "
+                f"routing='threshold' and tokens='all', got routing={self.routing!r} and tokens={self.tokens!r}."
+            )
         for kind, layer in self.sublayers:
             name = router_name(self.shared, kind, layer)
             weight, bias = self.weights.get(f"{name}.weight"), self.weights.get(f"{name}.bias")
@@ -143,9 +160,13 @@ class MixtureOfDepths:
                     f"The router {name} reads a hidden size of {weight.shape[0]}, and this model's is {hidden}. Train "
                     "routers for this model."
                 )
-            router = Router(kind, weight, bias, self.keep if self.routing == "top_k" else None)
+            images = self.tokens == "image"
+            best = self.keep if self.routing == "top_k" else None
+            router = Router(kind, weight, bias, best, self.per == "sequence", images)
             plans[layer, kind] = SublayerPlan(
-                rows=(router,), compact_keys=kind == "attention" and not self.keep_kv
+                rows=(router,),
+                compact_keys=kind == "attention" and not self.keep_kv,
+                reads_images=images,
             )
         return plans
 
@@ -173,39 +194,84 @@ class Router:
         weight: `[hidden]`.
         bias: `[1]`.
         keep: The fraction taken from every text; None for those above zero.
+        per_sequence: Whether the mean over a text decides for all of it.
+        images: Whether only image tokens may pass by.
     """
 
     kind: Kind
     weight: Tensor
     bias: Tensor
     keep: float | None = None
+    per_sequence: bool = False
+    images: bool = False
 
     def __call__(self, stream: Stream, x: Tensor) -> Rows | None:
-        """The rows of the residual `x` `[rows, hidden]` that are computed."""
-        if self.keep is not None and (stream.tokens == 1 or self.keep == 1.0):
+        """The rows of the residual `x` `[rows, hidden]` that are computed.
+
+        Raises:
+            PlanError: If whole texts are to be looked at, and only a part of them is here.
+        """
+        whole = self.keep is not None or self.per_sequence
+        if whole and stream.tokens == 1 and self.images:
+            # A step: what is generated is text.
             return None
-        score = self._scores(stream, x)
-        mask = score > 0 if self.keep is None else self._best(stream, score)
+        if self.keep == 1.0:
+            return None
+        if whole and self._continues(stream):
+            how = "per='sequence'" if self.per_sequence else "routing='top_k'"
+            raise PlanError(
+                f"MixtureOfDepths({how}) compares the tokens of a whole text, and this call continues one that is in "
+                "the cache. Use routing='threshold' and per='token' to generate, or this for prompts alone."
+            )
+        score, text = self.scores(stream, x), None
+        if whole:
+            padding = stream.padding_mask()
+            text = padding if stream.held is None else padding & stream.held.mask.view_as(padding)
+        free = image_tokens(stream) if self.images else None
+        if text is not None and self.per_sequence:
+            mask = self._flat(self._mean(stream, score, text) > 0, stream)
+        elif text is not None:
+            mask = self._flat(self._best(stream, score, text if free is None else text & free), stream)
+        else:
+            mask = score > 0
+        if free is not None:
+            mask = mask | self._flat(~free, stream)
         protected = protected_tokens(stream)
         if protected is not None:
-            flat = protected.flatten()
-            mask = mask | (flat if stream.held is None else flat[stream.held.index])
+            mask = mask | self._flat(protected, stream)
         return Rows(x.shape[0], given_mask=mask)
 
-    def _scores(self, stream: Stream, x: Tensor) -> Tensor:
+    def scores(self, stream: Stream, x: Tensor) -> Tensor:
         """A number per row, in float32: rounding must not decide differently in a prompt and in a step."""
         layer = stream.layer
         norm = None if layer is None else layer.structure.parts(self.kind).norm_before
-        h = x if layer is None or norm is None else layer.norms(norm, x, None, False)
         if self.weight.device != x.device:
             self.weight, self.bias = self.weight.to(x.device), self.bias.to(x.device)
-        return (h.float() * self.weight.float()).sum(-1) + self.bias.float()
+        if layer is None or norm is None:
+            return (x.float() * self.weight.float()).sum(-1) + self.bias.float()
+        return layer.norms.scores(norm, x, self.weight, self.bias)
 
-    def _best(self, stream: Stream, score: Tensor) -> Tensor:
-        text = stream.padding_mask()
-        here = text if stream.held is None else text & stream.held.mask.view_as(text)
-        by_text = stream.padded(score).view_as(here).masked_fill(~here, float("-inf"))
+    @staticmethod
+    def _continues(stream: Stream) -> bool:
+        """Whether some of the text came in earlier calls."""
+        if isinstance(stream.past, Tensor) and in_a_graph(stream.device):
+            # Steps are what graphs are captured of.
+            return stream.tokens == 1
+        return int(stream.past) > 0
+
+    @staticmethod
+    def _flat(mask: Tensor, stream: Stream) -> Tensor:
+        """A mask `[batch, tokens]` at the rows of the stream."""
+        return mask.flatten() if stream.held is None else mask.flatten()[stream.held.index]
+
+    def _mean(self, stream: Stream, score: Tensor, text: Tensor) -> Tensor:
+        """Of every text's scores, at each of its tokens `[batch, tokens]`."""
+        total = (stream.padded(score).view_as(text) * text).sum(1, keepdim=True)
+        return (total / text.sum(1, keepdim=True).clamp_min(1)).expand_as(text)
+
+    def _best(self, stream: Stream, score: Tensor, among: Tensor) -> Tensor:
+        """The tokens of every text with the highest scores among some, bool `[batch, tokens]`."""
+        by_text = stream.padded(score).view_as(among).masked_fill(~among, float("-inf"))
         rank = by_text.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        count = (here.sum(1, keepdim=True).double() * (self.keep or 1.0)).round().clamp(min=1)
-        best = ((rank < count) & here).flatten()
-        return best if stream.held is None else best[stream.held.index]
+        count = (among.sum(1, keepdim=True).double() * (self.keep or 1.0)).round().clamp(min=1)
+        return (rank < count) & among
