@@ -89,7 +89,7 @@ def repaired_plan(
 ) -> Plan:
     """The plan after a few minutes on one GPU."""
     training = TrainingSettings(
-        steps=settings.pick(350, 4),
+        steps=settings.pick(250, 4),
         rows=settings.pick(4, 2),
         accumulate=2,
         learning_rate=1e-3,
