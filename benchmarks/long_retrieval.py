@@ -283,7 +283,8 @@ def encoder_summary(content: dict[str, Any]) -> str:
             values = [next(iter(one["values"].values())) for one in found if one is not None]
             column.append(sum(values) / len(values) if values else None)
         columns.append(tables.best_in_bold(column, 2, max))
-    head = ["Read", "passkey, Acc@1", "needle, Acc@1", "QMSum, nDCG@10"]
+    (documents,) = tables.points(content, "documents", where=lambda at: at["task"] == "passkey")[0]
+    head = [f"Read, among {documents} documents", "passkey, Acc@1", "needle, Acc@1", "QMSum, nDCG@10"]
     return tables.markdown(head, [[name, *cells] for name, *cells in zip(names, *columns, strict=True)])
 
 
