@@ -1,10 +1,8 @@
-"""Embeddings are measured by the field's own evaluators, and exits chosen by what they measure."""
+"""Exits, widths and removals of embedding models are chosen by what a task measures."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,172 +10,28 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Pooling, Transformer
 from typer.testing import CliRunner, Result
 
 import slimformer
-from real_models import minilm
+from embedding_data import GOLD, PAIRS, TEXTS, beir, pipeline, tsv
 from slimformer import EarlyExit, LayerDrop, Plan
 from slimformer.calibration.elastic import calibrate_elastic
 from slimformer.calibration.exit_heads import fit_exits
 from slimformer.cli import app
-from slimformer.errors import CalibrationError, DataError, PlanError
+from slimformer.errors import CalibrationError, PlanError
 from slimformer.evaluation.elastic_grid import Grid
 from slimformer.evaluation.embedding_tasks import (
     NeighbourTask,
     PairTask,
-    nearest,
-    neighbour_agreement,
-    read_task,
 )
-from slimformer.evaluation.retrieval import RetrievalTask, ir_evaluator, read_retrieval
+from slimformer.evaluation.retrieval import RetrievalTask, read_retrieval
 from slimformer.report import grid_picture, grid_table, plan_page
-from tiny_checkpoints import tiny_checkpoint
 from tiny_models import tiny_model
-
-SENTENCE = "a cat sat on the mat and saw no dog run over hills of glass while seven old kings were asleep"
-WORDS = SENTENCE.split()
-TEXTS = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(1 + i * i % 17)) + f" {WORDS[i % 20]}"
-         for i in range(60)]  # fmt: skip
-# No text beside itself: rounding would decide how such pairs are ranked.
-PAIRS = [(TEXTS[i], TEXTS[(i * i + 7) % 60]) for i in range(1, 41)]
-GOLD = [float(i % 6) for i in range(1, 41)]
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> SentenceTransformer:
     return pipeline(tmp_path / "model")
-
-
-def pipeline(folder: Path, mode: str = "mean", name: str = "bert") -> SentenceTransformer:
-    transformer = Transformer(tiny_checkpoint(folder, name))
-    return SentenceTransformer(modules=[transformer, Pooling(32, pooling_mode=mode)], device="cpu")
-
-
-def beir(folder: Path, zipped: bool = False) -> Path:
-    """Forty documents; every query asks for the two whose first words it has."""
-    (folder / "qrels").mkdir(parents=True)
-    corpus = [{"_id": f"d{i}", "title": text.split()[0], "text": text} for i, text in enumerate(TEXTS[:40])]
-    queries = [{"_id": f"q{i}", "text": " ".join(TEXTS[i].split()[:3])} for i in range(10)]
-    for name, rows in (("corpus", corpus), ("queries", queries)):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        if zipped:
-            (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-        else:
-            (folder / f"{name}.jsonl").write_text(text)
-    lines = [f"q{i}\td{j}\t{score}" for i in range(9) for j, score in ((i, 2), (i + 9, 1), (i + 20, 0))]
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(lines) + "\n")
-    return folder
-
-
-def tsv(path: Path) -> Path:
-    rows = (f"{score}\t{a}\t{b}" for (a, b), score in zip(PAIRS, GOLD, strict=True))
-    path.write_text("\n".join(["score\tsentence1\tsentence2", *rows]) + "\n")
-    return path
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_a_beir_folder_is_read(tmp_path: Path, zipped: bool) -> None:
-    task = read_retrieval(beir(tmp_path / "tiny", zipped))
-    assert task.source == "tiny, 9 queries (test) on 40 documents"
-    assert task.corpus["d3"] == f"{TEXTS[3].split()[0]} {TEXTS[3]}"
-    assert task.relevant["q1"] == {"d1", "d10"}
-    assert "q9" not in task.queries
-    first, second = task.split()
-    assert not set(first.queries) & set(second.queries)
-    assert {*first.queries, *second.queries} == set(task.queries)
-    assert first.corpus == second.corpus == task.corpus
-
-
-def test_figures_are_those_of_the_evaluator(tmp_path: Path, model: SentenceTransformer) -> None:
-    task = read_retrieval(beir(tmp_path / "tiny"))
-    card = str(vars(model.model_card_data))
-    for width, score in zip((32, 8), task.scores(model, (32, 8)), strict=True):
-        evaluator = ir_evaluator()(task.queries, task.corpus, task.relevant, truncate_dim=width)
-        measured = evaluator(pipeline(tmp_path / "other"))
-        assert score == pytest.approx(measured["cosine_ndcg@10"], abs=1e-6)
-        if width == 32:
-            figures = task.figures(model)
-            assert figures["Recall@10"] == pytest.approx(measured["cosine_recall@10"], abs=1e-6)
-            assert figures["MAP@100"] == pytest.approx(measured["cosine_map@100"], abs=1e-6)
-            assert figures["MRR@10"] == pytest.approx(measured["cosine_mrr@10"], abs=1e-6)
-    assert str(vars(model.model_card_data)) == card
-
-
-def test_the_evaluators_of_sentence_transformers_take_a_patched_model(
-    tmp_path: Path, model: SentenceTransformer
-) -> None:
-    task = read_retrieval(beir(tmp_path / "tiny"))
-    with slimformer.patched(model, EarlyExit(1)):
-        measured = ir_evaluator()(task.queries, task.corpus, task.relevant)(model)
-        assert measured["cosine_ndcg@10"] == pytest.approx(task.scores(model)[0], abs=1e-6)
-
-
-@pytest.mark.parametrize(("file", "content", "message"), [
-    ("qrels/test.tsv", None, r"no qrels/test\.tsv.*Expected corpus\.jsonl"),
-    ("corpus.jsonl", None, r"neither corpus\.jsonl nor corpus\.jsonl\.gz"),
-    ("corpus.jsonl", "", "is empty"),
-    ("queries.jsonl", "no JSON\n", r"Line 1 of .*queries\.jsonl is not such a line"),
-    ("queries.jsonl", '{"text": "a"}\n', r"KeyError\('_id'\)"),
-    ("queries.jsonl", '{"_id": "q0", "text": ["a"]}\n', "a text of type list"),
-    ("corpus.jsonl", '{"_id": "d0", "title": 3, "text": "a"}\n', "a text of type int"),
-    ("qrels/test.tsv", "q0 d0 1\n", "Line 1 of .*'q0 d0 1"),
-    ("qrels/test.tsv", "q0\td0\tmuch\n", "'q0.td0.tmuch"),
-    ("qrels/test.tsv", "q0\tgone\t1\n", r"names 'gone', which corpus\.jsonl does not hold"),
-    ("qrels/test.tsv", "q0\td0\t0\n", "no judgement with a score above 0"),
-])  # fmt: skip
-def test_a_damaged_folder_says_what_is_wrong(
-    tmp_path: Path, file: str, content: str | None, message: str
-) -> None:
-    folder = beir(tmp_path / "tiny")
-    (folder / file).unlink()
-    if content is not None:
-        (folder / file).write_text(content)
-    with pytest.raises(DataError, match=message):
-        read_retrieval(folder)
-
-
-def test_pairs_are_measured_as_the_evaluator_of_sentence_transformers_does(
-    tmp_path: Path,
-) -> None:
-    model = SentenceTransformer(str(minilm()), device="cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator  # noqa: PLC0415
-    task = read_task(tsv(tmp_path / "pairs.tsv"))
-    assert task.source == "file pairs.tsv, 40 pairs"
-    for width, score in zip((None, 8), task.scores(model, (None, 8)), strict=True):
-        evaluator = EmbeddingSimilarityEvaluator(
-            *map(list, zip(*PAIRS, strict=True)), GOLD, truncate_dim=width
-        )
-        assert score / 100 == pytest.approx(evaluator(model)["spearman_cosine"], abs=1e-3)
-    judged, texts = task.apart()
-    assert not set(judged.texts) & set(texts)
-    assert len(judged.pairs) == 20
-
-
-def test_neighbours_of_the_dense_model_are_found_by_the_dense_model_alone(model: SentenceTransformer) -> None:
-    task = NeighbourTask("texts", TEXTS)
-    with pytest.raises(CalibrationError, match="recorded"):
-        task.scores(model)
-    task = task.recorded(model)
-    assert task.scores(model) == [1.0]
-    with slimformer.patched(model):
-        assert task.scores(model)[0] > 0.99
-    with slimformer.patched(model, EarlyExit(1)):
-        score, narrow = task.scores(model, (None, 4))
-    assert narrow < score < 1
-
-
-def test_nearest_leaves_out_the_text_itself_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    embeddings = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    unit = torch.nn.functional.normalize(embeddings, dim=-1)
-    cosine = (unit @ unit.T).fill_diagonal_(-2)
-    monkeypatch.setattr("slimformer.evaluation.embedding_tasks._ROWS_AT_ONCE", 7)
-    assert torch.equal(nearest(embeddings, 5), cosine.topk(5).indices)
-    assert neighbour_agreement(nearest(embeddings, 5), nearest(-embeddings, 5)) == 1.0
-    with pytest.raises(DataError, match="at least two"):
-        nearest(embeddings[:1])
 
 
 def test_the_front_is_what_nothing_smaller_reaches() -> None:

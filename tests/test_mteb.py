@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import slimformer
+from embedding_data import beir, pipeline
 from slimformer import EarlyExit
 from slimformer.evaluation.retrieval import read_retrieval
 from slimformer.integrations.mteb import mteb_task
-from test_elastic import beir, pipeline
 
 mteb = pytest.importorskip("mteb", reason="the extra mteb is not installed")
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import slimformer
+from embedding_data import TEXTS, beir, pipeline
 from real_models import minilm
 from slimformer import EarlyExit, LayerDrop, Plan
 from slimformer.anatomy import find_anatomy
@@ -24,7 +25,6 @@ from slimformer.errors import CalibrationError, DataError, PlanError, Unsupporte
 from slimformer.evaluation.embedding_tasks import NeighbourTask
 from slimformer.evaluation.retrieval import read_retrieval
 from slimformer.methods.narrow_mlp import HEAD, PARTS, NarrowMlp
-from test_elastic import TEXTS, beir, pipeline
 from tiny_models import ENCODERS, dropped, tiny_model
 
 UNITS = {1: 5, 3: 0}
