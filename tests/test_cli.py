@@ -173,7 +173,7 @@ def test_a_failed_save_keeps_the_old_plan_and_the_partial_results(
 
 
 def test_ctrl_c_keeps_partial_results_and_the_same_command_resumes(tmp_path: Path) -> None:
-    model = tiny_checkpoint(tmp_path / "model", "llama", num_hidden_layers=40, hidden_size=64)
+    model = tiny_checkpoint(tmp_path / "model", "llama", num_hidden_layers=24, hidden_size=64)
     command = [sys.executable, "-m", "slimformer", "calibrate", model, "--drop", "12", "--budget", "standard"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     folder = tmp_path / "plan"
