@@ -1,4 +1,4 @@
-"""A frozen model with gates on some of its sublayers, and the routers that set them, while these are trained."""
+"""A frozen model with gates on some of its sublayers: what skipping would cost, and what routers make of it."""
 
 from __future__ import annotations
 
@@ -16,70 +16,73 @@ from slimformer.calibration.replay import Call, executors, finish, record_call, 
 from slimformer.errors import DataError
 from slimformer.image_tokens import where_images_are
 from slimformer.methods.mixture_of_depths import MixtureOfDepths, router_name
-from slimformer_kernels import chunked_kl
+from slimformer_kernels import chunked_cross_entropy, chunked_kl
 
-# How fast the threshold follows the scores, per step.
-_FOLLOWING = 0.3
-# A threshold that everything passes.
-_EVERYTHING = 1e9
-# Scores start around 0 with this spread.
+# Scores start around the mean cost with this spread.
 _SPREAD = 0.2
 # Rounds in which thresholds settle.
 _ROUNDS = 4
+# Tokens whose next ones are drawn at a time.
+_DRAWN = 256
+# The least cost that a router tells from none, as a logarithm.
+_LEAST = -30.0
 
 Batch = Mapping[str, Tensor]
 
 
 class Routers(nn.Module):
-    """The routers of all names, as one weight and one bias.
+    """The routers of all names, as one weight and one bias over standardised inputs.
 
     Attributes:
         place: The row of each name.
-        wanted: The keep ratio that is wanted at the moment. Like the threshold it is a part of the state, so that a
-            resumed training has it.
-        threshold: What scores have to pass.
+        center: The mean of what each router reads `[routers, hidden]`.
+        spread: And its standard deviation, so that channels with large values learn no faster than others.
     """
 
-    wanted: Tensor
-    threshold: Tensor
+    center: Tensor
+    spread: Tensor
 
     def __init__(self, names: Iterable[str], hidden: int) -> None:
         super().__init__()
-        self.register_buffer("wanted", torch.ones(()))
-        self.register_buffer("threshold", torch.full((), -_EVERYTHING))
         self.place = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        self.register_buffer("center", torch.zeros(len(self.place), hidden))
+        self.register_buffer("spread", torch.ones(len(self.place), hidden))
         self.weight = nn.Parameter(torch.zeros(len(self.place), hidden))
         self.bias = nn.Parameter(torch.zeros(len(self.place)))
 
-    def forward(self, run: Callable[[Tensor, Tensor, Tensor, Tensor], Run]) -> Run:
-        """Run a function of weights `[routers, hidden]`, biases, threshold and the wanted ratio.
+    def forward(self, inputs: Sequence[Tensor], names: Iterable[str]) -> list[Tensor]:
+        """Scores `[rows, tokens]` of what each sublayer reads `[rows, tokens, hidden]`, by the router of its name."""
+        weight, bias = self.folded()
+        places = [self.place[name] for name in names]
+        return [h.float() @ weight[p] + bias[p] for h, p in zip(inputs, places, strict=True)]
 
-        A wrapper for several GPUs sees them this way.
-        """
-        return run(self.weight, self.bias, self.threshold, self.wanted)
-
-    @torch.no_grad()
-    def follow(self, scores: Tensor) -> None:
-        """Move the threshold towards the quantile of these scores that lets the wanted part through."""
-        count = round((1.0 - float(self.wanted)) * scores.numel())
-        if count:
-            quantile = scores.flatten().kthvalue(count).values
-            first = bool(self.threshold == -_EVERYTHING)
-            self.threshold.lerp_(quantile, 1.0 if first else _FOLLOWING)
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Make the threshold zero, which plans know no other."""
-        self.bias.sub_(self.threshold)
-        self.threshold.zero_()
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weights `[routers, hidden]` and biases `[routers]` for inputs as they are."""
+        weight = self.weight / self.spread
+        return weight, self.bias - (weight * self.center).sum(1)
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names that a plan saves them under."""
+        weight, bias = (tensor.detach() for tensor in self.folded())
         found: dict[str, Tensor] = {}
         for name, place in self.place.items():
-            found[f"{name}.weight"] = self.weight.detach()[place].clone()
-            found[f"{name}.bias"] = self.bias.detach()[place : place + 1].clone()
+            found[f"{name}.weight"] = weight[place].clone()
+            found[f"{name}.bias"] = bias[place : place + 1].clone()
         return found
+
+
+class Lesson(NamedTuple):
+    """What routers learn from a batch.
+
+    Attributes:
+        inputs: What each routed sublayer reads `[rows, tokens, hidden]`.
+        costs: An estimate of what skipping it would cost at each token `[rows, tokens]`, unbiased and noisy.
+        free: Which tokens may pass by, bool `[rows, tokens]`.
+    """
+
+    inputs: list[Tensor]
+    costs: list[Tensor]
+    free: Tensor
 
 
 class Run(NamedTuple):
@@ -88,7 +91,7 @@ class Run(NamedTuple):
     Attributes:
         hidden: What the last layer gives `[rows, tokens, hidden]`.
         scores: Of every token that may pass by, in every routed sublayer `[routed, free]`.
-        gates: 1 where such a token is computed and 0 where not, with the gradient of a sigmoid `[routed, free]`.
+        gates: 1 where such a token is computed and 0 where not `[routed, free]`.
     """
 
     hidden: Tensor
@@ -128,17 +131,21 @@ class Routed:
         self.first = min(layer for _, layer in order)
 
     def fresh_routers(self, batch: Batch) -> Routers:
-        """Routers whose scores are alike in spread on a batch."""
+        """Routers that say of every token what skipping costs in the mean of a batch, give or take a little."""
         routers = Routers(self.names.values(), self.anatomy.stack.config.hidden_size)
+        lesson = self.lesson(self.call(batch))
+        names = list(self.names.values())
         with torch.no_grad():
-            routers.weight.normal_()
+            routers.weight.normal_(std=_SPREAD * routers.weight.shape[1] ** -0.5)
             routers.to(self.anatomy.stack.device)
-            scores = self.run(routers, self.call(batch)).scores
-            own = list(self.names.values())
             for name, place in routers.place.items():
                 # One router may score several sublayers.
-                mine = torch.stack([score for score, of in zip(scores, own, strict=True) if of == name])
-                routers.weight[place] *= _SPREAD / mine.std().nan_to_num(1.0).clamp_min(1e-6)
+                mine = [number for number, own in enumerate(names) if own == name]
+                read = torch.cat([lesson.inputs[number][lesson.free] for number in mine]).float()
+                cost = torch.stack([lesson.costs[number][lesson.free].mean() for number in mine]).mean()
+                routers.center[place] = read.mean(0)
+                routers.spread[place] = read.std(0).nan_to_num(1.0).clamp_min(1e-6)
+                routers.bias[place] = cost.log().clamp_min(_LEAST)
         return routers
 
     def call(self, batch: Batch) -> GatedCall:
@@ -160,81 +167,135 @@ class Routed:
         # What comes behind a part of an image is not predicted.
         return GatedCall(call, free, text & ~images)
 
-    def compare(self, module: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
-        """How far batches are from dense with gates, in the mean; scores and gates as in `Run`."""
-        divergences, scores, gates = [], [], []
-        for batch in batches:
-            given = self.call(batch)
-            with torch.no_grad():
-                dense = run_layers(self.layers, given.call, given.call.hidden, self.first)
-            run = self.run(module, given)
-            divergences.append(self._divergence(given, run.hidden, dense))
-            scores.append(run.scores.detach())
-            gates.append(run.gates.detach())
-        return torch.stack(divergences).mean(), torch.cat(scores, 1), torch.cat(gates, 1)
+    def lesson(self, given: GatedCall) -> Lesson:
+        """What skipping each routed sublayer at each token would cost, by one backward pass through the dense model.
 
-    def run(self, module: nn.Module, given: GatedCall) -> Run:
-        """Run the layers with gates."""
-        places = {name: number for number, name in enumerate(dict.fromkeys(self.names.values()))}
-        call = given.call
+        With y drawn from the dense model's own prediction, the squared derivative of log p(y) by a gate is an unbiased
+        estimate of twice the divergence that closing it brings, to second order (the diagonal of the Fisher
+        information). Encoders have a random direction of their hidden states in place of y.
+        """
+        inputs: list[Tensor] = []
+        gates: list[Tensor] = []
 
-        def gated(weight: Tensor, bias: Tensor, threshold: Tensor, wanted: Tensor) -> Run:
-            scores: list[Tensor] = []
-            gates: list[Tensor] = []
-            x = call.hidden
-            for index in range(self.first, len(self.layers)):
-                if not any((kind, index) in self.names for kind in KINDS):
-                    x = run_layer(self.layers[index], call, x, index)
-                    continue
-                executor, start = self.layers[index], x
-                for kind in KINDS:
-                    before = start if executor.parallel else x
-                    change = executor.difference(kind, before, dict(call.arguments[index]))
-                    if (kind, index) in self.names:
-                        place = places[self.names[kind, index]]
-                        score = executor.normed(kind, before).float() @ weight[place] + bias[place]
-                        score, gate = self._gates(score, given.free, threshold, wanted)
-                        scores.append(score[given.free])
-                        gates.append(gate[given.free])
-                        change = change * gate.masked_fill(~given.free, 1.0)[..., None].to(change.dtype)
-                    x = x + change
-            return Run(x, torch.stack(scores), torch.stack(gates))
+        def gate(number: int, h: Tensor) -> Tensor:
+            inputs.append(h.detach())
+            gates.append(torch.ones(given.free.shape, device=h.device, requires_grad=True))
+            return gates[-1]
 
-        found: Run = module(gated)
-        return found
-
-    def _gates(self, score: Tensor, free: Tensor, threshold: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """What decides of every token `[rows, tokens]`, and the gates that follow."""
+        with torch.enable_grad():
+            drawn = self._drawn(given, self._gated(given.call, gate))
+            slopes = torch.autograd.grad(drawn, gates)
+        costs = [(slope.float() * given.free) for slope in slopes]
         if self.method.per == "sequence":
-            mean = (score * free).sum(1, keepdim=True) / free.sum(1, keepdim=True).clamp_min(1)
-            score = mean.expand_as(score)
-        if self.method.routing == "top_k":
-            best = score.detach().masked_fill(~free, float("-inf")).sort(1, descending=True).values
-            count = (free.sum(1, keepdim=True) * wanted).round().long().clamp(min=1)
-            # Halfway between the last one in and the first one out.
-            inside, outside = (best.gather(1, (count + n).clamp(0, best.shape[1] - 1)) for n in (-1, 0))
-            threshold = torch.where(
-                outside.isfinite() & (outside < inside), (inside + outside) / 2, inside - 1.0
-            )
-        return score, _gate(score - threshold)
+            # All tokens of a text go one way.
+            costs = [cost.sum(1, keepdim=True).expand_as(cost) for cost in costs]
+        return Lesson(inputs, [cost.square() for cost in costs], given.free)
+
+    def loss(self, module: nn.Module, batches: Sequence[Batch]) -> Tensor:
+        """How unlikely the costs of batches are to routers that say their logarithms (costs exponentially distributed).
+
+        `s + cost * exp(-s)` is least in the mean where s is the logarithm of the mean cost of such tokens.
+        """
+        values = []
+        for batch in batches:
+            lesson = self.lesson(self.call(batch))
+            for score, cost in zip(
+                module(lesson.inputs, list(self.names.values())), lesson.costs, strict=True
+            ):
+                s = self._of_texts(score, lesson.free)[lesson.free].clamp_min(_LEAST)
+                values.append((s + cost[lesson.free] * (-s).exp()).mean())
+        return torch.stack(values).mean()
+
+    def _drawn(self, given: GatedCall, hidden: Tensor) -> Tensor:
+        """The log-likelihood of next tokens that the model draws; in encoders, hidden states along random ones."""
+        stack = self.anatomy.stack
+        if not predicts_tokens(self.model, self.anatomy):
+            units = F.normalize(hidden.float(), dim=-1)
+            return (units * torch.randn_like(units))[given.counted].sum()
+        last = finish(stack, self.anatomy, given.call, hidden, gradients=True).last_hidden_state[
+            given.counted
+        ]
+        head: Any = self.model.get_output_embeddings()
+        weight, bias, softcap = self._head(head)
+        last = last.to(weight.dtype)
+        with torch.no_grad():
+            drawn = []
+            for part in last.split(_DRAWN):
+                logits = F.linear(part, weight, bias).float()
+                logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+                drawn.append(torch.multinomial(logits.softmax(-1), 1)[:, 0])
+        return -chunked_cross_entropy(
+            last, weight, torch.cat(drawn), bias=bias, softcap=softcap, reduction="sum"
+        )
+
+    def _head(self, head: Any) -> tuple[Tensor, Tensor | None, float | None]:
+        softcap = getattr(self.anatomy.stack.config, "final_logit_softcapping", None)
+        return head.weight, getattr(head, "bias", None), softcap
+
+    @torch.no_grad()
+    def run(self, routers: Routers, given: GatedCall) -> Run:
+        """Run the layers with the gates that routers set."""
+        names = list(self.names.values())
+        scores: list[Tensor] = []
+        gates: list[Tensor] = []
+
+        def gate(number: int, h: Tensor) -> Tensor:
+            score = self._of_texts(routers([h], names[number : number + 1])[0], given.free)
+            opened = score > self._threshold(score, given.free)
+            scores.append(score[given.free])
+            gates.append(opened[given.free].float())
+            return (opened | ~given.free).float()
+
+        hidden = self._gated(given.call, gate)
+        return Run(hidden, torch.stack(scores), torch.stack(gates))
+
+    def _gated(self, call: Call, gate: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Run the layers, every routed sublayer times a gate `[rows, tokens]`, made of its number and what it reads."""
+        x, number = call.hidden, 0
+        for index in range(self.first, len(self.layers)):
+            if not any((kind, index) in self.names for kind in KINDS):
+                x = run_layer(self.layers[index], call, x, index)
+                continue
+            executor, start = self.layers[index], x
+            for kind in KINDS:
+                before = start if executor.parallel else x
+                change = executor.difference(kind, before, dict(call.arguments[index]))
+                if (kind, index) in self.names:
+                    opened = gate(number, executor.normed(kind, before))
+                    change, number = change * opened[..., None].to(change.dtype), number + 1
+                x = x + change
+        return x
+
+    def _of_texts(self, score: Tensor, free: Tensor) -> Tensor:
+        """Scores of tokens `[rows, tokens]`, or their mean over a text where all of it goes one way."""
+        if self.method.per == "token":
+            return score
+        mean = (score * free).sum(1, keepdim=True) / free.sum(1, keepdim=True).clamp_min(1)
+        return mean.expand_as(score)
+
+    def _threshold(self, score: Tensor, free: Tensor) -> Tensor:
+        """What scores `[rows, tokens]` have to pass: zero, or in top-k what the best of their text pass."""
+        if self.method.routing != "top_k":
+            return score.new_zeros(())
+        best = score.masked_fill(~free, float("-inf")).sort(1, descending=True).values
+        count = (free.sum(1, keepdim=True) * self.method.keep).round().long().clamp(min=1)
+        # Halfway between the last one in and the first one out.
+        inside, outside = (best.gather(1, (count + n).clamp(0, best.shape[1] - 1)) for n in (-1, 0))
+        return torch.where(outside.isfinite() & (outside < inside), (inside + outside) / 2, inside - 1.0)
 
     def _divergence(self, given: GatedCall, hidden: Tensor, dense: Tensor) -> Tensor:
         call, stack = given.call, self.anatomy.stack
         if not predicts_tokens(self.model, self.anatomy):
             return (1.0 - F.cosine_similarity(hidden.float(), dense.float(), dim=-1)).mean()
-        last = finish(stack, self.anatomy, call, hidden, gradients=True).last_hidden_state
-        expected = finish(stack, self.anatomy, call, dense).last_hidden_state
-        head: Any = self.model.get_output_embeddings()
-        softcap = getattr(stack.config, "final_logit_softcapping", None)
-        bias = getattr(head, "bias", None)
+        last, expected = (finish(stack, self.anatomy, call, h).last_hidden_state for h in (hidden, dense))
+        weight, bias, softcap = self._head(self.model.get_output_embeddings())
         return chunked_kl(
-            last, head.weight, teacher_hidden=expected, bias=bias, softcap=softcap, mask=given.counted
+            last, weight, teacher_hidden=expected, bias=bias, softcap=softcap, mask=given.counted
         )
 
     @torch.no_grad()
     def meet_budget(self, routers: Routers, batches: Sequence[Batch]) -> None:
-        """Shift all thresholds alike, so that the wanted part of these tokens is computed."""
-        routers.settle()
+        """Shift all scores alike, so that the wanted part of these tokens is above zero."""
         if self.method.routing == "top_k":
             return
         calls = [self.call(batch) for batch in batches]
@@ -253,9 +314,11 @@ class Routed:
         """The mean divergence, and the part of the tokens that each routed sublayer computes."""
         divergences, gates = [], []
         for batch in batches:
-            divergence, _, opened = self.compare(routers, [batch])
-            divergences.append(float(divergence))
-            gates.append(opened)
+            given = self.call(batch)
+            dense = run_layers(self.layers, given.call, given.call.hidden, self.first)
+            run = self.run(routers, given)
+            divergences.append(float(self._divergence(given, run.hidden, dense)))
+            gates.append(run.gates)
         kept = torch.cat(gates, 1).mean(1).tolist()
         return {
             "divergence": sum(divergences) / len(divergences),
@@ -264,9 +327,3 @@ class Routed:
                 f"{kind} {layer}": part for (kind, layer), part in zip(self.names, kept, strict=True)
             },
         }
-
-
-def _gate(score: Tensor) -> Tensor:
-    """1 above zero and 0 below, with the gradient of the sigmoid (straight-through)."""
-    soft = score.sigmoid()
-    return (score > 0).float() + soft - soft.detach()

@@ -1,4 +1,4 @@
-"""Train routers beside the frozen model, by what skipping does to its predictions (SkipGPT, Router-Tuning)."""
+"""Train routers beside the frozen model, to say what skipping would cost its predictions."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from slimformer.plan import Plan, fingerprint
 from slimformer.training.loop import TrainingSettings, fit
 
 _HELD_OUT_ROWS = 8
-# Over this part of the training the budget falls from everything to what is wanted.
-_FALLING = 0.5
 
 
 def train_routers(
@@ -44,10 +42,11 @@ def train_routers(
 ) -> Plan:
     """Train the routers of a method, and make the plan that routes by them.
 
-    The loss is the divergence from the dense model: in decoders KL of next-token distributions, in encoders the cosine
-    of hidden states. Gates are hard, with the gradient of a sigmoid (straight-through). One budget serves all routed
-    sublayers together: a threshold follows the quantile of their scores, and the part it lets through falls from
-    everything, which is the dense model, to the keep ratio. In the end thresholds are set on held-out text.
+    A router learns to say the logarithm of what skipping a sublayer costs at a token: its part of the divergence from
+    the dense model, to second order, of which one backward pass through the dense model gives an unbiased estimate for
+    all sublayers and tokens at once. (Straight-through gates, as in SkipGPT and Router-Tuning, follow the first
+    derivative, in which the cost of skipping a token is not contained.) Costs compare across sublayers, so that one
+    budget serves all of them: in the end one quantile of the scores on held-out text is the threshold.
 
     Args:
         model: An unpatched decoder or encoder; its weights stay as they are.
@@ -111,15 +110,9 @@ def train_routers(
             routed = Routed(inner, anatomy, method)
             torch.manual_seed(settings.seed)
             routers = routed.fresh_routers(of(read[:1])[0])
-            falling = max(round(settings.steps * _FALLING), 1)
-
-            def after(step: int) -> None:
-                routers.wanted.fill_(1.0 - (1.0 - method.keep) * min(step / falling, 1.0))
 
             def loss(module: nn.Module, rows: Tensor) -> Tensor:
-                divergence, scores, _ = routed.compare(module, of(rows))
-                routers.follow(scores)
-                return divergence
+                return routed.loss(module, of(rows))
 
             identity = {
                 "data": source,
@@ -137,7 +130,6 @@ def train_routers(
                 identity=identity,
                 folder=checkpoint,
                 stages=stages,
-                after_step=after,
             )
             kept = [batch for row in held_out.split(1) for batch in of(row)]
             routed.meet_budget(routers, kept)
