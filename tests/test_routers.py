@@ -176,6 +176,40 @@ def test_routers_refuse_what_does_not_fit() -> None:
         train_routers(model, tiny_tokenizer(), method=fits, data=TEXTS)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_costs_are_in_the_mean_what_closing_a_gate_a_little_costs(name: str) -> None:
+    """Twice the divergence over the squared distance, summed over tokens; draws leave a few percent of noise."""
+    model = small(name)
+    method = MixtureOfDepths.keeping_everything(32, attention=[1], mlp=[2])
+    routed = Routed(model, find_anatomy(model), method)
+    given, by = routed.call({"input_ids": torch.randint(3, 64, (1, 12))}), 0.02
+    torch.manual_seed(0)
+    drawn = [[float(cost.sum()) for cost in routed.lesson(given).costs] for _ in range(400)]
+
+    def closed(number: int | None, token: int) -> Tensor:
+        def gate(at: int, h: Tensor) -> Tensor:
+            gates = torch.ones(1, 12)
+            if at == number:
+                gates[0, token] -= by
+            return gates
+
+        return routed._gated(given.call, gate)
+
+    with torch.no_grad():
+        dense = closed(None, 0)
+        for number in range(2):
+            apart = [float(divergence(model, dense, closed(number, token))) for token in range(12)]
+            assert torch.tensor(drawn)[:, number].mean() == pytest.approx(2 * sum(apart) / by**2, rel=0.2)
+
+
+def divergence(model: Any, dense: Tensor, other: Tensor) -> Tensor:
+    """KL of next tokens summed over the text, in an encoder one minus the cosine of hidden states."""
+    if not find_anatomy(model).causal:
+        return (1 - torch.cosine_similarity(dense.double(), other.double(), dim=-1)).sum()
+    p, q = (model.lm_head(model.model.norm(h)).double().log_softmax(-1) for h in (dense, other))
+    return (p.exp() * (p - q)).sum()
+
+
 @pytest.mark.parametrize("shared", ["sublayer", "layer", "all"])
 def test_fresh_routers_have_one_spread_whatever_shares_them(shared: Any) -> None:
     model = small("llama")

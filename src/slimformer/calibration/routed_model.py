@@ -215,8 +215,7 @@ class Routed:
         last = finish(stack, self.anatomy, given.call, hidden, gradients=True).last_hidden_state[
             given.counted
         ]
-        head: Any = self.model.get_output_embeddings()
-        weight, bias, softcap = self._head(head)
+        weight, bias, softcap = self._head()
         last = last.to(weight.dtype)
         with torch.no_grad():
             drawn = []
@@ -228,7 +227,8 @@ class Routed:
             last, weight, torch.cat(drawn), bias=bias, softcap=softcap, reduction="sum"
         )
 
-    def _head(self, head: Any) -> tuple[Tensor, Tensor | None, float | None]:
+    def _head(self) -> tuple[Tensor, Tensor | None, float | None]:
+        head: Any = self.model.get_output_embeddings()
         softcap = getattr(self.anatomy.stack.config, "final_logit_softcapping", None)
         return head.weight, getattr(head, "bias", None), softcap
 
@@ -288,7 +288,7 @@ class Routed:
         if not predicts_tokens(self.model, self.anatomy):
             return (1.0 - F.cosine_similarity(hidden.float(), dense.float(), dim=-1)).mean()
         last, expected = (finish(stack, self.anatomy, call, h).last_hidden_state for h in (hidden, dense))
-        weight, bias, softcap = self._head(self.model.get_output_embeddings())
+        weight, bias, softcap = self._head()
         return chunked_kl(
             last, weight, teacher_hidden=expected, bias=bias, softcap=softcap, mask=given.counted
         )
