@@ -1,24 +1,19 @@
 """Where the kernel tests run: on the GPU if there is one, else in Triton's interpreter.
 
-The interpreter has to be asked for before Triton is imported. Where something imported Triton earlier in this
-process, the kernel tests are skipped here and ``test_own_process.py`` runs them in a new process.
+The interpreter has to be asked for before Triton is imported, which the conftest above does. Where something imported
+Triton even earlier, the kernel tests are skipped here and ``test_own_process.py`` runs them in a new process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from slimformer_kernels.dispatch import HAS_TRITON
 from slimformer_kernels.rms_norm_rows import _rms_norm_rows_kernel
