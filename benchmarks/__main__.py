@@ -59,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--texts", type=int, help="texts per point, for long_retrieval and context_extension")
     run.add_argument("--plans", type=Path, help="folder where repaired plans are kept, and found again")
-    run.add_argument("--only", help="the one setting of repair to measure, such as attention-8")
+    run.add_argument(
+        "--only",
+        help="the one setting of repair (attention-8) or length of elimination_quality (2048) to measure",
+    )
     run.add_argument("--minutes", type=float, help="stop a benchmark after so long and keep what it has")
     tabled = commands.add_parser("tables", help="rewrite the tables in the README files from the results")
     tabled.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is stale")

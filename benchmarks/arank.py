@@ -16,17 +16,17 @@ from benchmarks.drop_table import load_model
 from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from slimformer.anatomy import find_anatomy
-from slimformer.calibration.arank import layer_ranks
+from slimformer.calibration.arank import QUERIES, layer_ranks
 from slimformer.calibration.data import load_texts, token_blocks
 
-SAMPLED, FULL = "128 rows of every map", "all rows"
+SAMPLED, FULL = f"{QUERIES} rows of every map", "all rows"
 METRICS = ("effective_rank", "rank")
 
 
 @benchmark(
     "arank",
     needs="any",
-    description="ARank of every layer by 128 rows of its maps and by all: order, time and memory (--model, --data)",
+    description="ARank of every layer by some rows of its maps and by all: order, time and memory (--model, --data)",
 )
 def run(settings: Settings) -> Iterator[Measurement]:
     """All layers where full maps can be decomposed, the first layers where that takes too long."""
@@ -70,7 +70,7 @@ def ranked(
             anatomy,
             [rows],
             metric="rank" if metric == "rank" else "effective_rank",
-            queries=128 if sampled else None,
+            queries=QUERIES if sampled else None,
             layers=layers,
         )
     return found, time.monotonic() - start, peak()
@@ -118,5 +118,6 @@ def orders(content: dict[str, object]) -> str:
                 "–" if rho is None or math.isnan(rho) else f"{rho:.3f}",
             ]
         )
-    head = ["SmolLM2-135M", "128 rows, s", "all rows, s", "128 rows, MiB", "all rows, MiB", "Spearman"]
+    some = f"{QUERIES} rows"
+    head = ["SmolLM2-135M", f"{some}, s", "all rows, s", f"{some}, MiB", "all rows, MiB", "Spearman"]
     return tables.markdown(head, rows)

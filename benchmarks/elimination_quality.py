@@ -83,6 +83,8 @@ def run(settings: Settings) -> Iterator[Measurement]:
     smoke_text = "\n".join(load_texts(None, limit=settings.pick(0, 30))[0]) if settings.data is None else ""
     texts = LongTexts(settings.data, tokenizer, smoke_text)
     for tokens in settings.pick((4096, 8192 - 512, 2048), (700,)):
+        if settings.only not in (None, str(tokens)):
+            continue
         tasks = _Tasks.of(texts, tokens, settings.pick(20, 2), settings.pick(40960, 1024) // tokens)
         yield Measurement({"tokens": tokens, "schedule": ""}, DENSE, values=tasks.measure(model))
         for name, schedule in schedules.items():

@@ -19,6 +19,7 @@ import slimformer
 from benchmarks import tables
 from benchmarks.drop_table import DENSE, load_model
 from benchmarks.registry import MissingInput, Settings, benchmark, table
+from benchmarks.repair import repaired_plan, training_text
 from benchmarks.results import Measurement, reason
 from slimformer import MixtureOfDepths
 from slimformer.anatomy import KINDS, Kind, find_anatomy
@@ -30,7 +31,7 @@ from slimformer.patching import keep_ratios
 from slimformer.training.loop import TrainingSettings
 
 KEEP = 0.5
-SETTINGS = TrainingSettings(steps=600, rows=4, learning_rate=2e-3)
+SETTINGS = TrainingSettings(steps=600, rows=4, learning_rate=5e-3)
 _TINY = TrainingSettings(steps=2)
 _BLOCKS, _TOKENS = 64, 1024
 _BESIDE_EACH_OTHER = 4
@@ -63,39 +64,57 @@ CANDIDATES = {
 @benchmark(
     "mixture_of_depths",
     needs="any",
-    description="WikiText-2 perplexity with half of the tokens routed past half of the layers (--model, --data)",
+    description="WikiText-2 perplexity with half of the tokens routed past half of the layers, then repaired (--model, "
+    "--data)",
 )
 def run(settings: Settings) -> Iterator[Measurement]:
-    """Train on C4 and instructions, candidates beside each other, and read WikiText-2 in float32."""
+    """Routers learn from C4 and instructions, then all plans are repaired; WikiText-2 is read in float32."""
     if settings.data is None and not settings.smoke:
         raise MissingInput("it needs --data, a folder with c4_calib/, instructions/ and wikitext2/")
     model, tokenizer = load_model(settings)
     yield Measurement({"keep": 1.0}, DENSE, values={"perplexity": _perplexity(settings, model, tokenizer)[0]})
     if settings.smoke:
         for name in list(CANDIDATES)[:2]:
-            values, note = measured(settings, name)
-            yield Measurement({"keep": KEEP}, name, values=values, note=note)
+            yield from measured(settings, name)
         return
     # A small model leaves most of a GPU idle.
     with ProcessPoolExecutor(_BESIDE_EACH_OTHER, multiprocessing.get_context("spawn")) as pool:
         futures = {name: pool.submit(measured, settings, name) for name in CANDIDATES}
         for name, future in futures.items():
             try:
-                values, note = future.result()
+                yield from future.result()
             except Exception as failure:
                 yield Measurement({"keep": KEEP}, name, status="failed", note=reason(failure))
-            else:
-                yield Measurement({"keep": KEEP}, name, values=values, note=note)
 
 
-def measured(settings: Settings, name: str) -> tuple[dict[str, float], str]:
-    """Train or calibrate a candidate and measure it."""
-    candidate = CANDIDATES[name]
+def measured(settings: Settings, name: str) -> list[Measurement]:
+    """A candidate as it was trained or calibrated, and repaired."""
     torch.set_float32_matmul_precision("high" if settings.device.type == "cuda" else "highest")
     model, tokenizer = load_model(settings)
+    start = time.monotonic()
+    plan, saved = chosen(settings, model, tokenizer, CANDIDATES[name])
+    found = []
+    for candidate in (name, f"{name}, repaired"):
+        if candidate != name:
+            plan = repaired_plan(settings, model, tokenizer, plan, training_text(settings))
+        values = {"seconds": time.monotonic() - start, "saved": saved}
+        torch.set_float32_matmul_precision("highest")
+        with slimformer.patched(model, plan):
+            values["perplexity"], kept = _perplexity(settings, model, tokenizer)
+        torch.set_float32_matmul_precision("high" if settings.device.type == "cuda" else "highest")
+        if kept is not None:
+            values["kept"] = kept
+        found.append(Measurement({"keep": KEEP}, candidate, values=values, note=_layers(plan, name)))
+    return found
+
+
+def chosen(
+    settings: Settings, model: Any, tokenizer: Any, candidate: Candidate
+) -> tuple[slimformer.Plan, float]:
+    """The plan of a candidate, and the part of the multiplications that it saves."""
     layers = len(find_anatomy(model).layers)
     texts, length = training_texts(settings.data), settings.pick(512, 64)
-    start, saved = time.monotonic(), routed_share(model.config, candidate.kinds, layers // 2, length)
+    saved = routed_share(model.config, candidate.kinds, layers // 2, length)
     if candidate.replace is None:
         ranked = calibrate_arank(
             model,
@@ -108,37 +127,29 @@ def measured(settings: Settings, name: str) -> tuple[dict[str, float], str]:
         method = ranked.methods[0]
         if not isinstance(method, MixtureOfDepths):
             raise TypeError(f"ARank makes MixtureOfDepths, got {type(method).__name__}")
-        plan = train_routers(
-            model,
-            tokenizer,
-            method=method,
-            data=texts,
-            length=length,
-            settings=settings.pick(SETTINGS, _TINY),
-        )
-    else:
-        unit: Any = "block" if candidate.kinds == KINDS else candidate.kinds[0]
-        each = dropped_share(model.config, candidate.kinds, length)
-        plan = slimformer.calibrate(
-            model,
-            tokenizer,
-            data=texts,
-            kinds=(unit,),
-            drop=settings.pick(max(round(saved / each), 1), 1),
-            replace=candidate.replace,
-            budget=settings.pick("standard", "quick"),
-        )
-        saved = each * settings.pick(max(round(saved / each), 1), 1)
-    seconds = time.monotonic() - start
-    torch.set_float32_matmul_precision("highest")
-    with slimformer.patched(model, plan):
-        found, kept = _perplexity(settings, model, tokenizer)
-    values = {"perplexity": found, "seconds": seconds, "saved": saved}
-    if kept is None:
-        return values, ", ".join(str(layer) for layer in plan.dropped(candidate.kinds[0]))
-    return {**values, "keep": kept, "divergence": plan.measured["routers"]["divergence"]}, ", ".join(
-        str(layer) for layer in getattr(plan.methods[0], candidate.kinds[0])
+        training = settings.pick(SETTINGS, _TINY)
+        return train_routers(
+            model, tokenizer, method=method, data=texts, length=length, settings=training
+        ), saved
+    unit: Any = "block" if candidate.kinds == KINDS else candidate.kinds[0]
+    each = dropped_share(model.config, candidate.kinds, length)
+    number = settings.pick(max(round(saved / each), 1), 1)
+    plan = slimformer.calibrate(
+        model,
+        tokenizer,
+        data=texts,
+        kinds=(unit,),
+        drop=number,
+        replace=candidate.replace,
+        budget=settings.pick("standard", "quick"),
     )
+    return plan, each * number
+
+
+def _layers(plan: slimformer.Plan, name: str) -> str:
+    kind = CANDIDATES[name].kinds[0]
+    routed = [getattr(method, kind) for method in plan.methods if isinstance(method, MixtureOfDepths)]
+    return ", ".join(str(layer) for layer in (routed[0] if routed else plan.dropped(kind)))
 
 
 def training_texts(data: Path | None) -> list[str] | None:
@@ -206,7 +217,7 @@ def perplexities(content: dict[str, Any]) -> str:
             [
                 measurement["candidate"],
                 f"{100 * values.get('saved', 0.0):.1f}%",
-                "–" if "keep" not in values else f"{100 * values['keep']:.1f}%",
+                "–" if "kept" not in values else f"{100 * values['kept']:.1f}%",
                 f"{values['perplexity']:.2f}",
                 ratio,
                 "–" if "seconds" not in values else f"{values['seconds']:.0f}",

@@ -31,7 +31,7 @@ from slimformer.stream import Stream
 Metric = Literal["effective_rank", "rank"]
 # The paper leaves these alone.
 FIRST_LAYERS, LAST_LAYERS = 3, 1
-QUERIES = 128
+QUERIES = 256
 
 
 def attention_ranks(weights: Tensor, queries: Tensor, metric: Metric) -> Tensor:
