@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -23,7 +23,7 @@ from benchmarks.repair import repaired_plan, training_text
 from benchmarks.results import Measurement, reason
 from slimformer import MixtureOfDepths
 from slimformer.anatomy import KINDS, Kind, find_anatomy
-from slimformer.calibration.arank import calibrate_arank
+from slimformer.calibration.arank import LayerOrder, calibrate_arank
 from slimformer.calibration.data import load_texts
 from slimformer.calibration.routers import train_routers
 from slimformer.evaluation.perplexity import perplexity, wikitext_blocks
@@ -43,21 +43,21 @@ class Candidate:
 
     Attributes:
         kinds: What is routed or dropped.
-        replace: What dropped sublayers leave; None routes instead.
+        metric: What layers are chosen to be routed by; None drops instead, by the divergence that this brings.
     """
 
     kinds: tuple[Kind, ...]
-    replace: Literal["nothing", "filter"] | None = None
+    metric: LayerOrder | None = None
 
 
 CANDIDATES = {
-    "attention routed": Candidate(("attention",)),
-    "attentions dropped": Candidate(("attention",), "nothing"),
-    "attentions dropped, filter of 4 taps": Candidate(("attention",), "filter"),
-    "MLP routed": Candidate(("mlp",)),
-    "MLPs dropped": Candidate(("mlp",), "nothing"),
-    "attention and MLP routed": Candidate(KINDS),
-    "blocks dropped": Candidate(KINDS, "nothing"),
+    "attention routed, layers by ARank": Candidate(("attention",), "effective_rank"),
+    "attention routed": Candidate(("attention",), "skip_cost"),
+    "attentions dropped": Candidate(("attention",)),
+    "MLP routed": Candidate(("mlp",), "skip_cost"),
+    "MLPs dropped": Candidate(("mlp",)),
+    "attention and MLP routed": Candidate(KINDS, "skip_cost"),
+    "blocks dropped": Candidate(KINDS),
 }
 
 
@@ -79,7 +79,8 @@ def run(settings: Settings) -> Iterator[Measurement]:
         return
     # A small model leaves most of a GPU idle.
     with ProcessPoolExecutor(_BESIDE_EACH_OTHER, multiprocessing.get_context("spawn")) as pool:
-        futures = {name: pool.submit(measured, settings, name) for name in CANDIDATES}
+        wanted = [name for name in CANDIDATES if settings.only is None or settings.only in name]
+        futures = {name: pool.submit(measured, settings, name) for name in wanted}
         for name, future in futures.items():
             try:
                 yield from future.result()
@@ -115,12 +116,13 @@ def chosen(
     layers = len(find_anatomy(model).layers)
     texts, length = training_texts(settings.data), settings.pick(512, 64)
     saved = routed_share(model.config, candidate.kinds, layers // 2, length)
-    if candidate.replace is None:
+    if candidate.metric is not None:
         ranked = calibrate_arank(
             model,
             tokenizer,
             number=settings.pick(layers // 2, 1),
             kinds=candidate.kinds,
+            metric=candidate.metric,
             data=texts,
             length=length,
         )
@@ -140,7 +142,6 @@ def chosen(
         data=texts,
         kinds=(unit,),
         drop=number,
-        replace=candidate.replace,
         budget=settings.pick("standard", "quick"),
     )
     return plan, each * number

@@ -81,11 +81,31 @@ def test_arank_makes_a_plan_that_changes_nothing_and_goes_on_after_an_interrupti
         torch.testing.assert_close(slimformer.patch(model, plan)(ids).logits, dense, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_layers_that_change_nothing_cost_nothing_to_skip(name: str) -> None:
+    model = tiny_model(name, num_hidden_layers=8, initializer_range=0.3)
+    nothing = [4, 6]
+    for index in nothing:
+        layer = find_anatomy(model).layers[index]
+        output = layer.attention.output.dense if name == "bert" else layer.self_attn.o_proj
+        with torch.no_grad():
+            output.weight.zero_()
+    plan = calibrate_arank(
+        model, tiny_tokenizer(), number=2, metric="skip_cost", data=TEXTS, length=64, texts=4
+    )
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    costs = plan.provenance["arank"]
+    if name == "llama":
+        assert [costs[index] for index in nothing] == [0.0, 0.0]
+        assert plan.methods[0].attention == tuple(nothing)  # type: ignore[attr-defined]
+    assert sum(cost > 0 for cost in costs) >= 6
+
+
 def test_arank_refuses_what_cannot_be() -> None:
     model = tiny_model("llama", num_hidden_layers=8)
     with pytest.raises(CalibrationError, match="number must be from 1 to 4"):
         calibrate_arank(model, tiny_tokenizer(), number=5, data=TEXTS)
-    with pytest.raises(CalibrationError, match="one of effective_rank, rank"):
+    with pytest.raises(CalibrationError, match="one of effective_rank, rank, skip_cost"):
         calibrate_arank(model, tiny_tokenizer(), metric="best", data=TEXTS)  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match="never routed"):
         calibrate_arank(tiny_model("llama"), tiny_tokenizer(), data=TEXTS)

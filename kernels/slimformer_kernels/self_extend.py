@@ -148,6 +148,7 @@ def self_extend_op(
             HAS_SOFTCAP=softcap is not None,
             EVEN_WIDTH=block_width(width) == width,
             STAGES=blocks.stages,
+            MIXED_STAGES=_mixed_stages(blocks, causal),
             HEADS=heads,
             GROUP=heads // kv_heads,
             BLOCK_QUERIES=blocks.queries,
@@ -158,6 +159,11 @@ def self_extend_op(
         )
         # fmt: on
     return out
+
+
+def _mixed_stages(blocks: Blocks, causal: bool) -> int:
+    """How many tiles of two kinds of keys, and of their values, fit where ``blocks.stages`` of one kind do."""
+    return max(2 * blocks.stages // 3, 1) if causal else 1
 
 
 def _fitting(blocks: Blocks, query: Tensor, kinds: int) -> Blocks:
@@ -191,6 +197,7 @@ def _self_extend_kernel(
     HAS_SOFTCAP: tl.constexpr,
     EVEN_WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
+    MIXED_STAGES: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -276,7 +283,7 @@ def _self_extend_kernel(
         total, weight, peak = _attend_tiles(
             total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
             far_stride_token, value_stride_token, far, tl.minimum(near, last), near_from, near_to, high, last, width,
-            tanh_scale, log2_scale, True, True, HAS_AHEAD, True, HAS_SOFTCAP, EVEN_WIDTH, STAGES, BLOCK_KEYS,
+            tanh_scale, log2_scale, True, True, HAS_AHEAD, True, HAS_SOFTCAP, EVEN_WIDTH, MIXED_STAGES, BLOCK_KEYS,
             BLOCK_WIDTH,
         )
         total, weight, peak = _attend_tiles(
@@ -288,8 +295,8 @@ def _self_extend_kernel(
         total, weight, peak = _attend_tiles(
             total, weight, peak, query, behind, ahead, key_head, far_head, value_head, key_stride_token,
             far_stride_token, value_stride_token, seen, tl.minimum(beyond, last), near_from, near_to, high, last, width,
-            tanh_scale, log2_scale, True, False, HAS_AHEAD, True, HAS_SOFTCAP, EVEN_WIDTH, STAGES, BLOCK_KEYS,
-            BLOCK_WIDTH,
+            tanh_scale, log2_scale, True, False, HAS_AHEAD, True, HAS_SOFTCAP, EVEN_WIDTH,
+            MIXED_STAGES if HAS_AHEAD else STAGES, BLOCK_KEYS, BLOCK_WIDTH,
         )
         if HAS_AHEAD:
             total, weight, peak = _attend_tiles(
@@ -334,8 +341,7 @@ def _attend_tiles(
 ):
     # fmt: on
     """Online softmax over the keys from ``first`` to ``last``, which are near, behind or ahead for some query."""
-    # Tiles of two kinds of keys would not fit into shared memory several times.
-    for tile in tl.range(first, last, BLOCK_KEYS, num_stages=1 if NEAR and (BEHIND or AHEAD) else STAGES):
+    for tile in tl.range(first, last, BLOCK_KEYS, num_stages=STAGES):
         index = tile + tl.arange(0, BLOCK_KEYS)
         # "ieee": TF32 would cost float32 inputs half their digits; half precision ignores it.
         if BEHIND or AHEAD:

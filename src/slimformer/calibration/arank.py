@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.anatomy import Anatomy, find_anatomy, first_layer_call, transformer_of
+from slimformer.anatomy import Anatomy, Kind, find_anatomy, first_layer_call, transformer_of
 from slimformer.attention import RowAttention
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
@@ -19,6 +19,7 @@ from slimformer.calibration.held_out import split_texts
 from slimformer.calibration.partial_results import PartialResults
 from slimformer.calibration.progress import Stages
 from slimformer.calibration.replay import Call, executors, record_call, run_layer
+from slimformer.calibration.routed_model import Routed
 from slimformer.calibration.training_rows import examples
 from slimformer.errors import CalibrationError, DataError, UnsupportedModelError
 from slimformer.evaluation.perplexity import evaluating
@@ -27,8 +28,10 @@ from slimformer.patching import status
 from slimformer.plan import Plan, fingerprint
 from slimformer.row_sublayers import row_sublayers
 from slimformer.stream import Stream
+from slimformer.training.loop import frozen
 
 Metric = Literal["effective_rank", "rank"]
+LayerOrder = Literal["effective_rank", "rank", "skip_cost"]
 # The paper leaves these alone.
 FIRST_LAYERS, LAST_LAYERS = 3, 1
 QUERIES = 256
@@ -101,6 +104,24 @@ def layer_ranks(
     return [value / count for value in total]
 
 
+def layer_costs(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    batch: Tensor | Mapping[str, Tensor],
+    kinds: Sequence[Kind],
+) -> list[float]:
+    """What skipping all tokens of a batch in these sublayers of a layer would cost, alone, in the mean per token."""
+    every = dict.fromkeys(kinds, range(len(anatomy.layers)))
+    method = MixtureOfDepths.keeping_everything(anatomy.stack.config.hidden_size, **every)
+    routed = Routed(model, anatomy, method)
+    with frozen(model):
+        lesson = routed.lesson(routed.call({"input_ids": batch} if isinstance(batch, Tensor) else batch))
+    costs = [0.0] * len(anatomy.layers)
+    for (_, layer), cost in zip(routed.names, lesson.costs, strict=True):
+        costs[layer] += float(cost[lesson.free].mean())
+    return costs
+
+
 def lowest(ranks: Sequence[float], number: int) -> list[int]:
     """So many layers with the lowest ranks, sorted, without the first three and the last.
 
@@ -119,7 +140,7 @@ def calibrate_arank(
     number: int | None = None,
     kinds: Sequence[Literal["attention", "mlp"]] = ("attention",),
     keep: float = 0.5,
-    metric: Metric = "effective_rank",
+    metric: LayerOrder = "effective_rank",
     data: str | os.PathLike[str] | Iterable[str] | Sequence[Mapping[str, Tensor]] | None = None,
     text_field: str = "text",
     hold_out: bool = True,
@@ -137,7 +158,9 @@ def calibrate_arank(
         number: How many layers; None takes half of those that may be.
         kinds: What is routed in them.
         keep: The fraction of tokens that routers are to be trained for.
-        metric: `"effective_rank"`, or the published `"rank"`.
+        metric: `"effective_rank"`, or the published `"rank"`; or `"skip_cost"`, which reads no maps: the part of the
+            divergence from dense that skipping all tokens would bring, to second order, as `train_routers` estimates
+            it.
         data: As for `slimformer.calibrate`; its texts are read one behind the other. For a vision-language model, a
             list of what its processor makes of images with text.
         text_field: The field with the text, in JSON lines, Parquet and Hub datasets.
@@ -170,8 +193,8 @@ def calibrate_arank(
     wanted = max(most // 2, 1) if number is None else number
     if not 1 <= wanted <= most:
         raise CalibrationError(f"number must be from 1 to {most}, got {number!r}.")
-    if metric not in get_args(Metric):
-        raise CalibrationError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}.")
+    if metric not in get_args(LayerOrder):
+        raise CalibrationError(f"metric must be one of {', '.join(get_args(LayerOrder))}, got {metric!r}.")
     rows: Sequence[Tensor | Mapping[str, Tensor]] | None = examples(data)
     source, tokens = f"{len(rows or ())} batches", 0
     if rows is None:
@@ -191,14 +214,17 @@ def calibrate_arank(
     identity = {
         "data": source,
         "model": fingerprint(inner),
-        "arank": [metric, tokens, texts, seed, text_field, hold_out],
+        "arank": [metric, list(kinds), tokens, texts, seed, text_field, hold_out],
     }
     partial = PartialResults(checkpoint, identity)
     with evaluating(inner), Stages(progress) as stages:
         done = list(partial.kept("ranks") or [])
         reads = inner if tokens == 0 else None
-        for row in stages.track(list(rows[len(done) :]), "attention maps"):
-            done.append(layer_ranks(anatomy, [row], model=reads, metric=metric))
+        for row in stages.track(list(rows[len(done) :]), "layers"):
+            if metric == "skip_cost":
+                done.append(layer_costs(inner, anatomy, row, kinds))
+            else:
+                done.append(layer_ranks(anatomy, [row], model=reads, metric=metric))
             partial.keep("ranks", done)
     ranks = [sum(column) / len(done) for column in zip(*done, strict=True)]
     chosen = lowest(ranks, wanted)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from slimformer.anatomy import KINDS, Anatomy
 from slimformer.calibration.calibration_text import predicts_tokens
+from slimformer.calibration.keep_ratio import threshold
 from slimformer.calibration.replay import Call, executors, finish, record_call, run_layer, run_layers
 from slimformer.errors import DataError
 from slimformer.image_tokens import where_images_are
@@ -302,12 +303,7 @@ class Routed:
         for _ in range(_ROUNDS):
             # What is skipped changes what later routers read.
             scores = torch.cat([self.run(routers, call).scores.flatten() for call in calls])
-            count = round((1.0 - self.method.keep) * scores.numel())
-            if count:
-                routers.bias.sub_(scores.kthvalue(count).values)
-            else:
-                # Zero is not above the threshold.
-                routers.bias.add_(1.0 - scores.min())
+            routers.bias.sub_(threshold(scores, self.method.keep))
 
     @torch.no_grad()
     def measure(self, routers: Routers, batches: Iterable[Batch]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from slimformer.evaluation.perplexity import evaluating
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
 from slimformer.patching import status
 from slimformer.plan import Plan, fingerprint
-from slimformer.training.loop import TrainingSettings, fit
+from slimformer.training.loop import TrainingSettings, fit, frozen
 
 _HELD_OUT_ROWS = 8
 
@@ -102,41 +102,34 @@ def train_routers(
     def of(rows: Tensor) -> list[Batch]:
         return [{"input_ids": rows}] if batches is None else [batches[int(row)] for row in rows]
 
-    frozen = [p for p in inner.parameters() if p.requires_grad]
-    with evaluating(inner), Stages(progress) as stages:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            routed = Routed(inner, anatomy, method)
-            torch.manual_seed(settings.seed)
-            routers = routed.fresh_routers(of(read[:1])[0])
+    with evaluating(inner), frozen(inner), Stages(progress) as stages:
+        routed = Routed(inner, anatomy, method)
+        torch.manual_seed(settings.seed)
+        routers = routed.fresh_routers(of(read[:1])[0])
 
-            def loss(module: nn.Module, rows: Tensor) -> Tensor:
-                return routed.loss(module, of(rows))
+        def loss(module: nn.Module, rows: Tensor) -> Tensor:
+            return routed.loss(module, of(rows))
 
-            identity = {
-                "data": source,
-                "model": fingerprint(inner),
-                "method": method.settings(),
-                "text": [text_field, hold_out],
-                "tokens": tokens,
-                "settings": vars(settings),
-            }
-            history = fit(
-                routers,
-                loss,
-                read,
-                settings,
-                identity=identity,
-                folder=checkpoint,
-                stages=stages,
-            )
-            kept = [batch for row in held_out.split(1) for batch in of(row)]
-            routed.meet_budget(routers, kept)
-            measured = routed.measure(routers, stages.track(kept, "held-out text"))
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+        identity = {
+            "data": source,
+            "model": fingerprint(inner),
+            "method": method.settings(),
+            "text": [text_field, hold_out],
+            "tokens": tokens,
+            "settings": vars(settings),
+        }
+        history = fit(
+            routers,
+            loss,
+            read,
+            settings,
+            identity=identity,
+            folder=checkpoint,
+            stages=stages,
+        )
+        kept = [batch for row in held_out.split(1) for batch in of(row)]
+        routed.meet_budget(routers, kept)
+        measured = routed.measure(routers, stages.track(kept, "held-out text"))
     provenance = {
         **versions(anatomy),
         "arguments": {"length": tokens, "hold_out": hold_out, **vars(settings)},

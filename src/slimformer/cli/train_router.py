@@ -17,6 +17,14 @@ from slimformer.cli.partial import partial_results
 from slimformer.cli.train_predictor import Precision
 
 
+class Metric(str, Enum):
+    """What layers are chosen by."""
+
+    effective_rank = "effective_rank"
+    rank = "rank"
+    skip_cost = "skip_cost"
+
+
 class Kinds(str, Enum):
     """What is routed."""
 
@@ -57,6 +65,12 @@ def train_router(
             min=1, show_default=False, help="How many layers, those whose attention maps say least; or half."
         ),
     ] = None,
+    metric: Annotated[
+        Metric,
+        typer.Option(
+            help="What layers are chosen by: the rank of their attention maps, or what skipping them would cost."
+        ),
+    ] = Metric.effective_rank,
     kinds: Annotated[Kinds, typer.Option(help="What is routed in them.")] = Kinds.attention,
     shared: Annotated[Shared, typer.Option(help="What shares a router.")] = Shared.sublayer,
     routing: Annotated[
@@ -82,7 +96,7 @@ def train_router(
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Choose layers of MODEL by ARank and train routers for them; its own weights stay as they are.
+    """Choose layers of MODEL, by ARank, and train routers for them; its own weights stay as they are.
 
     Interrupted with Ctrl-C, it keeps a checkpoint: the same command goes on from there. Several GPUs: run it under
     `accelerate launch`.
@@ -115,6 +129,7 @@ def train_router(
             tokenizer,
             number=number,
             kinds=chosen,
+            metric=metric.value,
             keep=keep,
             seed=seed,
             checkpoint=partial,

@@ -170,6 +170,11 @@ class MixtureOfDepths:
             )
         return plans
 
+    def lowered(self, by: float) -> MixtureOfDepths:
+        """The same with all scores lower by so much, so that fewer tokens are above zero."""
+        weights = {n: t - by if n.endswith(".bias") else t for n, t in self.weights.items()}
+        return dataclasses.replace(self, weights=weights)
+
     def settings(self) -> dict[str, Any]:
         """What a plan saves in the JSON."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "weights"}
@@ -240,6 +245,15 @@ class Router:
         if protected is not None:
             mask = mask | self._flat(protected, stream)
         return Rows(x.shape[0], given_mask=mask)
+
+    def compared(self, stream: Stream, x: Tensor) -> Tensor:
+        """What is compared with the threshold, of the tokens that may pass by `[free]`; padding never counts."""
+        score, free = self.scores(stream, x), stream.padding_mask()
+        if self.per_sequence:
+            score = self._flat(self._mean(stream, score, free), stream)
+        if self.images:
+            free = free & image_tokens(stream)
+        return score[self._flat(free, stream)]
 
     def scores(self, stream: Stream, x: Tensor) -> Tensor:
         """A number per row, in float32: rounding must not decide differently in a prompt and in a step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -10,7 +11,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +111,28 @@ class History:
     def best(self) -> int:
         """The step after which the held-out figure was lowest, the earliest of equals."""
         return int(min(self.held_out, key=self.held_out.__getitem__))
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """A block in which no parameter of a model wants a gradient, so that none is computed on the way to what does.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with frozen(layer):
+        ...     layer.weight.requires_grad
+        False
+        >>> layer.weight.requires_grad
+        True
+    """
+    wanting = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
 
 
 def fit(

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from slimformer.anatomy import KINDS, find_anatomy, transformer_of
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
+from slimformer.calibration.keep_ratio import meet_keep_ratio
 from slimformer.calibration.progress import Stages
 from slimformer.calibration.training_rows import training_rows, training_texts
 from slimformer.errors import CalibrationError
@@ -29,7 +30,7 @@ from slimformer.methods.weight_delta import WeightDelta
 from slimformer.patching import patched, status
 from slimformer.plan import Plan, PlannedMethod, fingerprint
 from slimformer.training.distillation import Distillation
-from slimformer.training.loop import EarlyStop, History, TrainingSettings, fit
+from slimformer.training.loop import EarlyStop, History, TrainingSettings, fit, frozen
 from slimformer.training.rounds import in_rounds
 from slimformer.training.trained_weights import WHAT, TrainedWeights, What, changed_layers
 
@@ -67,7 +68,8 @@ def repair(
     plan costs. Shortened-LLaMA (arXiv 2402.02834) and Minitron (2407.14679) show how much short distillation wins back
     after depth pruning.
 
-    Routers and predictors stay as they are: they decide, and have their own training.
+    Routers and predictors keep their weights: they decide, and have their own training. Thresholds of routers are set
+    anew, so that they compute as many tokens as before of text that is not trained on.
 
     Args:
         model: An unpatched decoder, encoder, or SentenceTransformer; it is left as it was, bit for bit.
@@ -151,8 +153,11 @@ def repair(
             )
             curves.append({"dropped": _count(part), **dataclasses.asdict(history), "best": history.best})
         repaired = dataclasses.replace(given, methods=learnt, fingerprint=fingerprint(inner))
+        after = Distillation(model, repaired, expected=lesson.expected)
+        # What routers read has changed.
+        repaired = meet_keep_ratio(model, repaired, lambda: after.divergence(batches))
         with patched(model, repaired):
-            after = Distillation(model, repaired, expected=lesson.expected).divergence(batches)
+            divergence = after.divergence(batches)
     earlier = given.provenance.get("repair")
     provenance = {
         **given.provenance,
@@ -166,7 +171,7 @@ def repair(
     }
     # What was measured of its quality no longer holds; it is as fast as it was.
     measured = {name: value for name, value in given.measured.items() if name == "speed"}
-    measured["repair"] = {"divergence_before": curves[-1]["held_out"]["0"], "divergence_after": after}
+    measured["repair"] = {"divergence_before": curves[-1]["held_out"]["0"], "divergence_after": divergence}
     return dataclasses.replace(repaired, provenance=provenance, measured=measured)
 
 
@@ -198,13 +203,10 @@ class _Lesson:
     ) -> tuple[list[PlannedMethod], History]:
         """Train what a plan leaves open; the model is unpatched before and after."""
         inner = transformer_of(self.model)
-        frozen = [p for p in inner.parameters() if p.requires_grad]
         torch.manual_seed(self.settings.seed)
         weights = None
-        with patched(self.model, plan):
+        with patched(self.model, plan), frozen(inner):
             try:
-                for parameter in frozen:
-                    parameter.requires_grad_(False)
                 anatomy = find_anatomy(inner)
                 weights = TrainedWeights(anatomy, plan, self.what, self.near, self.rank)
                 decisions = plan.sublayer_plans(anatomy)
@@ -234,8 +236,6 @@ class _Lesson:
             finally:
                 if weights is not None and weights.adapters is not None:
                     weights.adapters.take_out()
-                for parameter in frozen:
-                    parameter.requires_grad_(True)
 
 
 def _with(methods: Sequence[PlannedMethod], learnt: Sequence[PlannedMethod]) -> list[PlannedMethod]:
