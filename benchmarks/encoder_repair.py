@@ -31,7 +31,7 @@ from slimformer.plan import fingerprint
 from slimformer.training.loop import TrainingSettings
 
 # Whole layers that are dropped; the first four of six do most of the work.
-BLOCKS: tuple[tuple[int, ...], ...] = ((4,), (2, 4))
+BLOCKS: tuple[tuple[int, ...], ...] = ((4,), (2, 4), (1, 2, 4))
 FIGURES = {"cranfield": "Cranfield, nDCG@10", "qmsum": "QMSum, nDCG@10", "sts": "STS-B test, Spearman × 100"}
 _TEXTS_TIMED, _BATCH = 128, 32
 
