@@ -238,6 +238,12 @@ def at_4k(content: dict[str, Any]) -> str:
     return _table(content, 4096)
 
 
+@table("elimination_quality_2k", source="elimination_quality")
+def at_2k(content: dict[str, Any]) -> str:
+    """The shortest."""
+    return _table(content, 2048)
+
+
 @table("elimination_quality_8k", source="elimination_quality")
 def at_8k(content: dict[str, Any]) -> str:
     """The longest."""

@@ -173,6 +173,9 @@ def _decoder(settings: Settings, pooling: str) -> SentenceTransformer:
 
 def _pooled(folder: str, settings: Settings, pooling: str) -> SentenceTransformer:
     inner = Transformer(folder, model_kwargs={"dtype": settings.dtype})
+    # Llama's have none; what it is does not matter behind an attention mask.
+    if inner.tokenizer.pad_token is None:
+        inner.tokenizer.pad_token = inner.tokenizer.eos_token
     pooled = Pooling(inner.model.config.hidden_size, pooling_mode=pooling)
     return SentenceTransformer(modules=[inner, pooled], device=str(settings.device))
 
