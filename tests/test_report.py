@@ -202,6 +202,9 @@ def test_a_page_draws_the_curve_of_an_elimination_and_the_ranks_of_attention_map
     assert "layer 4: 1.00, routed" in page
     assert "layer 5: 6.00, routed" not in page
     assert "Attention maps" not in plan_page(Plan([method], provenance={"arank": ["<b>"]}))
+    by_cost = plan_page(Plan([method], provenance={"arank": [3.0, 2.0, 0.5], "layers_by": "skip_cost"}))
+    assert "What skipping costs" in by_cost
+    assert "Attention maps" not in by_cost
 
 
 def test_a_repaired_plan_shows_the_curve_of_every_round() -> None:

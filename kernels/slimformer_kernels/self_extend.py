@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import check_device, check_floating, check_positive
-from .attention_rows import WIDEST_HEAD, Blocks, block_width, blocks_for
+from .arguments import check_positive
+from .attention_blocks import WIDEST_HEAD, Blocks, block_width, blocks_for
 from .attention_rows_arguments import check_arguments
 from .dispatch import jit, kernel_op, runs_kernel, tl, wrap_triton
-from .errors import KernelArgumentError
+from .self_extend_arguments import check_extension
 from .self_extend_decode import decodes, self_extend_decode_op
 from .self_extend_reference import far_turns, self_extend_reference, turned_further
 
@@ -84,7 +84,7 @@ def self_extend(
         tensor([ 9., 10.])
     """
     check_arguments(query, key, value, positions, query_offsets, key_ranges, longest)
-    _check(query, key, inv_freq, group, window, trained, turns)
+    check_extension(query, key, inv_freq, group, window, trained, turns)
     check_positive("scale", scale)
     if softcap is not None:
         check_positive("softcap", softcap)
@@ -393,41 +393,3 @@ def _tile(
     else:
         found = tl.load(pointers, mask=(columns < width)[None, :], other=0.0)
     return found
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    inv_freq: Tensor,
-    group: int,
-    window: int,
-    trained: int,
-    turns: tuple[Tensor, Tensor] | None,
-) -> None:
-    check_floating("inv_freq", inv_freq)
-    check_device("inv_freq", inv_freq, query, "query")
-    check_positive("group", group)
-    check_positive("window", window)
-    if trained < 0:
-        raise KernelArgumentError.of(
-            "trained must not be negative",
-            got=trained,
-            allowed="the number of tokens up to which nothing changes, 0 for none",
-            remedy="pass the length that the model was trained for",
-        )
-    if inv_freq.dim() != 1 or not 0 < 2 * inv_freq.shape[0] <= query.shape[2]:
-        raise KernelArgumentError.of(
-            "inv_freq does not fit query",
-            got=f"shape {tuple(inv_freq.shape)}",
-            allowed=f"[rotary_dim / 2], rotary_dim at most {query.shape[2]}",
-            remedy="pass the inv_freq of the model's rotary embedding",
-        )
-    for name, found in zip(("cos", "sin"), turns or (), strict=False):
-        if found.dim() != 2 or found.shape[0] < key.shape[1] or found.shape[1] != 2 * inv_freq.shape[0]:
-            raise KernelArgumentError.of(
-                f"{name} of turns does not fit",
-                got=f"shape {tuple(found.shape)}",
-                allowed=f"at least {key.shape[1]} places of {2 * inv_freq.shape[0]} channels",
-                remedy="call far_turns with as many places as there are keys",
-            )
-        check_device(name, found, query, "query")

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .attention_rows import block_width
+from .attention_blocks import block_width
 from .dispatch import jit, kernel_op, tl, wrap_triton
 
 # Queries times query heads per key head that one tile of products holds.

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slimformer.anatomy import positional_names
 from slimformer.attention_backend import fastest_backend
-from slimformer.attention_projections import Projections, match_projections
+from slimformer.attention_projections import Projections
 from slimformer.attention_scores import Extension, own_eager_attention, own_implementation, scores_of
 from slimformer.cache import extended, layer_cache
 from slimformer.linear_steps import linear_step, may_be_skipped
@@ -29,7 +29,8 @@ from slimformer.rows import Rows
 from slimformer.shorter_cache import ShorterLayer, ShorterStaticLayer, shorter_layer
 from slimformer.stream import Stream
 from slimformer.texts import current_texts
-from slimformer_kernels.attention_rows import WIDEST_HEAD, attention_rows_op
+from slimformer_kernels.attention_blocks import WIDEST_HEAD
+from slimformer_kernels.attention_rows import attention_rows_op
 from slimformer_kernels.attention_rows_reference import attention_rows_reference
 from slimformer_kernels.dispatch import runs_kernel
 from slimformer_kernels.rotary import rotary_op, rotary_reference
@@ -381,38 +382,6 @@ class RowAttention:
 def for_attention(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The layer's arguments without those of cross-attention, which no supported structure has."""
     return {name: value for name, value in kwargs.items() if name not in _NOT_FOR_ATTENTION}
-
-
-@torch.no_grad()
-def examine(core: nn.Module, hidden: Tensor, kwargs: dict[str, Any], causal: bool) -> RowAttention | None:
-    """The projections of an attention module, checked on a short call; None if it computes anything else.
-
-    Args:
-        core: The module that calls the attention function.
-        hidden: An input `[batch, tokens, hidden]`.
-        kwargs: The arguments of its layer.
-        causal: Whether the model is a decoder.
-    """
-    projections = match_projections(core)
-    if projections is None or any(p.is_meta for p in core.parameters()) or hasattr(core, "_hf_hook"):
-        return None
-    training = core.training
-    core.train(False)
-    try:
-        expected = core(hidden, **for_attention(kwargs))[0]
-        for interleaved in (False, True):
-            found = RowAttention(core, projections, interleaved)
-            stream = Stream.of(hidden, causal, kwargs)
-            actual, _ = found.whole(hidden.reshape(-1, hidden.shape[-1]), stream, kwargs, kernels=False)
-            error = (actual - expected.reshape(actual.shape)).float().norm() / expected.float().norm()
-            if bool(error <= (1e-5 if expected.dtype == torch.float32 else 1e-2)):
-                return found
-    except (RuntimeError, ValueError, TypeError, StopIteration):
-        # Another layout of the same names: the module keeps its own forward, for all tokens.
-        return None
-    finally:
-        core.train(training)
-    return None
 
 
 def _count(q: Tensor, stream: Stream) -> Tensor:

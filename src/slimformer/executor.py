@@ -18,6 +18,7 @@ from slimformer.attention import for_attention
 from slimformer.attention_scores import own_implementation
 from slimformer.cache import layer_cache, leave_slot_empty
 from slimformer.errors import PlanError
+from slimformer.ledger import Ledger
 from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
 from slimformer.rows import Rows, RowSelector, intersection
 from slimformer.shorter_cache import mask_of_slot
@@ -43,7 +44,7 @@ class SublayerPlan:
             from the plan of the layer's attention, before which the others leave.
         leave_caches: Whether some of those others leave the caches of this layer and later ones too.
         changes: Names of parameters within the layer, and what each becomes. They count whatever else is decided.
-        reads_images: Whether what names rows asks which tokens stand for images.
+        prepares: Get the whole model and its ledger when it is patched, each once, before its layers are.
     """
 
     compute: bool = True
@@ -54,7 +55,7 @@ class SublayerPlan:
     staying: tuple[RowSelector, ...] = ()
     leave_caches: bool = False
     changes: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = ()
-    reads_images: bool = False
+    prepares: tuple[Callable[[Any, Ledger], None], ...] = ()
 
     def __and__(self, other: SublayerPlan) -> SublayerPlan:
         """Both decisions: what one drops is dropped, and rows are those that both keep.
@@ -78,7 +79,7 @@ class SublayerPlan:
                 staying=self.staying + other.staying,
                 leave_caches=self.leave_caches or other.leave_caches,
                 changes=self.changes + other.changes,
-                reads_images=self.reads_images or other.reads_images,
+                prepares=self.prepares + other.prepares,
             )
         return SublayerPlan(
             rows=self.rows + other.rows,
@@ -86,7 +87,7 @@ class SublayerPlan:
             staying=self.staying + other.staying,
             leave_caches=self.leave_caches or other.leave_caches,
             changes=self.changes + other.changes,
-            reads_images=self.reads_images or other.reads_images,
+            prepares=self.prepares + other.prepares,
         )
 
 

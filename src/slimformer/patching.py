@@ -26,7 +26,6 @@ from slimformer.attention_transforms import Attentions, AttentionTransform, tran
 from slimformer.cache import compact_slots
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.executor import LayerExecutor, TokenPolicy
-from slimformer.image_tokens import read_images
 from slimformer.integrations.sentence_transformers import faster_pipeline
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
@@ -202,8 +201,9 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
         patch.notes = transformed_by(methods, Attentions(anatomy, ledger, call))
         for executor in executors.values():
             _change_weights(executor, ledger)
-        if any(plan.reads_images for e in executors.values() for plan in e.sublayers.values()):
-            read_images(model, ledger)
+        plans = [plan for executor in executors.values() for plan in executor.sublayers.values()]
+        for prepare in dict.fromkeys(prepare for plan in plans for prepare in plan.prepares):
+            prepare(model, ledger)
         for index, executor in executors.items():
             _replace(executor, anatomy.causal, slots[index], ledger)
             if anatomy.causal and not keeps_state(executor.replacements.get("attention")):

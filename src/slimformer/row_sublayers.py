@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy, Kind, Structure, attention_core
 from slimformer.attention import RowAttention, for_attention
-from slimformer.attention import examine as examine_attention
+from slimformer.attention_examination import examine as examine_attention
 from slimformer.cache import layer_cache
 from slimformer.errors import PlanError
 from slimformer.gated_mlp import GatedMlp

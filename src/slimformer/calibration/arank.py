@@ -172,7 +172,7 @@ def calibrate_arank(
         progress: Show progress bars with the time left.
 
     Returns:
-        The plan; `plan.provenance["arank"]` has the rank of every layer.
+        The plan; `plan.provenance["arank"]` has the rank, or the cost, of every layer.
 
     Raises:
         CalibrationError: If the model is patched, or an argument is not one of those allowed.
@@ -238,6 +238,7 @@ def calibrate_arank(
         "data": source,
         "tokens": sum((row if isinstance(row, Tensor) else row["input_ids"]).numel() for row in rows),
         "arank": ranks,
+        "layers_by": metric,
     }  # fmt: skip
     return Plan([method], fingerprint(inner), provenance)
 

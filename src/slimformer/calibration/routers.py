@@ -71,7 +71,7 @@ def train_routers(
         DataError: If the text is too short.
         PlanError: If the method does not fit the model.
     """
-    settings = TrainingSettings(learning_rate=2e-3) if settings is None else settings
+    settings = TrainingSettings(learning_rate=5e-3) if settings is None else settings
     if status(model):
         raise CalibrationError(
             "The model is patched; routers learn from the dense model. Call unpatch first."

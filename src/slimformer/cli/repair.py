@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from slimformer.cli import options
+from slimformer.cli import options, training_options
 from slimformer.cli.output import check_output, note, print_json, print_tables
 from slimformer.cli.partial import partial_results
-from slimformer.cli.train_predictor import Precision
 
 
 def repair(
@@ -21,9 +20,7 @@ def repair(
     output: options.Output,
     data: options.Data = None,
     text_field: options.TextField = "text",
-    hold_out: Annotated[
-        bool, typer.Option(help="Measure on every fifth text, which is not trained on.")
-    ] = True,
+    hold_out: training_options.HoldOut = True,
     what: Annotated[
         str,
         typer.Option(
@@ -44,16 +41,16 @@ def repair(
     rounds: Annotated[
         int, typer.Option(min=1, help="Drop the plan's sublayers in so many rounds, repairing after each.")
     ] = 1,
-    length: Annotated[int, typer.Option(min=16, help="Tokens per row.")] = 1024,
+    length: training_options.Length = 1024,
     steps: Annotated[int, typer.Option(min=1, help="Updates per round.")] = 400,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of text at a time.")] = 4,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches per update.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-3,
+    rows: training_options.Rows = 4,
+    accumulate: training_options.Accumulate = 1,
+    learning_rate: training_options.LearningRate = 1e-3,
     every: Annotated[int, typer.Option(min=1, help="Steps between measurements on held-out text.")] = 25,
     patience: Annotated[
         int, typer.Option(min=1, help="So many measurements without a better one end a round.")
     ] = 4,
-    precision: Annotated[Precision, typer.Option(help="Mixed precision of both passes.")] = Precision.no,
+    precision: training_options.PrecisionOption = training_options.Precision.no,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -71,16 +68,8 @@ def repair(
     from slimformer.cli.loading import load_for_plan
     from slimformer.plan import Plan
     from slimformer.report import repair_table
-    from slimformer.training.loop import TrainingSettings
 
-    settings = TrainingSettings(
-        steps=steps,
-        rows=rows,
-        accumulate=accumulate,
-        learning_rate=learning_rate,
-        precision=precision.value,
-        seed=seed,
-    )
+    settings = training_options.training_settings(steps, rows, accumulate, learning_rate, precision, seed)
     given = Plan.from_pretrained(plan)
     loaded, tokenizer = load_for_plan(model, device, dtype.value)
     parts: Any = tuple(part.strip() for part in what.split(","))

@@ -5,22 +5,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Annotated
 
 import typer
 
-from slimformer.cli import options
+from slimformer.cli import options, training_options
 from slimformer.cli.output import check_output, note, print_json, print_tables
 from slimformer.cli.partial import partial_results
-
-
-class Precision(str, Enum):
-    """What the trained modules compute in."""
-
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 def train_predictor(
@@ -36,9 +27,7 @@ def train_predictor(
     ],
     data: options.Data = None,
     text_field: options.TextField = "text",
-    hold_out: Annotated[
-        bool, typer.Option(help="Measure on every fifth text, which is not trained on.")
-    ] = True,
+    hold_out: training_options.HoldOut = True,
     revivable: Annotated[
         bool, typer.Option("--revivable", help="Every layer chooses afresh, and nothing leaves a cache.")
     ] = False,
@@ -49,11 +38,11 @@ def train_predictor(
     rank: Annotated[
         int, typer.Option(min=1, help="Width of the vectors whose products are the scores.")
     ] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 400,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of text at a time.")] = 1,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches per update.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-3,
-    precision: Annotated[Precision, typer.Option(help="Mixed precision of what is trained.")] = Precision.no,
+    steps: training_options.Steps = 400,
+    rows: training_options.Rows = 1,
+    accumulate: training_options.Accumulate = 1,
+    learning_rate: training_options.LearningRate = 1e-3,
+    precision: training_options.PrecisionOption = training_options.Precision.no,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -71,16 +60,8 @@ def train_predictor(
     from slimformer.calibration.predictors import train_predictors
     from slimformer.cli.loading import load_model, load_tokenizer
     from slimformer.report import predictor_table
-    from slimformer.training.loop import TrainingSettings
 
-    settings = TrainingSettings(
-        steps=steps,
-        rows=rows,
-        accumulate=accumulate,
-        learning_rate=learning_rate,
-        precision=precision.value,
-        seed=seed,
-    )
+    settings = training_options.training_settings(steps, rows, accumulate, learning_rate, precision, seed)
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, device, dtype.value)
     with partial_results(output) as partial:

@@ -11,10 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from slimformer.cli import options
+from slimformer.cli import options, training_options
 from slimformer.cli.output import check_output, note, print_json, print_tables
 from slimformer.cli.partial import partial_results
-from slimformer.cli.train_predictor import Precision
 
 
 class Metric(str, Enum):
@@ -61,16 +60,14 @@ def train_router(
     keep: Annotated[float, typer.Option(help="The fraction of tokens computed in what is routed.")] = 0.5,
     number: Annotated[
         int | None,
-        typer.Option(
-            min=1, show_default=False, help="How many layers, those whose attention maps say least; or half."
-        ),
+        typer.Option(min=1, show_default=False, help="How many layers; or half of those that may be."),
     ] = None,
     metric: Annotated[
         Metric,
         typer.Option(
-            help="What layers are chosen by: the rank of their attention maps, or what skipping them would cost."
+            help="What layers are chosen by: what skipping them costs, or the rank of their attention maps (ARank)."
         ),
-    ] = Metric.effective_rank,
+    ] = Metric.skip_cost,
     kinds: Annotated[Kinds, typer.Option(help="What is routed in them.")] = Kinds.attention,
     shared: Annotated[Shared, typer.Option(help="What shares a router.")] = Shared.sublayer,
     routing: Annotated[
@@ -81,22 +78,20 @@ def train_router(
     ] = Per.token,
     data: options.Data = None,
     text_field: options.TextField = "text",
-    hold_out: Annotated[
-        bool, typer.Option(help="Measure on every fifth text, which is not trained on.")
-    ] = True,
-    length: Annotated[int, typer.Option(min=16, help="Tokens per row.")] = 1024,
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 400,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of text at a time.")] = 1,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches per update.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
-    precision: Annotated[Precision, typer.Option(help="Mixed precision of what is trained.")] = Precision.no,
+    hold_out: training_options.HoldOut = True,
+    length: training_options.Length = 1024,
+    steps: training_options.Steps = 400,
+    rows: training_options.Rows = 1,
+    accumulate: training_options.Accumulate = 1,
+    learning_rate: training_options.LearningRate = 5e-3,
+    precision: training_options.PrecisionOption = training_options.Precision.no,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Choose layers of MODEL, by ARank, and train routers for them; its own weights stay as they are.
+    """Choose layers of MODEL and train routers for them; its own weights stay as they are.
 
     Interrupted with Ctrl-C, it keeps a checkpoint: the same command goes on from there. Several GPUs: run it under
     `accelerate launch`.
@@ -108,16 +103,8 @@ def train_router(
     from slimformer.cli.loading import load_model, load_tokenizer
     from slimformer.methods.mixture_of_depths import MixtureOfDepths
     from slimformer.report import router_table
-    from slimformer.training.loop import TrainingSettings
 
-    settings = TrainingSettings(
-        steps=steps,
-        rows=rows,
-        accumulate=accumulate,
-        learning_rate=learning_rate,
-        precision=precision.value,
-        seed=seed,
-    )
+    settings = training_options.training_settings(steps, rows, accumulate, learning_rate, precision, seed)
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, device, dtype.value)
     chosen: Any = tuple(kinds.value.split(","))
@@ -143,7 +130,8 @@ def train_router(
         plan = train_routers(
             loaded, tokenizer, method=method, settings=settings, checkpoint=partial, progress=True, **common
         )
-        plan = replace(plan, provenance={**plan.provenance, "arank": ranked.provenance["arank"]})
+        chosen_by = {name: ranked.provenance[name] for name in ("arank", "layers_by")}
+        plan = replace(plan, provenance={**plan.provenance, **chosen_by})
         plan.save_pretrained(output)
     note(f"The plan is in {output}.")
     if as_json:

@@ -14,7 +14,7 @@ from torch import Tensor
 from slimformer.anatomy import KINDS, Anatomy, Kind
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
-from slimformer.image_tokens import image_tokens
+from slimformer.image_tokens import image_tokens, read_images
 from slimformer.rows import Rows
 from slimformer.stream import Stream, in_a_graph
 from slimformer.token_selection import protected_tokens, protecting
@@ -166,7 +166,7 @@ class MixtureOfDepths:
             plans[layer, kind] = SublayerPlan(
                 rows=(router,),
                 compact_keys=kind == "attention" and not self.keep_kv,
-                reads_images=images,
+                prepares=(read_images,) if images else (),
             )
         return plans
 

@@ -41,18 +41,22 @@ def router_table(plan: Plan) -> Table:
     table = Table(
         title=Text(title), title_justify="left", caption=Text(caption(plan)), caption_justify="left"
     )
-    for name in ("sublayer", "ARank of the layer", "tokens computed"):
+    for name in (
+        "sublayer",
+        "cost of skipping" if _by_cost(plan) else "ARank of the layer",
+        "tokens computed",
+    ):
         table.add_column(name, justify="right")
     sublayers = [name for method in plan.methods for name in getattr(method, "sublayers", ())]
     for kind, layer in sublayers:
-        rank = f"{ranks[layer]:.2f}" if isinstance(ranks, list) and layer < len(ranks) else ""
+        rank = f"{ranks[layer]:.3g}" if isinstance(ranks, list) and layer < len(ranks) else ""
         kept = measured.get("keep_of", {}).get(f"{kind} {layer}")
         table.add_row(f"{kind} {layer}", rank, "" if kept is None else f"{kept:.1%}")
     return table
 
 
 def arank_section(plan: Plan) -> str:
-    """The part of a plan's page with the rank of every layer's attention maps; empty if the plan carries none."""
+    """The part of a plan's page with what its layers were chosen by; empty if the plan carries nothing of that kind."""
     found = plan.provenance.get("arank")
     # A plan's file may come from anywhere.
     known = isinstance(found, list) and all(isinstance(r, (int, float)) and math.isfinite(r) for r in found)
@@ -62,7 +66,8 @@ def arank_section(plan: Plan) -> str:
     routed = {layer for method in plan.methods for _, layer in getattr(method, "sublayers", ())}
     ticks = round_ticks(max(float(rank) for rank in ranks))
     bottom, step = _TOP + _HEIGHT, _WIDTH / len(ranks)
-    parts = [svg_text(_LEFT - 8, 11, "ARank", "start", "axis")]
+    by_cost = _by_cost(plan)
+    parts = [svg_text(_LEFT - 8, 11, "cost" if by_cost else "ARank", "start", "axis")]
     for tick in ticks:
         y = bottom - _HEIGHT * tick / ticks[-1]
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -72,16 +77,30 @@ def arank_section(plan: Plan) -> str:
         x, y = _LEFT + layer * step + 2, bottom - height
         box = f'x="{x:.1f}" y="{y:.1f}" width="{step - 4:.1f}" height="{height:.1f}"'
         style = "cell attention" if layer in routed else "cell dropped attention"
-        label = f"layer {layer}: {float(rank):.2f}{', routed' if layer in routed else ''}"
+        label = f"layer {layer}: {float(rank):.3g}{', routed' if layer in routed else ''}"
         parts.append(f'<rect class="{style}" {box}><title>{escape(label)}</title></rect>')
         if layer % max(round(26 / step), 1) == 0:
             parts.append(svg_text(_LEFT + (layer + 0.5) * step, bottom + 18, str(layer), "middle"))
     parts.append(svg_text(_LEFT + _WIDTH / 2, bottom + 38, "layer", "middle", "axis"))
-    drawing = svg(_LEFT + _WIDTH + 16, bottom + 48, "Rank of every layer's attention maps", parts)
-    text = (
-        "How much each layer's attention maps say. Layers that say little are routed (filled); the first three and the "
-        "last never."
-    )
-    return (
-        f'<section><h2>Attention maps</h2><p>{escape(text)}</p><div class="scroll">{drawing}</div></section>'
-    )
+    title, named, text = _COST if by_cost else _RANK
+    drawing = svg(_LEFT + _WIDTH + 16, bottom + 48, named, parts)
+    return f'<section><h2>{title}</h2><p>{escape(text)}</p><div class="scroll">{drawing}</div></section>'
+
+
+# A title, what the drawing shows, and what it means.
+_RANK = (
+    "Attention maps",
+    "Rank of every layer's attention maps",
+    "How much each layer's attention maps say. Layers that say little are routed (filled); the first three and the "
+    "last never.",
+)
+_COST = (
+    "What skipping costs",
+    "What skipping every layer would cost",
+    "The part of the divergence from dense that skipping all tokens of a layer would bring. Layers that cost little "
+    "are routed (filled); the first three and the last never.",
+)
+
+
+def _by_cost(plan: Plan) -> bool:
+    return plan.provenance.get("layers_by") == "skip_cost"

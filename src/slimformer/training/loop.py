@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
-import json
 import math
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from slimformer.calibration.progress import Stages
 from slimformer.errors import CalibrationError
+from slimformer.training.checkpoint import Checkpoint, History
 
 Precision = Literal["no", "bf16", "fp16"]
-_STATE, _HISTORY, _BEST = "state", "training.json", "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -93,26 +88,6 @@ class EarlyStop:
                 raise CalibrationError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
 
 
-@dataclass
-class History:
-    """What happened, step by step.
-
-    Attributes:
-        losses: The training loss of every step.
-        measured: What `after_step` returned, by step.
-        held_out: What `EarlyStop` measured, by step; `"0"` is before the first.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    measured: dict[str, Any] = field(default_factory=dict)
-    held_out: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def best(self) -> int:
-        """The step after which the held-out figure was lowest, the earliest of equals."""
-        return int(min(self.held_out, key=self.held_out.__getitem__))
-
-
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """A block in which no parameter of a model wants a gradient, so that none is computed on the way to what does.
@@ -175,7 +150,7 @@ def fit(
     steps = settings.steps * accelerator.num_processes
     schedule = get_cosine_schedule_with_warmup(optimizer, int(settings.warmup * steps), steps)
     wrapped, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
-    kept = _Checkpoint(folder, {**identity, "processes": accelerator.num_processes}, accelerator)
+    kept = Checkpoint(folder, {**identity, "processes": accelerator.num_processes}, accelerator)
     history = kept.resume()
     order, done = _Order(len(rows), settings, accelerator), len(history.losses)
     watch = _Watch(module, early_stop, settings.steps, history, kept, accelerator)
@@ -306,7 +281,7 @@ class _Watch:
         early_stop: EarlyStop | None,
         steps: int,
         history: History,
-        kept: _Checkpoint,
+        kept: Checkpoint,
         accelerator: Any,
     ) -> None:
         self.module, self.early_stop, self.steps, self.history = module, early_stop, steps, history
@@ -362,55 +337,3 @@ class _Order:
         turn, place = divmod(number, self.count)
         generator = torch.Generator().manual_seed(self.settings.seed + turn)
         return int(torch.randperm(self.count, generator=generator)[place])
-
-
-class _Checkpoint:
-    """The state of one training in a folder: written beside the old one and then renamed."""
-
-    def __init__(
-        self, folder: str | os.PathLike[str] | None, identity: Mapping[str, Any], accelerator: Any
-    ) -> None:
-        self.folder = None if folder is None else Path(folder)
-        self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
-        self.accelerator = accelerator
-        self.best: dict[str, Tensor] | None = None
-
-    def resume(self) -> History:
-        if self.folder is None:
-            return History()
-        try:
-            content = json.loads((self.folder / _STATE / _HISTORY).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return History()  # none, or one cut short: training starts anew
-        if content.get("identity") != self.identity:
-            return History()
-        self.accelerator.load_state(str(self.folder / _STATE))
-        if (self.folder / _STATE / _BEST).exists():
-            self.best = safetensors.torch.load_file(self.folder / _STATE / _BEST)
-        return History(content["losses"], content["measured"], content["held_out"])
-
-    def write(self, history: History) -> None:
-        if self.folder is None or not history.losses:
-            return
-        new, old = self.folder / f"{_STATE}.new", self.folder / _STATE
-        try:
-            new.mkdir(parents=True, exist_ok=True)
-            self.accelerator.save_state(str(new))
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                content = {"identity": self.identity, **dataclasses.asdict(history)}
-                if self.best is not None:
-                    safetensors.torch.save_file(self.best, new / _BEST)
-                (new / _HISTORY).write_text(json.dumps(content), encoding="utf-8")
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(new, old)
-            self.accelerator.wait_for_everyone()
-        except OSError as error:
-            raise CalibrationError(
-                f"The checkpoint cannot be kept in {self.folder}: {error}. Give another folder."
-            ) from error
-
-    def place(self) -> str:
-        if self.folder is None or not (self.folder / _STATE).is_dir():
-            return ""
-        return f"The last good checkpoint is in {self.folder / _STATE}. "

@@ -29,8 +29,9 @@ from slimformer.evaluation.perplexity import evaluating
 from slimformer.methods.weight_delta import WeightDelta
 from slimformer.patching import patched, status
 from slimformer.plan import Plan, PlannedMethod, fingerprint
+from slimformer.training.checkpoint import History
 from slimformer.training.distillation import Distillation
-from slimformer.training.loop import EarlyStop, History, TrainingSettings, fit, frozen
+from slimformer.training.loop import EarlyStop, TrainingSettings, fit, frozen
 from slimformer.training.rounds import in_rounds
 from slimformer.training.trained_weights import WHAT, TrainedWeights, What, changed_layers
 
