@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
 from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
@@ -20,6 +21,7 @@ from slimformer import EarlyExit, LayerDrop, Plan
 from slimformer.anatomy import transformer_of
 from slimformer.errors import PlanError, SlimformerWarning, UnsupportedModelError
 from slimformer.methods.random_keep import RandomKeep
+from slimformer.methods.weight_delta import WeightDelta
 from slimformer.plan import FILE, WEIGHTS, fingerprint
 from tiny_checkpoints import tiny_checkpoint, tiny_tokenizer
 from tiny_models import dropped, tiny_model
@@ -296,6 +298,26 @@ def test_a_generative_model_embeds_by_its_last_token(tmp_path: Path) -> None:
         dense = model.encode(TEXTS)
         with slimformer.patched(model):
             assert np.abs(model.encode(TEXTS, batch_size=5) - dense).max() < 1e-5
+
+
+def test_adapters_stay_in_use_and_plans_that_change_the_weights_under_them_are_refused(
+    tmp_path: Path,
+) -> None:
+    model = tiny(tmp_path)
+    base = model.encode(TEXTS)
+    model.add_adapter(LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False))
+    adapted = model.encode(TEXTS)
+    assert not np.allclose(base, adapted)
+    with slimformer.patched(model):
+        assert worst_cosine(model.encode(TEXTS), adapted) >= 0.99999
+    changed = {
+        "1.attention.self.query.weight.left": torch.ones(32, 1),
+        "1.attention.self.query.weight.right": torch.ones(1, 32),
+    }
+    with pytest.raises(PlanError, match="before adapters are put on it"):
+        slimformer.patch(model, WeightDelta(changed))
+    assert not slimformer.status(model)
+    assert np.array_equal(model.encode(TEXTS), adapted)
 
 
 def test_another_backend_is_refused_by_name(tmp_path: Path) -> None:

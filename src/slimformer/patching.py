@@ -301,13 +301,15 @@ def _change_weights(executor: LayerExecutor, ledger: Ledger) -> None:
 
 
 def _own_weight(layer: nn.Module, name: str) -> Tensor:
-    try:
-        found = layer.get_parameter(name)
-    except AttributeError as error:
+    place, _, own = name.rpartition(".")
+    modules = dict(layer.named_modules())
+    # An adapter passes on the weight of what it wraps, under the same name; that cannot be replaced.
+    found = dict(modules[place].named_parameters(recurse=False)).get(own) if place in modules else None
+    if found is None:
         raise PlanError(
-            f"The plan changes {name} in {type(layer).__name__}, which has no such parameter ({error}). Patch the "
+            f"The plan changes {name} in {type(layer).__name__}, which has no such parameter of its own. Patch the "
             "model before adapters are put on it."
-        ) from error
+        )
     if type(found) is not nn.Parameter or found.is_meta or not found.is_floating_point():
         raise PlanError(
             f"The plan changes {name}, whose values are quantised or not in memory. Load the whole model in float32, "
