@@ -15,7 +15,8 @@ from slimformer.anatomy import KINDS, Anatomy, Kind
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
 from slimformer.methods.random_keep import RandomKeep, chances
-from slimformer.rows import Rows, intersection
+from slimformer.row_selection import intersection
+from slimformer.rows import Rows
 from slimformer.stream import Stream
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, slowly, small  # noqa: F401
 

@@ -19,8 +19,9 @@ from slimformer.attention_scores import own_implementation
 from slimformer.cache import layer_cache, leave_slot_empty
 from slimformer.errors import PlanError
 from slimformer.ledger import Ledger
+from slimformer.row_selection import RowSelector, intersection
 from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
-from slimformer.rows import Rows, RowSelector, intersection
+from slimformer.rows import Rows
 from slimformer.shorter_cache import mask_of_slot
 from slimformer.stream import Stream, in_a_graph, leaving_under_gradients
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from slimformer.attention_masks import own_key
 from slimformer.errors import PlanError
-from slimformer.stream import Stream, own_key
+from slimformer.stream import Stream
 
 
 class ShorterLayer(DynamicLayer):

@@ -7,21 +7,37 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
 
+from slimformer.anatomy import Structure
+from slimformer.attention_masks import key_ranges, keys_seen, own_key
 from slimformer.cache import layer_cache
+from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
-
-if TYPE_CHECKING:
-    from slimformer.row_sublayers import RowSublayers
 
 _TAG = "_slimformer_stream"
 _RECORDING = "transformers.utils.output_capturing"
 _leaving_under_gradients: ContextVar[bool] = ContextVar("slimformer_leaving_under_gradients", default=False)
+
+
+class ExaminedLayer(Protocol):
+    """What row selectors may ask of the layer that runs.
+
+    Attributes:
+        layer: Its module.
+        structure: The row of the structure table that says what its parts are.
+        norms: The norms among its children.
+        attention: Runs its attention for chosen rows; None where that is not possible.
+    """
+
+    layer: nn.Module
+    structure: Structure
+    norms: RowNorms
+    attention: Any
 
 
 @dataclass(eq=False)
@@ -56,7 +72,7 @@ class Stream:
     full: Tensor | None = None
     shorter: bool = False
     mean_behind: bool = False
-    layer: RowSublayers | None = None
+    layer: ExaminedLayer | None = None
     known: dict[Any, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     past: int | Tensor = 0
@@ -216,7 +232,7 @@ class Stream:
             ids = torch.arange(self.tokens, device=self.device)[None] + self.past
             mask = self.arguments.get("attention_mask")
             if isinstance(mask, Tensor) and mask.dim() in (2, 4):
-                ids = ids - _keys_seen(mask)[1].int().argmax(1, keepdim=True)
+                ids = ids - keys_seen(mask)[1].int().argmax(1, keepdim=True)
         ids = ids.expand(self.batch, self.tokens).reshape(-1)
         return ids if self.held is None else ids.index_select(0, self.held.index)
 
@@ -327,66 +343,3 @@ def is_hooked(module: nn.Module) -> bool:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     asleep = not _active_collector.get()
     return not all(asleep and getattr(hook, "__module__", None) == _RECORDING for hook in hooks)
-
-
-def own_key(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
-    """Whether each token may attend to itself, bool `[batch, tokens]`; None if the mask has an unknown shape.
-
-    Keys end with this call's tokens, as in every cache that grows.
-    """
-    if mask.dim() == 2 and mask.shape[1] >= tokens:
-        return mask[:, mask.shape[1] - tokens :].bool().expand(batch, tokens)
-    if mask.dim() != 4 or mask.shape[2] not in (1, tokens) or mask.shape[3] < tokens:
-        return None
-    own = mask[:, 0].expand(-1, tokens, -1).diagonal(mask.shape[3] - tokens, 1, 2)
-    return (own if own.dtype == torch.bool else own == 0).expand(batch, tokens)
-
-
-def key_ranges(mask: Any, batch: int, tokens: int, causal: bool, window: int | None) -> Tensor | None:
-    """The ranges of real keys that, with causality and the window, explain a mask; None if nothing does.
-
-    Args:
-        mask: `[batch, keys]`, or `[batch, 1, tokens, keys]` as booleans or as additions.
-        batch: Sequences.
-        tokens: Queries, which are the last of the keys.
-        causal: Whether keys after a query are hidden from it.
-        window: Keys at this distance or further are hidden, both ways in an encoder; None for no limit.
-
-    Returns:
-        int64 `[batch, 2]`.
-    """
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or (mask.dim() == 4 and mask.shape[1] != 1):
-        return None
-    keys = mask.shape[-1]
-    if keys < tokens:
-        return None
-    allowed, seen = _keys_seen(mask)
-    seen = seen.expand(batch, keys)
-    some = seen.any(1)
-    start = torch.where(some, seen.int().argmax(1), 0)
-    end = torch.where(some, keys - seen.flip(1).int().argmax(1), 0)
-    key = torch.arange(keys, device=mask.device)
-    inside = (key >= start[:, None]) & (key < end[:, None])
-    if allowed is None:
-        agrees = (inside == seen).all()
-    else:
-        allowed = allowed.expand(batch, tokens, keys)
-        query = torch.arange(keys - tokens, keys, device=mask.device)
-        distance = query[:, None] - key
-        expected = inside[:, None, :].expand(batch, tokens, keys)
-        if causal:
-            expected = expected & (distance >= 0)
-        if window is not None:
-            expected = expected & (distance.abs() < window)
-        # What padding tokens see does not matter.
-        padding = ~inside[:, keys - tokens :]
-        agrees = ((expected == allowed) | padding[..., None]).all()
-    return torch.stack([start, end], 1) if bool(agrees) else None
-
-
-def _keys_seen(mask: Tensor) -> tuple[Tensor | None, Tensor]:
-    """What each query sees, bool `[1 or batch, queries, keys]` where a mask says so, and what any of them sees."""
-    if mask.dim() == 2:
-        return None, mask.bool()
-    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-    return allowed, allowed.any(1)
