@@ -49,7 +49,7 @@ def router_table(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     sublayers = [name for method in plan.methods for name in getattr(method, "sublayers", ())]
     for kind, layer in sublayers:
-        rank = f"{ranks[layer]:.3g}" if isinstance(ranks, list) and layer < len(ranks) else ""
+        rank = _shown(plan, ranks[layer]) if isinstance(ranks, list) and layer < len(ranks) else ""
         kept = measured.get("keep_of", {}).get(f"{kind} {layer}")
         table.add_row(f"{kind} {layer}", rank, "" if kept is None else f"{kept:.1%}")
     return table
@@ -77,7 +77,7 @@ def arank_section(plan: Plan) -> str:
         x, y = _LEFT + layer * step + 2, bottom - height
         box = f'x="{x:.1f}" y="{y:.1f}" width="{step - 4:.1f}" height="{height:.1f}"'
         style = "cell attention" if layer in routed else "cell dropped attention"
-        label = f"layer {layer}: {float(rank):.3g}{', routed' if layer in routed else ''}"
+        label = f"layer {layer}: {_shown(plan, rank)}{', routed' if layer in routed else ''}"
         parts.append(f'<rect class="{style}" {box}><title>{escape(label)}</title></rect>')
         if layer % max(round(26 / step), 1) == 0:
             parts.append(svg_text(_LEFT + (layer + 0.5) * step, bottom + 18, str(layer), "middle"))
@@ -104,3 +104,7 @@ _COST = (
 
 def _by_cost(plan: Plan) -> bool:
     return plan.provenance.get("layers_by") == "skip_cost"
+
+
+def _shown(plan: Plan, value: float) -> str:
+    return f"{float(value):.4f}" if _by_cost(plan) else f"{float(value):.2f}"
