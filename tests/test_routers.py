@@ -105,6 +105,8 @@ def test_arank_refuses_what_cannot_be() -> None:
     model = tiny_model("llama", num_hidden_layers=8)
     with pytest.raises(CalibrationError, match="number must be from 1 to 4"):
         calibrate_arank(model, tiny_tokenizer(), number=5, data=TEXTS)
+    with pytest.raises(PlanError, match=r"keep=.*got 0"):
+        calibrate_arank(model, tiny_tokenizer(), keep=0, data=TEXTS)
     with pytest.raises(CalibrationError, match="one of effective_rank, rank, skip_cost"):
         calibrate_arank(model, tiny_tokenizer(), metric="best", data=TEXTS)  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match="never routed"):

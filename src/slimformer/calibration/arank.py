@@ -176,9 +176,12 @@ def calibrate_arank(
 
     Raises:
         CalibrationError: If the model is patched, or an argument is not one of those allowed.
+        PlanError: If the keep ratio is not one of those allowed.
         DataError: If the text is too short.
         UnsupportedModelError: If a layer's queries and keys are not known.
     """
+    # Refused before anything is computed.
+    MixtureOfDepths.keeping_everything(1, keep=keep, attention=[0])
     if status(model):
         raise CalibrationError(
             "The model is patched; plans are made for the dense model. Call unpatch first."

@@ -60,6 +60,7 @@ def show(
     else:
         tables = (grid_table(found), temperature_table(found), narrow_table(found))
         swept = [table for table in tables if table is not None]
-        measured = [comparison_table(found.measured, "measured")] if found.measured else []
+        compared = comparison_table(found.measured, "measured")
+        measured = [compared] if compared.row_count else []
         repaired = [repair_table(found)] if "repair" in found.provenance else []
         print_tables(plan_table(found), *swept, *repaired, *measured)

@@ -105,11 +105,18 @@ def train_router(
     from slimformer.report import router_table
 
     settings = training_options.training_settings(steps, rows, accumulate, learning_rate, precision, seed)
+    chosen: Any = tuple(kinds.value.split(","))
+    how: dict[str, Any] = {
+        "keep": keep,
+        "shared": shared.value,
+        "routing": routing.value,
+        "per": per.value,
+    }
+    # Refused before the model is loaded.
+    MixtureOfDepths.keeping_everything(1, **how, mlp=[0])
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, device, dtype.value)
-    chosen: Any = tuple(kinds.value.split(","))
     common: dict[str, Any] = {"data": data, "text_field": text_field, "hold_out": hold_out, "length": length}
-    how: dict[str, Any] = {"routing": routing.value, "per": per.value}
     with partial_results(output) as partial:
         ranked = calibrate_arank(
             loaded,
@@ -125,7 +132,7 @@ def train_router(
         )
         layers = {kind: getattr(ranked.methods[0], kind) for kind in chosen}
         method = MixtureOfDepths.keeping_everything(
-            loaded.config.get_text_config().hidden_size, keep=keep, shared=shared.value, **how, **layers
+            loaded.config.get_text_config().hidden_size, **how, **layers
         )
         plan = train_routers(
             loaded, tokenizer, method=method, settings=settings, checkpoint=partial, progress=True, **common
