@@ -79,6 +79,20 @@ def test_plans_without_thresholds_come_back_as_they_are() -> None:
         assert meet_keep_ratio(model, plan, lambda: None).methods == plan.methods
 
 
+def test_routers_that_nothing_has_trained_go_on_computing_every_token() -> None:
+    model = tiny_model("llama", num_hidden_layers=5)
+    plan = Plan([MixtureOfDepths.keeping_everything(32, attention=[1, 2], keep=0.5)])
+
+    def run() -> None:
+        with torch.no_grad():
+            model(input_ids=IDS)
+
+    met = meet_keep_ratio(model, plan, run)
+    with slimformer.patched(model, met):
+        run()
+        assert set(keep_ratios(model).values()) == {1.0}
+
+
 def test_a_repair_sets_them_anew() -> None:
     model = tiny_model("llama", num_hidden_layers=5, initializer_range=0.3, max_position_embeddings=256)
     tokenizer = tiny_tokenizer()

@@ -110,7 +110,7 @@ def layer_costs(
     batch: Tensor | Mapping[str, Tensor],
     kinds: Sequence[Kind],
 ) -> list[float]:
-    """What skipping all tokens of a batch in these sublayers of a layer would cost, alone, in the mean per token."""
+    """What skipping these sublayers of a layer for all tokens would add to the divergence, in nats per token."""
     every = dict.fromkeys(kinds, range(len(anatomy.layers)))
     method = MixtureOfDepths.keeping_everything(anatomy.stack.config.hidden_size, **every)
     routed = Routed(model, anatomy, method)
@@ -118,7 +118,8 @@ def layer_costs(
         lesson = routed.lesson(routed.call({"input_ids": batch} if isinstance(batch, Tensor) else batch))
     costs = [0.0] * len(anatomy.layers)
     for (_, layer), cost in zip(routed.names, lesson.costs, strict=True):
-        costs[layer] += float(cost[lesson.free].mean())
+        # Lessons hold twice the divergence.
+        costs[layer] += float(cost[lesson.free].mean()) / 2
     return costs
 
 

@@ -28,7 +28,8 @@ def meet_keep_ratio(model: Any, plan: Plan, run: Callable[[], object]) -> Plan:
 
     Args:
         model: The unpatched model.
-        plan: A plan; one without routers, or whose routers take the best of every text, comes back as it is.
+        plan: A plan; one without routers, with routers that tell no token from another, or whose routers take the
+            best of every text, comes back as it is.
         run: Runs text through the model, patched with the plan.
     """
     methods: list[Any] = list(plan.methods)
@@ -39,8 +40,10 @@ def meet_keep_ratio(model: Any, plan: Plan, run: Callable[[], object]) -> Plan:
             noting = _Noting(methods[place])
             with patched(model, *methods[:place], noting, *methods[place + 1 :]):
                 run()
-            if noting.scores:
-                methods[place] = methods[place].lowered(threshold(torch.cat(noting.scores), method.keep))
+            scores = torch.cat(noting.scores) if noting.scores else torch.zeros(0)
+            # Routers that nothing has trained say the same of every token, and go on computing all.
+            if scores.numel() and float(scores.min()) < float(scores.max()):
+                methods[place] = methods[place].lowered(threshold(scores, method.keep))
     return dataclasses.replace(plan, methods=methods)
 
 
