@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--plans", type=Path, help="folder where repaired plans are kept, and found again")
     run.add_argument(
         "--only",
-        help="measure only this of repair (attention-8), elimination_quality (2048) or mixture_of_depths (routed)",
+        help="measure only this of repair (attention-8), elimination_quality and elimination_repair (2048) or "
+        "mixture_of_depths (routed)",
     )
     run.add_argument("--minutes", type=float, help="stop a benchmark after so long and keep what it has")
     tabled = commands.add_parser("tables", help="rewrite the tables in the README files from the results")

@@ -65,7 +65,7 @@ def run(settings: Settings) -> Iterator[Measurement]:
         model,
         tokenizer,
         schedule=dict.fromkeys(starts, 0.25),
-        data=_training_texts(settings),
+        data=training_texts(settings),
         hold_out=True,
         length=settings.pick(4096, 256),
         settings=TrainingSettings(steps=settings.pick(800, 2)),
@@ -85,7 +85,7 @@ def run(settings: Settings) -> Iterator[Measurement]:
     for tokens in settings.pick((4096, 8192 - 512, 2048), (700,)):
         if settings.only not in (None, str(tokens)):
             continue
-        tasks = _Tasks.of(texts, tokens, settings.pick(20, 2), settings.pick(40960, 1024) // tokens)
+        tasks = Tasks.of(texts, tokens, settings.pick(20, 2), settings.pick(40960, 1024) // tokens)
         yield Measurement({"tokens": tokens, "schedule": ""}, DENSE, values=tasks.measure(model))
         for name, schedule in schedules.items():
             share = computed(schedule, layers)
@@ -111,7 +111,7 @@ Grade = Callable[[Tensor, Tensor, Prompts], Tensor]
 
 
 @dataclass
-class _Tasks:
+class Tasks:
     """The prompts of one length.
 
     Attributes:
@@ -129,7 +129,8 @@ class _Tasks:
     batch: int
 
     @classmethod
-    def of(cls, texts: LongTexts, tokens: int, count: int, batch: int) -> _Tasks:
+    def of(cls, texts: LongTexts, tokens: int, count: int, batch: int) -> Tasks:
+        """So many prompts of so many tokens, half as many copies."""
         return cls(
             {
                 "passkey": texts.passkeys(tokens, count, in_a_book=False),
@@ -199,7 +200,7 @@ def _now(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
-def _training_texts(settings: Settings) -> list[str] | None:
+def training_texts(settings: Settings) -> list[str] | None:
     """Everything but the held-out books and meetings."""
     if settings.data is None:
         return None
@@ -266,13 +267,13 @@ def _table(content: dict[str, Any], tokens: int, shown: Mapping[str, tuple[str, 
     dense = tables.find(content, DENSE, tokens=tokens)
     rows = []
     if dense is not None:
-        rows.append(["dense", "", "100%", *_figures(dense["values"], None)])
+        rows.append(["dense", "", "100%", *figures(dense["values"], None)])
     for measurement in content["measurements"]:
         at = measurement["parameters"]
         wanted = shown is None or measurement["candidate"] in shown.get(at.get("schedule", ""), ())
         if wanted and at.get("tokens") == tokens and at.get("schedule"):
             row = [at["schedule"], measurement["candidate"], f"{100 * at['computed']:.0f}%"]
-            rows.append([*row, *_figures(measurement["values"], None if dense is None else dense["values"])])
+            rows.append([*row, *figures(measurement["values"], None if dense is None else dense["values"])])
     head = [
         "From layer: kept",
         "by",
@@ -286,7 +287,8 @@ def _table(content: dict[str, Any], tokens: int, shown: Mapping[str, tuple[str, 
     return tables.markdown(head, rows)
 
 
-def _figures(values: Mapping[str, float], dense: Mapping[str, float] | None) -> list[str]:
+def figures(values: Mapping[str, float], dense: Mapping[str, float] | None) -> list[str]:
+    """The cells of one row; following text beside dense, where that is given."""
     following = f"{values['following_nll']:.3f}"
     if dense is not None:
         following = f"{100 * (values['following_nll'] / dense['following_nll'] - 1):+.1f}%"

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import slimformer
 from benchmarks import tables
 from benchmarks.elastic import embedder
+from benchmarks.encoder_repair import repaired_plan, training_texts
 from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.results import Measurement
-from slimformer import TokenElimination
+from slimformer import Plan, TokenElimination
 from slimformer.evaluation.retrieval import RetrievalTask, read_retrieval
 
 UNPATCHED, DENSE = "unpatched", "dense, unpadded"
 _SHORT: dict[str, Any] = {"least": 32, "window": 1, "sink": 1}
+Ways = Mapping[str, TokenElimination | Plan]
 METHODS: dict[str, TokenElimination] = {
     "50% from layer 4 on": TokenElimination({4: 0.5}, **_SHORT),
     "50% from layer 4 on, mean of those left": TokenElimination({4: 0.5}, left_as="mean", **_SHORT),
@@ -25,7 +29,15 @@ METHODS: dict[str, TokenElimination] = {
     "MLPs: 70% from layer 3 on": TokenElimination({3: 0.7}, revivable=True, kinds=["mlp"], **_SHORT),
     "random: 50% from layer 4 on": TokenElimination({4: 0.5}, scorer="random", **_SHORT),
 }
-_TINY = {"50% from layer 1 on": TokenElimination({1: 0.5}, least=8, window=1, sink=1)}
+# Trained for minutes, as layers that are dropped are: without labels, and without QMSum.
+REPAIRED: dict[str, TokenElimination] = {
+    "45% from layer 2 on, repaired": TokenElimination({2: 0.45}, left_as="mean", **_SHORT),
+    "35% from layer 2 on, repaired": TokenElimination({2: 0.35}, left_as="mean", **_SHORT),
+    "40% from layer 1 on, repaired": TokenElimination({1: 0.4}, left_as="mean", **_SHORT),
+}
+_TINY_SHORT: dict[str, Any] = {"least": 8, "window": 1, "sink": 1}
+_TINY = {"50% from layer 1 on": TokenElimination({1: 0.5}, **_TINY_SHORT)}
+_TINY_REPAIRED = {"50% from layer 1 on, repaired": TokenElimination({1: 0.5}, **_TINY_SHORT)}
 _DOCUMENTS, _ROUNDS = 64, 5
 # Collections, and how many of their queries are asked: one in so many. QMSum has 1527.
 _COLLECTIONS = {"cranfield": 1, "qmsum_retrieval": 3}
@@ -49,7 +61,7 @@ def run(settings: Settings) -> Iterator[Measurement]:
         tasks = {
             name: _part(read_retrieval(settings.data / name), step) for name, step in _COLLECTIONS.items()
         }
-    methods = settings.pick(METHODS, _TINY)
+    methods: Ways = {**settings.pick(METHODS, _TINY), **dict(_repaired(settings))}
     for name, task in tasks.items():
         texts = task.texts[: settings.pick(_DOCUMENTS, 8)]
         seconds = _seconds(model, methods, texts, settings.pick(_ROUNDS, 1))
@@ -66,12 +78,21 @@ def run(settings: Settings) -> Iterator[Measurement]:
     slimformer.unpatch(model)
 
 
+def _repaired(settings: Settings) -> Iterator[tuple[str, Plan]]:
+    texts = training_texts(settings)
+    for name, method in settings.pick(REPAIRED, _TINY_REPAIRED).items():
+        ((layer, keep),) = method.schedule.items()
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = (settings.plans or Path(temporary)) / f"keep-{keep}-from-{layer}"
+            yield name, repaired_plan(settings, folder, Plan([method]), texts)[0]
+
+
 def _part(task: RetrievalTask, step: int) -> RetrievalTask:
     chosen = list(task.queries)[::step]
     return dataclasses.replace(task, queries={query: task.queries[query] for query in chosen})
 
 
-def _apply(model: Any, name: str, methods: Mapping[str, TokenElimination]) -> None:
+def _apply(model: Any, name: str, methods: Ways) -> None:
     if name == UNPATCHED:
         slimformer.unpatch(model)
     elif name == DENSE:
@@ -80,9 +101,7 @@ def _apply(model: Any, name: str, methods: Mapping[str, TokenElimination]) -> No
         slimformer.patch(model, methods[name])
 
 
-def _seconds(
-    model: Any, methods: Mapping[str, TokenElimination], texts: list[str], rounds: int
-) -> dict[str, float]:
+def _seconds(model: Any, methods: Ways, texts: list[str], rounds: int) -> dict[str, float]:
     """The median time to encode the texts, of every method in turns."""
     times: dict[str, list[float]] = {name: [] for name in (UNPATCHED, DENSE, *methods)}
     for number in range(rounds + 1):

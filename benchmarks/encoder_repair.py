@@ -63,16 +63,14 @@ def _plans(settings: Settings) -> Iterator[tuple[str, tuple[Plan, Plan, float]]]
     for blocks in settings.pick(BLOCKS, ((1,),)):
         name = "blocks-" + "-".join(map(str, blocks))
         if settings.only in (None, name):
+            plan = Plan([LayerDrop(block=blocks)])
             with tempfile.TemporaryDirectory() as temporary:
                 folder = (settings.plans or Path(temporary)) / name
-                yield _words(blocks), repaired_blocks(settings, folder, blocks, texts)
+                yield _words(blocks), (plan, *repaired_plan(settings, folder, plan, texts))
 
 
-def repaired_blocks(
-    settings: Settings, folder: Path, blocks: tuple[int, ...], texts: list[str]
-) -> tuple[Plan, Plan, float]:
-    """A plan without these layers, the same repaired, and the seconds that this took."""
-    plan = Plan([LayerDrop(block=blocks)])
+def repaired_plan(settings: Settings, folder: Path, plan: Plan, texts: list[str]) -> tuple[Plan, float]:
+    """A plan for the encoder, repaired, and the seconds that this took."""
     on_gpu = settings.device.type == "cuda"
 
     def make() -> Plan:
@@ -97,7 +95,7 @@ def repaired_blocks(
             progress=not settings.smoke,
         )
 
-    return (plan, *kept(folder, make))
+    return kept(folder, make)
 
 
 def training_texts(settings: Settings) -> list[str]:

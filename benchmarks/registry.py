@@ -31,6 +31,7 @@ MODULES = (
     "executor_rows",
     "elimination_speed",
     "elimination_quality",
+    "elimination_repair",
     "encoder_elimination",
     "long_retrieval",
     "context_extension",
