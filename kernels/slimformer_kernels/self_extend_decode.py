@@ -13,6 +13,8 @@ from .dispatch import jit, kernel_op, tl, wrap_triton
 
 # Queries times query heads per key head that one tile of products holds.
 MOST_ROWS = 64
+# As many of them are merged by the last program of a head; more are merged in parallel, by a second launch.
+_MERGED_AT_ONCE = 16
 # Programs per multiprocessor: each waits for memory most of the time.
 _PROGRAMS_EACH = 2
 _BLOCK_KEYS, _WARPS, _STAGES = 64, 4, 2
@@ -54,29 +56,31 @@ def self_extend_decode_op(
     batch, groups, half = int(key_ranges.shape[0]), heads // kv_heads, int(inv_freq.shape[0])
     rows = max(16, 1 << (max(longest * groups, 1) - 1).bit_length())
     splits = _splits(query, batch * kv_heads, int(key.shape[1]))
-    parts = query.new_empty((batch, kv_heads, splits, rows, width), dtype=torch.float32)
-    # The greatest score of each part, and the sum of its weights.
-    sums = query.new_empty((2, batch, kv_heads, splits, rows), dtype=torch.float32)
+    # Weighted sums of values, [batch, kv_heads, splits, rows, width]; then sums of weights, and greatest scores.
+    parts = query.new_empty(batch * kv_heads * splits * rows * (width + 2), dtype=torch.float32)
+    merges = rows <= _MERGED_AT_ONCE
+    # How many programs of each key head are done; the one that finds all others done merges.
+    done = query.new_zeros(batch * kv_heads, dtype=torch.int32) if merges else parts
     out = query.new_empty(query.shape)
     packed = key.shape[0] == 1
     with torch.cuda.device_of(query):
         # fmt: off
         wrap_triton(_decode_kernel)[(splits, kv_heads, batch)](
-            query, key, value, inv_freq, cos, sin, positions, query_offsets, key_ranges, parts, sums,
+            query, key, value, inv_freq.contiguous(), cos, sin,
+            positions.contiguous(), query_offsets.contiguous(), key_ranges.contiguous(), parts, done, out,
             width, half,
             query.stride(0), query.stride(1),
             0 if packed else key.stride(0), key.stride(1), key.stride(2),
             0 if packed else value.stride(0), value.stride(1), value.stride(2),
-            cos.stride(0), sin.stride(0), inv_freq.stride(0),
-            positions.stride(0), query_offsets.stride(0), key_ranges.stride(0), key_ranges.stride(1),
+            cos.stride(0), sin.stride(0),
             group, window, trained,
             0.0 if softcap is None else scale / softcap,
             # exp2 in the kernel: log2(e) goes into the factor.
             (scale if softcap is None else softcap) * math.log2(math.e),
-            batch * kv_heads * splits * rows,
             HAS_SOFTCAP=softcap is not None,
             INTERLEAVED=interleaved,
             HAS_REST=2 * half < width,
+            MERGES=merges,
             GROUP=groups,
             SPLITS=splits,
             STAGES=_STAGES,
@@ -85,21 +89,23 @@ def self_extend_decode_op(
             BLOCK_HALF=block_width(half),
             BLOCK_REST=block_width(max(width - 2 * half, 1)),
             BLOCK_WIDTH=block_width(width),
+            BLOCK_SPLITS=1 << (splits - 1).bit_length(),
             num_warps=_WARPS,
             num_stages=_STAGES,
         )
-        # One program to spare: an empty launch needs no branch on the number of queries.
-        wrap_triton(_merge_kernel)[(longest + 1, heads, batch)](
-            parts, sums, query_offsets, out,
-            width, query_offsets.stride(0), batch * kv_heads * splits * rows,
-            HEADS=heads,
-            GROUP=groups,
-            SPLITS=splits,
-            ROWS=rows,
-            BLOCK_SPLITS=1 << (splits - 1).bit_length(),
-            BLOCK_WIDTH=block_width(width),
-            num_warps=4,
-        )
+        if not merges:
+            # One program to spare: an empty launch needs no branch on the number of queries.
+            wrap_triton(_merge_kernel)[(longest + 1, heads, batch)](
+                parts, query_offsets.contiguous(), out,
+                width,
+                HEADS=heads,
+                GROUP=groups,
+                SPLITS=splits,
+                ROWS=rows,
+                BLOCK_SPLITS=1 << (splits - 1).bit_length(),
+                BLOCK_WIDTH=block_width(width),
+                num_warps=4,
+            )
         # fmt: on
     return out
 
@@ -118,17 +124,17 @@ def _splits(query: Tensor, programs: int, keys: int) -> int:
 @jit
 def _decode_kernel(
     query_ptr, key_ptr, value_ptr, inv_freq_ptr, cos_ptr, sin_ptr, positions_ptr, offsets_ptr, ranges_ptr,
-    parts_ptr, sums_ptr,
+    parts_ptr, done_ptr, out_ptr,
     width, half,
     query_stride_token, query_stride_head,
     key_stride_batch, key_stride_token, key_stride_head,
     value_stride_batch, value_stride_token, value_stride_head,
-    cos_stride, sin_stride, inv_freq_stride,
-    positions_stride, offsets_stride, ranges_stride_batch, ranges_stride_side,
-    group, window, trained, tanh_scale, log2_scale, sums_size,
+    cos_stride, sin_stride,
+    group, window, trained, tanh_scale, log2_scale,
     HAS_SOFTCAP: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HAS_REST: tl.constexpr,
+    MERGES: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -137,6 +143,7 @@ def _decode_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
 ):
     # fmt: on
     # torch.compile passes numbers as float64, which would spread to every product.
@@ -144,17 +151,17 @@ def _decode_kernel(
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    begin = tl.load(offsets_ptr + batch * offsets_stride).to(tl.int64)
-    count = (tl.load(offsets_ptr + (batch + 1) * offsets_stride).to(tl.int64) - begin).to(tl.int32)
+    begin = tl.load(offsets_ptr + batch).to(tl.int64)
+    count = (tl.load(offsets_ptr + batch + 1).to(tl.int64) - begin).to(tl.int32)
     if count > 0:
         # Row r is query r // GROUP of head r % GROUP; beyond the last the last is repeated.
         rows = tl.arange(0, BLOCK_ROWS)
         token = begin + tl.minimum(rows // GROUP, count - 1)
         head = kv_head * GROUP + rows % GROUP
-        start = tl.load(ranges_ptr + batch * ranges_stride_batch).to(tl.int64)
-        end = tl.load(ranges_ptr + batch * ranges_stride_batch + ranges_stride_side).to(tl.int64)
+        start = tl.load(ranges_ptr + 2 * batch).to(tl.int64)
+        end = tl.load(ranges_ptr + 2 * batch + 1).to(tl.int64)
         length = tl.maximum(end - start, 0).to(tl.int32)
-        place = (tl.load(positions_ptr + token * positions_stride).to(tl.int64) - start).to(tl.int32)
+        place = (tl.load(positions_ptr + token).to(tl.int64) - start).to(tl.int32)
 
         # Rotated pairs lie side by side, or in two halves; behind them is what is not rotated.
         columns = tl.arange(0, BLOCK_HALF)
@@ -172,7 +179,7 @@ def _decode_kernel(
             rest = tl.load(query_row + 2 * half + rest_columns[None, :], mask=rest_inside, other=0.0)
         # To the grouped place of a query behind which keys are far.
         turn = (place // group + window - window // group - place).to(tl.float32)
-        inv_freq = tl.load(inv_freq_ptr + columns * inv_freq_stride, mask=columns < half, other=0.0)
+        inv_freq = tl.load(inv_freq_ptr + columns, mask=columns < half, other=0.0)
         angle = turn[:, None] * inv_freq.to(tl.float32)[None, :]
         cos, sin = tl.cos(angle), tl.sin(angle)
         far_low = (low.to(tl.float32) * cos - high.to(tl.float32) * sin).to(low.dtype)
@@ -226,13 +233,31 @@ def _decode_kernel(
             INTERLEAVED, HAS_REST, STAGES, BLOCK_KEYS, BLOCK_HALF, BLOCK_REST, BLOCK_WIDTH,
         )
         # fmt: on
-        part = (batch * tl.num_programs(1) + kv_head) * SPLITS + split
+        # Rows of all parts of this head; behind those of all heads lie the sums of weights, then the greatest scores.
+        own = (batch * tl.num_programs(1) + kv_head) * SPLITS * BLOCK_ROWS
+        all_rows = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * SPLITS * BLOCK_ROWS
+        sums_ptr = parts_ptr + all_rows * width
+        part = own + split * BLOCK_ROWS + rows
         valid = rows < count * GROUP
         value_columns = tl.arange(0, BLOCK_WIDTH)
-        target = parts_ptr + ((part * BLOCK_ROWS + rows) * width)[:, None] + value_columns[None, :]
+        target = parts_ptr + (part * width)[:, None] + value_columns[None, :]
         tl.store(target, total, mask=valid[:, None] & (value_columns < width)[None, :])
-        tl.store(sums_ptr + part * BLOCK_ROWS + rows, peak, mask=valid)
-        tl.store(sums_ptr + sums_size + part * BLOCK_ROWS + rows, weight, mask=valid)
+        tl.store(sums_ptr + part, weight, mask=valid)
+        tl.store(sums_ptr + all_rows + part, peak, mask=valid)
+        if MERGES:
+            # All threads have stored before the first one says so.
+            tl.debug_barrier()
+            done = tl.atomic_add(done_ptr + batch * tl.num_programs(1) + kv_head, 1, sem="acq_rel")
+            if done == SPLITS - 1:
+                for row in range(count * GROUP):
+                    # fmt: off
+                    merged = _merged(
+                        parts_ptr, sums_ptr, all_rows, own + row, width, SPLITS, BLOCK_ROWS, BLOCK_SPLITS, BLOCK_WIDTH,
+                    )
+                    # fmt: on
+                    place = (begin + row // GROUP) * tl.num_programs(1) + kv_head
+                    target = out_ptr + (place * GROUP + row % GROUP) * width + value_columns
+                    tl.store(target, merged.to(out_ptr.dtype.element_ty), mask=value_columns < width)
 
 
 # fmt: off
@@ -315,7 +340,7 @@ def _attend_tiles(
 # fmt: off
 @jit
 def _merge_kernel(
-    parts_ptr, sums_ptr, offsets_ptr, out_ptr, width, offsets_stride, sums_size,
+    parts_ptr, offsets_ptr, out_ptr, width,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -324,25 +349,43 @@ def _merge_kernel(
     BLOCK_WIDTH: tl.constexpr,
 ):
     # fmt: on
-    """Parts of one query and head, each with its greatest score and its sum of weights, made one."""
     query = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    begin = tl.load(offsets_ptr + batch * offsets_stride).to(tl.int64)
-    count = tl.load(offsets_ptr + (batch + 1) * offsets_stride).to(tl.int64) - begin
+    begin = tl.load(offsets_ptr + batch).to(tl.int64)
+    count = tl.load(offsets_ptr + batch + 1).to(tl.int64) - begin
     if query < count:
-        splits = tl.arange(0, BLOCK_SPLITS)
+        own = (batch * (HEADS // GROUP) + head // GROUP) * SPLITS * ROWS + query * GROUP + head % GROUP
+        all_rows = tl.num_programs(2).to(tl.int64) * (HEADS // GROUP) * SPLITS * ROWS
+        sums_ptr = parts_ptr + all_rows * width
+        merged = _merged(
+            parts_ptr, sums_ptr, all_rows, own, width, SPLITS, ROWS, BLOCK_SPLITS, BLOCK_WIDTH
+        )
         columns = tl.arange(0, BLOCK_WIDTH)
-        part = (batch * (HEADS // GROUP) + head // GROUP) * SPLITS + splits
-        row = part * ROWS + query * GROUP + head % GROUP
-        peaks = tl.load(sums_ptr + row, mask=splits < SPLITS, other=float("-inf"))
-        weights = tl.load(sums_ptr + sums_size + row, mask=splits < SPLITS, other=0.0)
-        peak = tl.max(peaks, axis=0)
-        # A query that saw no key has weights and totals of zero.
-        fades = tl.exp2(peaks - tl.where(peak == float("-inf"), 0.0, peak))
-        weight = tl.sum(weights * fades, axis=0)
-        inside = (splits < SPLITS)[:, None] & (columns < width)[None, :]
-        totals = tl.load(parts_ptr + (row * width)[:, None] + columns[None, :], mask=inside, other=0.0)
-        total = tl.sum(totals * fades[:, None], axis=0) / tl.where(weight == 0.0, 1.0, weight)
         target = out_ptr + ((begin + query) * HEADS + head) * width + columns
-        tl.store(target, total.to(out_ptr.dtype.element_ty), mask=columns < width)
+        tl.store(target, merged.to(out_ptr.dtype.element_ty), mask=columns < width)
+
+
+# fmt: off
+@jit
+def _merged(
+    parts_ptr, sums_ptr, all_rows, first, width,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    # fmt: on
+    """Parts of one query and head, each with its sum of weights and its greatest score, made one."""
+    splits = tl.arange(0, BLOCK_SPLITS)
+    columns = tl.arange(0, BLOCK_WIDTH)
+    part = first + splits * ROWS
+    weights = tl.load(sums_ptr + part, mask=splits < SPLITS, other=0.0)
+    peaks = tl.load(sums_ptr + all_rows + part, mask=splits < SPLITS, other=float("-inf"))
+    inside = (splits < SPLITS)[:, None] & (columns < width)[None, :]
+    totals = tl.load(parts_ptr + (part * width)[:, None] + columns[None, :], mask=inside, other=0.0)
+    peak = tl.max(peaks, axis=0)
+    # A query that saw no key has weights and totals of zero.
+    fades = tl.exp2(peaks - tl.where(peak == float("-inf"), 0.0, peak))
+    weight = tl.sum(weights * fades, axis=0)
+    return tl.sum(totals * fades[:, None], axis=0) / tl.where(weight == 0.0, 1.0, weight)
