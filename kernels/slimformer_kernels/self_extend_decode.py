@@ -255,9 +255,9 @@ def _decode_kernel(
                         parts_ptr, sums_ptr, all_rows, own + row, width, SPLITS, BLOCK_ROWS, BLOCK_SPLITS, BLOCK_WIDTH,
                     )
                     # fmt: on
-                    place = (begin + row // GROUP) * tl.num_programs(1) + kv_head
-                    target = out_ptr + (place * GROUP + row % GROUP) * width + value_columns
-                    tl.store(target, merged.to(out_ptr.dtype.element_ty), mask=value_columns < width)
+                    out_head = (begin + row // GROUP) * tl.num_programs(1) + kv_head
+                    out_row = out_ptr + (out_head * GROUP + row % GROUP) * width + value_columns
+                    tl.store(out_row, merged.to(out_ptr.dtype.element_ty), mask=value_columns < width)
 
 
 # fmt: off
