@@ -29,7 +29,8 @@ def attention_rows_reference(
 ) -> Tensor:
     """``attention_rows`` in plain PyTorch: runs without Triton, and the kernel is tested against it.
 
-    It reads offsets and ranges on the host; under ``torch.compile`` one masked product stands in for that.
+    It reads offsets and ranges on the host; under ``torch.compile`` one masked product stands in for that. On a GPU
+    sequences of different lengths are padded, as far as memory goes.
     """
     batch = key_ranges.shape[0]
     counts = query_offsets.diff()
@@ -48,6 +49,11 @@ def attention_rows_reference(
             query.unflatten(0, shape), key, value, low.view(shape), high.view(shape), scale, softcap
         )
         return out.flatten(0, 1)
+    if query.is_cuda:
+        longest_range = int(key_ranges.diff(dim=1).max())
+        if batch * max(lengths) * query.shape[1] * longest_range <= _REFERENCE_SCORES:
+            numbers = (counts, max(lengths), longest_range)
+            return _padded(query, key, value, key_ranges, low, high, *numbers, scale, softcap)
     outs, start = [], 0
     for b, length in enumerate(lengths):
         if length:
@@ -92,6 +98,42 @@ def _attend(
         mask = (keys >= lower[..., None]) & (keys < upper[..., None])
         outs.append(_weighted(part, key[:, first:last], value[:, first:last], mask, False, scale, softcap))
     return torch.cat(outs, dim=1)
+
+
+def _padded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ranges: Tensor,
+    low: Tensor,
+    high: Tensor,
+    counts: Tensor,
+    most_queries: int,
+    most_keys: int,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """All sequences in one call, padded: a GPU computes padding sooner than it launches a call per sequence."""
+    batch, (start, end) = key_ranges.shape[0], key_ranges.long().split(1, dim=1)
+    sequences = torch.arange(batch, device=query.device)
+    owner = sequences.repeat_interleave(counts, output_size=query.shape[0])
+    first = counts.cumsum(0) - counts
+    place = torch.arange(query.shape[0], device=query.device) - first[owner]
+    rows = torch.arange(most_queries, device=query.device) + first[:, None]
+    rows = rows.clamp_max(query.shape[0] - 1)
+    keys = torch.arange(most_keys, device=query.device)
+    # Only keys of the sequence itself: what lies outside may hold anything.
+    places = torch.minimum(start + keys, end - 1).clamp(0, key.shape[1] - 1)
+    if key.shape[0] > 1:
+        places = places + key.shape[1] * sequences[:, None]
+    # Gathered by index_select, whose gradient is a plain sum; that of an index is sorted first.
+    queries = query.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    key, value = (
+        t.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape) for t in (key, value)
+    )
+    lower, upper = (bound[rows] - start for bound in (low, high))
+    mask = (keys >= lower[..., None]) & (keys < upper[..., None])
+    return _weighted(queries, key, value, mask, False, scale, softcap)[owner, place]
 
 
 def _weighted(

@@ -15,7 +15,7 @@ from transformers.masking_utils import (
 
 from slimformer_kernels import KernelArgumentError, attention_rows, set_debug
 from slimformer_kernels.attention_rows import attention_rows_op
-from slimformer_kernels.attention_rows_reference import attention_rows_reference
+from slimformer_kernels.attention_rows_reference import _padded, _seen, attention_rows_reference
 
 # Keys of each sequence: whole, padded on the left, padded on the right, or behind each other without padding.
 LAYOUTS = ["whole", "left", "right", "packed"]
@@ -126,6 +126,37 @@ def test_one_graph_without_values_on_the_host_gives_the_same(rule):
     for layout, kind in (("left", "some"), ("whole", "holes"), ("packed", "all")):
         given = arguments(setting(layout, kind, 4, 2, 8, 19), rule)
         torch.testing.assert_close(compiled(**given), attention_rows(**given))
+
+
+@rules
+@kinds
+@layouts
+def test_padded_sequences_give_the_same_and_the_same_gradients(layout, kind, rule):
+    given = setting(layout, kind, 4, 2, 8, 9)
+    outside = torch.ones(given["key"].shape[:2], dtype=torch.bool)
+    for b, (start, end) in enumerate(given["key_ranges"].tolist()):
+        outside[b if len(outside) > 1 else 0, start:end] = False
+    causal, window, softcap = RULES[rule]
+    gradients, outs = [], []
+    for padded in (False, True):
+        inputs = [given[name].clone().requires_grad_() for name in ("query", "key", "value")]
+        if padded:
+            inputs[2].data[outside] = math.nan
+            counts = given["query_offsets"].diff()
+            ranges = given["key_ranges"].repeat_interleave(counts, 0)
+            bounds = _seen(given["positions"], ranges[:, 0], ranges[:, 1], causal, window)
+            numbers = (counts, int(counts.max()), int(given["key_ranges"].diff(dim=1).max()))
+            out = _padded(*inputs, given["key_ranges"], *bounds, *numbers, 0.3, softcap)
+        else:
+            rules = (given["longest"], causal, 0.3, window, softcap)
+            out = attention_rows_reference(
+                *inputs, given["positions"], given["query_offsets"], given["key_ranges"], *rules
+            )
+        outs.append(out)
+        gradients.append(torch.autograd.grad(out.square().sum(), inputs))
+    torch.testing.assert_close(outs[1], outs[0])
+    for got, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @layouts
