@@ -35,7 +35,7 @@ DENSE, LOSSLESS = "unpatched", "all tokens, patched"
     description="first token of 16k and 32k prompts of an 8B shape, with tokens leaving at layer 8 or 13",
 )
 def run(settings: Settings) -> Iterator[Measurement]:
-    """Attention scores at every setting, a predictor at one per layer."""
+    """Attention scores at every setting, a predictor and chance at one per layer."""
     dense = llama_8b(settings)
     layers = settings.pick((8, 13), (1, 2))
     for tokens in settings.pick((16384, 32768), (300,)):
@@ -49,6 +49,8 @@ def run(settings: Settings) -> Iterator[Measurement]:
             methods[f"20% from layer {layer} on, predicted"] = TokenElimination(
                 {layer: 0.2}, scorer="predictor", weights=weights
             )
+            # As many tokens without looking at any: what is above this is the cost of choosing.
+            methods[f"20% from layer {layer} on, at random"] = TokenElimination({layer: 0.2}, scorer="random")
         yield from _compared(settings, "8B", dense, tokens, methods)
 
 
@@ -133,14 +135,23 @@ def _compared(
     layers = len(dense.model.layers)
 
     def values(medians: Medians) -> dict[str, dict[str, float]]:
-        found = {}
+        found: dict[str, dict[str, float]] = {}
+        chance = {
+            tuple(method.schedule.items()): medians[label]
+            for label, method in methods.items()
+            if method.scorer == "random" and label in medians
+        }
         for label, method in methods.items():
+            if label not in medians:
+                continue
             ((start, keep),) = method.schedule.items()
-            bound = layers / (start + keep * (layers - start))
-            own = (
-                {} if LOSSLESS not in medians else {"of_patched": medians[LOSSLESS] / medians[label] / bound}
-            )
-            found[label] = {"bound": bound, **own} if label in medians else {}
+            found[label] = {"bound": layers / (start + keep * (layers - start))}
+            if LOSSLESS not in medians:
+                continue
+            found[label]["of_patched"] = medians[LOSSLESS] / medians[label] / found[label]["bound"]
+            unseen = chance.get(((start, keep),))
+            if unseen is not None and method.scorer != "random":
+                found[label]["choosing"] = (medians[label] - unseen) / medians[LOSSLESS]
         return found
 
     parameters: Parameters = {"model": name, "tokens": tokens}
@@ -179,7 +190,8 @@ def _speedups(content: dict[str, Any]) -> str:
                 "–" if bound is None else f"{bound:.2f}×",
                 "–" if bound is None else f"{speedup / bound:.2f}",
                 "–" if "of_patched" not in values else f"{values['of_patched']:.2f}",
+                "–" if "choosing" not in values else f"{100 * values['choosing']:.1f}%",
             ]
         )
     head = ["Prompt", "computed", "first token, ms", "speed-up", "bound", "of the bound", "beside patched"]
-    return tables.markdown(head, rows)
+    return tables.markdown([*head, "choosing"], rows)
