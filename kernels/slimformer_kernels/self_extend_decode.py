@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .attention_blocks import block_width
 from .dispatch import jit, kernel_op, tl, wrap_triton
+from .merge_parts import merge_kernel, merge_rows
 
 # Queries times query heads per key head that one tile of products holds.
 MOST_ROWS = 64
@@ -89,13 +90,12 @@ def self_extend_decode_op(
             BLOCK_HALF=block_width(half),
             BLOCK_REST=block_width(max(width - 2 * half, 1)),
             BLOCK_WIDTH=block_width(width),
-            BLOCK_SPLITS=1 << (splits - 1).bit_length(),
             num_warps=_WARPS,
             num_stages=_STAGES,
         )
         if not merges:
             # One program to spare: an empty launch needs no branch on the number of queries.
-            wrap_triton(_merge_kernel)[(longest + 1, heads, batch)](
+            wrap_triton(merge_kernel)[(longest + 1, heads, batch)](
                 parts, query_offsets.contiguous(), out,
                 width,
                 HEADS=heads,
@@ -143,7 +143,6 @@ def _decode_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
 ):
     # fmt: on
     # torch.compile passes numbers as float64, which would spread to every product.
@@ -241,7 +240,8 @@ def _decode_kernel(
         valid = rows < count * GROUP
         value_columns = tl.arange(0, BLOCK_WIDTH)
         target = parts_ptr + (part * width)[:, None] + value_columns[None, :]
-        tl.store(target, total, mask=valid[:, None] & (value_columns < width)[None, :])
+        written = valid[:, None] & (value_columns < width)[None, :]
+        tl.store(target, total, mask=written)
         tl.store(sums_ptr + part, weight, mask=valid)
         tl.store(sums_ptr + all_rows + part, peak, mask=valid)
         if MERGES:
@@ -249,15 +249,10 @@ def _decode_kernel(
             tl.debug_barrier()
             done = tl.atomic_add(done_ptr + batch * tl.num_programs(1) + kv_head, 1, sem="acq_rel")
             if done == SPLITS - 1:
-                for row in range(count * GROUP):
-                    # fmt: off
-                    merged = _merged(
-                        parts_ptr, sums_ptr, all_rows, own + row, width, SPLITS, BLOCK_ROWS, BLOCK_SPLITS, BLOCK_WIDTH,
-                    )
-                    # fmt: on
-                    out_head = (begin + row // GROUP) * tl.num_programs(1) + kv_head
-                    out_row = out_ptr + (out_head * GROUP + row % GROUP) * width + value_columns
-                    tl.store(out_row, merged.to(out_ptr.dtype.element_ty), mask=value_columns < width)
+                out_row = ((begin + rows // GROUP) * tl.num_programs(1) + kv_head) * GROUP + rows % GROUP
+                merge_rows(
+                    parts_ptr, all_rows, own + rows, valid, out_ptr, out_row, width, SPLITS, BLOCK_ROWS, BLOCK_WIDTH
+                )
 
 
 # fmt: off
@@ -335,57 +330,3 @@ def _attend_tiles(
         total = tl.dot(weights.to(value.dtype), value, total * fade[:, None], input_precision="ieee")
         peak = new_peak
     return total, weight, peak
-
-
-# fmt: off
-@jit
-def _merge_kernel(
-    parts_ptr, offsets_ptr, out_ptr, width,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    # fmt: on
-    query = tl.program_id(0)
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    begin = tl.load(offsets_ptr + batch).to(tl.int64)
-    count = tl.load(offsets_ptr + batch + 1).to(tl.int64) - begin
-    if query < count:
-        own = (batch * (HEADS // GROUP) + head // GROUP) * SPLITS * ROWS + query * GROUP + head % GROUP
-        all_rows = tl.num_programs(2).to(tl.int64) * (HEADS // GROUP) * SPLITS * ROWS
-        sums_ptr = parts_ptr + all_rows * width
-        merged = _merged(
-            parts_ptr, sums_ptr, all_rows, own, width, SPLITS, ROWS, BLOCK_SPLITS, BLOCK_WIDTH
-        )
-        columns = tl.arange(0, BLOCK_WIDTH)
-        target = out_ptr + ((begin + query) * HEADS + head) * width + columns
-        tl.store(target, merged.to(out_ptr.dtype.element_ty), mask=columns < width)
-
-
-# fmt: off
-@jit
-def _merged(
-    parts_ptr, sums_ptr, all_rows, first, width,
-    SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    # fmt: on
-    """Parts of one query and head, each with its sum of weights and its greatest score, made one."""
-    splits = tl.arange(0, BLOCK_SPLITS)
-    columns = tl.arange(0, BLOCK_WIDTH)
-    part = first + splits * ROWS
-    weights = tl.load(sums_ptr + part, mask=splits < SPLITS, other=0.0)
-    peaks = tl.load(sums_ptr + all_rows + part, mask=splits < SPLITS, other=float("-inf"))
-    inside = (splits < SPLITS)[:, None] & (columns < width)[None, :]
-    totals = tl.load(parts_ptr + (part * width)[:, None] + columns[None, :], mask=inside, other=0.0)
-    peak = tl.max(peaks, axis=0)
-    # A query that saw no key has weights and totals of zero.
-    fades = tl.exp2(peaks - tl.where(peak == float("-inf"), 0.0, peak))
-    weight = tl.sum(weights * fades, axis=0)
-    return tl.sum(totals * fades[:, None], axis=0) / tl.where(weight == 0.0, 1.0, weight)
