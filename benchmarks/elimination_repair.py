@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,17 +23,37 @@ from benchmarks.elimination_quality import (
 )
 from benchmarks.long_prompts import LongTexts
 from benchmarks.registry import MissingInput, Settings, benchmark, table
-from benchmarks.repair import AFTER, BEFORE, kept
+from benchmarks.repair import kept
 from benchmarks.results import Measurement, Parameters
 from slimformer import Plan, TokenElimination
 from slimformer.anatomy import find_anatomy
 from slimformer.calibration.data import load_texts
 from slimformer.calibration.predictors import train_predictors
 from slimformer.training.loop import TrainingSettings
+from slimformer.training.trained_weights import WHAT, What
 
+BEFORE = "with its predictor"
 SCHEDULE = {3: 0.444}
 SCORER = "predictor, blocks of 256, last 768 kept"
-_LENGTHS = (4096, 8192 - 512, 2048)
+
+
+class Strength(NamedTuple):
+    """How much is trained: what, for how many steps, and how fast."""
+
+    what: tuple[What, ...]
+    steps: int
+    learning_rate: float
+
+
+STRENGTHS = {
+    "repaired, norms": Strength(("norms",), 100, 1e-3),
+    "repaired, 100 steps at 3e-4": Strength(WHAT, 100, 3e-4),
+    "repaired, 250 steps at 1e-3": Strength(WHAT, 250, 1e-3),
+}
+_LENGTHS = (4096, 8192 - 512)
+# Twice as many prompts as for the choice of a schedule: the figures lie closer together.
+_PROMPTS = 40
+_TINY_STRENGTHS = {"repaired": Strength(WHAT, 4, 1e-3)}
 _TINY_OPTIONS = {"scorer": "predictor", "block": 1, "window": 64}
 
 
@@ -53,7 +73,10 @@ def run(settings: Settings) -> Iterator[Measurement]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = settings.plans or Path(temporary)
         plan, _ = kept(folder / "predicted", partial(_predicted, settings, model, tokenizer, schedule))
-        repaired, seconds = kept(folder / "repaired", partial(_repaired, settings, model, tokenizer, plan))
+        plans = {BEFORE: (plan, 0.0)}
+        for name, strength in settings.pick(STRENGTHS, _TINY_STRENGTHS).items():
+            make = partial(_repaired, settings, model, tokenizer, plan, strength)
+            plans[name] = kept(folder / name.replace(" ", "-"), make)
     share = computed(schedule, len(find_anatomy(model).layers))
     if settings.device.type == "cuda":
         model = model.to(torch.bfloat16)
@@ -62,14 +85,14 @@ def run(settings: Settings) -> Iterator[Measurement]:
     for tokens in settings.pick(_LENGTHS, (700,)):
         if settings.only not in (None, str(tokens)):
             continue
-        tasks = Tasks.of(texts, tokens, settings.pick(20, 2), settings.pick(40960, 1024) // tokens)
+        tasks = Tasks.of(texts, tokens, settings.pick(_PROMPTS, 2), settings.pick(40960, 1024) // tokens)
         at: Parameters = {"tokens": tokens, "computed": round(share, 3)}
         yield Measurement(at, DENSE, values=tasks.measure(model))
         yield Measurement(at, TRUNCATED, values=tasks.measure(model, last=round(share * tokens)))
-        for candidate, found in ((BEFORE, plan), (AFTER, repaired)):
+        for candidate, (found, seconds) in plans.items():
             with slimformer.patched(model, found):
                 values = tasks.measure(model)
-            if candidate == AFTER:
+            if seconds:
                 values["seconds"] = seconds
             yield Measurement(at, candidate, values=values)
 
@@ -90,22 +113,23 @@ def _predicted(settings: Settings, model: Any, tokenizer: Any, schedule: dict[in
     return Plan([elimination], plan.fingerprint)
 
 
-def _repaired(settings: Settings, model: Any, tokenizer: Any, plan: Plan) -> Plan:
+def _repaired(settings: Settings, model: Any, tokenizer: Any, plan: Plan, strength: Strength) -> Plan:
     """Layers before the first from which tokens leave stay as they are: the same tokens leave."""
     return slimformer.repair(
         model,
         plan,
         tokenizer,
         data=training_texts(settings),
+        what=strength.what,
         near=0,
         rank=settings.pick(32, 2),
         length=settings.pick(4096, 256),
         every=settings.pick(25, 2),
         patience=6,
         settings=TrainingSettings(
-            steps=settings.pick(250, 4),
+            steps=strength.steps,
             rows=settings.pick(4, 2),
-            learning_rate=1e-3,
+            learning_rate=strength.learning_rate,
             precision="bf16" if settings.device.type == "cuda" else "no",
             keep_every=10_000,
         ),
@@ -115,13 +139,13 @@ def _repaired(settings: Settings, model: Any, tokenizer: Any, plan: Plan) -> Pla
 
 @table("elimination_repair", source="elimination_repair")
 def repaired(content: dict[str, Any]) -> str:
-    """Rows per length: dense, truncated, as trained and as repaired."""
+    """Rows per length: dense, truncated, with its predictor, and repaired."""
     rows = []
     for (tokens,) in tables.points(content, "tokens", where=lambda _: True):
         dense = tables.find(content, DENSE, tokens=tokens)
-        for candidate in (DENSE, TRUNCATED, BEFORE, AFTER):
-            found = tables.find(content, candidate, tokens=tokens)
-            if found is None or dense is None:
+        for found in content["measurements"]:
+            candidate = found["candidate"]
+            if dense is None or found["parameters"]["tokens"] != tokens:
                 continue
             share = "100%" if candidate == DENSE else f"{100 * found['parameters']['computed']:.0f}%"
             beside = None if candidate == DENSE else dense["values"]

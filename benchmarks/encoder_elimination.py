@@ -15,8 +15,9 @@ from benchmarks.elastic import embedder
 from benchmarks.encoder_repair import repaired_plan, training_texts
 from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.results import Measurement
-from slimformer import Plan, TokenElimination
+from slimformer import LayerDrop, Plan, TokenElimination
 from slimformer.evaluation.retrieval import RetrievalTask, read_retrieval
+from slimformer.plan import PlannedMethod
 
 UNPATCHED, DENSE = "unpatched", "dense, unpadded"
 _SHORT: dict[str, Any] = {"least": 32, "window": 1, "sink": 1}
@@ -24,20 +25,27 @@ Ways = Mapping[str, TokenElimination | Plan]
 METHODS: dict[str, TokenElimination] = {
     "50% from layer 4 on": TokenElimination({4: 0.5}, **_SHORT),
     "50% from layer 4 on, mean of those left": TokenElimination({4: 0.5}, left_as="mean", **_SHORT),
+    "80% from layer 5 on, mean of those left": TokenElimination({5: 0.8}, left_as="mean", **_SHORT),
     "50% from layer 5 on, mean of those left": TokenElimination({5: 0.5}, left_as="mean", **_SHORT),
     "MLPs: 50% from layer 3 on": TokenElimination({3: 0.5}, revivable=True, kinds=["mlp"], **_SHORT),
     "MLPs: 70% from layer 3 on": TokenElimination({3: 0.7}, revivable=True, kinds=["mlp"], **_SHORT),
     "random: 50% from layer 4 on": TokenElimination({4: 0.5}, scorer="random", **_SHORT),
 }
 # Trained for minutes, as layers that are dropped are: without labels, and without QMSum.
-REPAIRED: dict[str, TokenElimination] = {
-    "45% from layer 2 on, repaired": TokenElimination({2: 0.45}, left_as="mean", **_SHORT),
-    "35% from layer 2 on, repaired": TokenElimination({2: 0.35}, left_as="mean", **_SHORT),
-    "40% from layer 1 on, repaired": TokenElimination({1: 0.4}, left_as="mean", **_SHORT),
+REPAIRED: dict[str, list[PlannedMethod]] = {
+    "45% from layer 2 on, repaired": [TokenElimination({2: 0.45}, left_as="mean", **_SHORT)],
+    "60% from layer 4 on, repaired": [TokenElimination({4: 0.6}, left_as="mean", **_SHORT)],
+    "50% from layer 5 on, repaired": [TokenElimination({5: 0.5}, left_as="mean", **_SHORT)],
+    "no layers 2 and 4, 70% from layer 5 on, repaired": [
+        LayerDrop(block=(2, 4)),
+        TokenElimination({5: 0.7}, left_as="mean", **_SHORT),
+    ],
 }
 _TINY_SHORT: dict[str, Any] = {"least": 8, "window": 1, "sink": 1}
 _TINY = {"50% from layer 1 on": TokenElimination({1: 0.5}, **_TINY_SHORT)}
-_TINY_REPAIRED = {"50% from layer 1 on, repaired": TokenElimination({1: 0.5}, **_TINY_SHORT)}
+_TINY_REPAIRED: dict[str, list[PlannedMethod]] = {
+    "50% from layer 1 on, repaired": [TokenElimination({1: 0.5}, **_TINY_SHORT)]
+}
 _DOCUMENTS, _ROUNDS = 64, 5
 # Collections, and how many of their queries are asked: one in so many. QMSum has 1527.
 _COLLECTIONS = {"cranfield": 1, "qmsum_retrieval": 3}
@@ -80,11 +88,10 @@ def run(settings: Settings) -> Iterator[Measurement]:
 
 def _repaired(settings: Settings) -> Iterator[tuple[str, Plan]]:
     texts = training_texts(settings)
-    for name, method in settings.pick(REPAIRED, _TINY_REPAIRED).items():
-        ((layer, keep),) = method.schedule.items()
+    for name, methods in settings.pick(REPAIRED, _TINY_REPAIRED).items():
         with tempfile.TemporaryDirectory() as temporary:
-            folder = (settings.plans or Path(temporary)) / f"keep-{keep}-from-{layer}"
-            yield name, repaired_plan(settings, folder, Plan([method]), texts)[0]
+            folder = (settings.plans or Path(temporary)) / name.replace("%", "").replace(" ", "-")
+            yield name, repaired_plan(settings, folder, Plan(methods), texts)[0]
 
 
 def _part(task: RetrievalTask, step: int) -> RetrievalTask:
