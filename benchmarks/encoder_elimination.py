@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import slimformer
 from benchmarks import tables
@@ -23,28 +23,47 @@ UNPATCHED, DENSE = "unpatched", "dense, unpadded"
 _SHORT: dict[str, Any] = {"least": 32, "window": 1, "sink": 1}
 Ways = Mapping[str, TokenElimination | Plan]
 METHODS: dict[str, TokenElimination] = {
-    "50% from layer 4 on": TokenElimination({4: 0.5}, **_SHORT),
-    "50% from layer 4 on, mean of those left": TokenElimination({4: 0.5}, left_as="mean", **_SHORT),
+    "90% from layer 2 on, mean of those left": TokenElimination({2: 0.9}, left_as="mean", **_SHORT),
     "80% from layer 5 on, mean of those left": TokenElimination({5: 0.8}, left_as="mean", **_SHORT),
     "50% from layer 5 on, mean of those left": TokenElimination({5: 0.5}, left_as="mean", **_SHORT),
-    "MLPs: 50% from layer 3 on": TokenElimination({3: 0.5}, revivable=True, kinds=["mlp"], **_SHORT),
+    "50% from layer 4 on, mean of those left": TokenElimination({4: 0.5}, left_as="mean", **_SHORT),
+    "50% from layer 4 on": TokenElimination({4: 0.5}, **_SHORT),
     "MLPs: 70% from layer 3 on": TokenElimination({3: 0.7}, revivable=True, kinds=["mlp"], **_SHORT),
+    "MLPs: 50% from layer 3 on": TokenElimination({3: 0.5}, revivable=True, kinds=["mlp"], **_SHORT),
     "random: 50% from layer 4 on": TokenElimination({4: 0.5}, scorer="random", **_SHORT),
 }
-# Trained for minutes, as layers that are dropped are: without labels, and without QMSum.
-REPAIRED: dict[str, list[PlannedMethod]] = {
-    "45% from layer 2 on, repaired": [TokenElimination({2: 0.45}, left_as="mean", **_SHORT)],
-    "60% from layer 4 on, repaired": [TokenElimination({4: 0.6}, left_as="mean", **_SHORT)],
-    "50% from layer 5 on, repaired": [TokenElimination({5: 0.5}, left_as="mean", **_SHORT)],
-    "no layers 2 and 4, 70% from layer 5 on, repaired": [
-        LayerDrop(block=(2, 4)),
-        TokenElimination({5: 0.7}, left_as="mean", **_SHORT),
-    ],
+
+
+class Repaired(NamedTuple):
+    """Methods that are repaired as layers that are dropped are: without labels, and without QMSum; and what joins them.
+
+    Attributes:
+        folder: Where the repaired plan is kept.
+        methods: The repaired ones.
+        joined: Others, as they are.
+    """
+
+    folder: str
+    methods: Sequence[PlannedMethod]
+    joined: Sequence[PlannedMethod] = ()
+
+
+REPAIRED = {
+    "60% from layer 4 on, mean of those left, repaired": Repaired(
+        "keep-60-from-4", [TokenElimination({4: 0.6}, left_as="mean", **_SHORT)]
+    ),
+    "45% from layer 2 on, mean of those left, repaired": Repaired(
+        "keep-45-from-2", [TokenElimination({2: 0.45}, left_as="mean", **_SHORT)]
+    ),
+    "without layers 2, 4, repaired": Repaired("blocks-2-4", [LayerDrop(block=(2, 4))]),
+    "without layers 2, 4, repaired; 80% from layer 5 on, mean of those left": Repaired(
+        "blocks-2-4", [LayerDrop(block=(2, 4))], [TokenElimination({5: 0.8}, left_as="mean", **_SHORT)]
+    ),
 }
 _TINY_SHORT: dict[str, Any] = {"least": 8, "window": 1, "sink": 1}
-_TINY = {"50% from layer 1 on": TokenElimination({1: 0.5}, **_TINY_SHORT)}
-_TINY_REPAIRED: dict[str, list[PlannedMethod]] = {
-    "50% from layer 1 on, repaired": [TokenElimination({1: 0.5}, **_TINY_SHORT)]
+_TINY = {"50% from layer 2 on": TokenElimination({2: 0.5}, **_TINY_SHORT)}
+_TINY_REPAIRED = {
+    "layer 1 dropped, repaired": Repaired("tiny", [LayerDrop(block=(1,))], list(_TINY.values()))
 }
 _DOCUMENTS, _ROUNDS = 64, 5
 # Collections, and how many of their queries are asked: one in so many. QMSum has 1527.
@@ -88,10 +107,11 @@ def run(settings: Settings) -> Iterator[Measurement]:
 
 def _repaired(settings: Settings) -> Iterator[tuple[str, Plan]]:
     texts = training_texts(settings)
-    for name, methods in settings.pick(REPAIRED, _TINY_REPAIRED).items():
+    for name, wanted in settings.pick(REPAIRED, _TINY_REPAIRED).items():
         with tempfile.TemporaryDirectory() as temporary:
-            folder = (settings.plans or Path(temporary)) / name.replace("%", "").replace(" ", "-")
-            yield name, repaired_plan(settings, folder, Plan(methods), texts)[0]
+            folder = (settings.plans or Path(temporary)) / wanted.folder
+            plan = repaired_plan(settings, folder, Plan(wanted.methods), texts)[0]
+        yield name, dataclasses.replace(plan, methods=[*plan.methods, *wanted.joined])
 
 
 def _part(task: RetrievalTask, step: int) -> RetrievalTask:
