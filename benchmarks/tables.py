@@ -99,13 +99,15 @@ def _row(cells: Sequence[str]) -> str:
 def best_in_bold(
     values: Sequence[float | None], digits: int, best: Callable[[Iterable[float]], float]
 ) -> list[str]:
-    """Cells of one row, the best bold; figures that look alike are equally good.
+    """Cells of one row, the best bold; figures that look alike are equally good, and where all do, none is bold.
 
     Example:
         >>> best_in_bold([81.643, 81.65, None, 80.5], 1, max)
         ['**81.6**', '**81.6**', '–', '80.5']
+        >>> best_in_bold([0.0, 0.0], 1, max)
+        ['0.0', '0.0']
     """
     texts = [None if value is None else f"{value:.{digits}f}" for value in values]
     known = [value for value in values if value is not None]
-    winner = f"{best(known):.{digits}f}" if known else None
+    winner = f"{best(known):.{digits}f}" if len(set(texts) - {None}) > 1 else None
     return ["–" if text is None else f"**{text}**" if text == winner else text for text in texts]

@@ -1,4 +1,4 @@
-"""What needs a process of its own: the interpreter where Triton came first, and a machine without Triton."""
+"""What needs a process of its own: the interpreter where Triton came first, the compiler, no Triton at all."""
 
 from __future__ import annotations
 
@@ -55,3 +55,11 @@ def test_kernels_in_the_interpreter_where_triton_was_imported_first(interpreted)
     files = [str(file) for file in sorted(HERE.glob("test_*.py")) if file != Path(__file__)]
     done = run("-m", "pytest", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout
+
+
+def test_every_kernel_compiles_for_a_gpu():
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    done = run(str(HERE / "compile_examples.py"), TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    assert "kernels compiled" in done.stdout
