@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import slimformer
-from slimformer import LayerDrop, Plan
+from slimformer import LayerDrop, Plan, TokenElimination
 from slimformer.calibration.data import load_texts
 from slimformer.calibration.held_out import split_texts
 from slimformer.cli import app
@@ -284,6 +284,13 @@ def test_held_out_text_and_calibration_text_have_nothing_in_common() -> None:
         kept, held_out = split_texts(texts)
         assert kept
         assert not set(kept) & set(held_out)
+
+
+def test_show_says_what_a_plan_does_that_drops_nothing(tmp_path: Path) -> None:
+    Plan([TokenElimination({3: 0.5}, window=128)]).save_pretrained(tmp_path)
+    shown = run("show", tmp_path).stdout
+    assert "schedule 3: 0.5, window 128 " in shown
+    assert "dropped" not in shown
 
 
 def test_show_prints_the_plan_as_table_json_and_page(plan: str, tmp_path: Path) -> None:

@@ -39,12 +39,16 @@ def show(
     from slimformer.plan import Plan
     from slimformer.report import (
         comparison_table,
+        curve_table,
         grid_picture,
         grid_table,
+        methods_table,
         narrow_table,
         plan_page,
         plan_table,
+        predictor_table,
         repair_table,
+        router_table,
         temperature_table,
     )
 
@@ -61,6 +65,15 @@ def show(
         tables = (grid_table(found), temperature_table(found), narrow_table(found))
         swept = [table for table in tables if table is not None]
         compared = comparison_table(found.measured, "measured")
-        measured = [compared] if compared.row_count else []
-        repaired = [repair_table(found)] if "repair" in found.provenance else []
-        print_tables(plan_table(found), *swept, *repaired, *measured)
+        others = (
+            methods_table(found),
+            router_table(found),
+            predictor_table(found),
+            curve_table(found),
+            *swept,
+            repair_table(found),
+            compared,
+        )
+        # A plan without any method drops nothing, which the first table says.
+        dropped = [plan_table(found)] if found.drops or not found.methods else []
+        print_tables(*dropped, *(table for table in others if table.row_count))

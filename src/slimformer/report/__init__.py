@@ -6,7 +6,7 @@ from slimformer.report.narrow import narrow_table
 from slimformer.report.page import plan_page
 from slimformer.report.repair import repair_table
 from slimformer.report.routing import router_table
-from slimformer.report.tables import comparison_table, plan_table
+from slimformer.report.tables import comparison_table, methods_table, plan_table
 from slimformer.report.temperature import temperature_table
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "curve_table",
     "grid_picture",
     "grid_table",
+    "methods_table",
     "narrow_table",
     "plan_page",
     "plan_table",

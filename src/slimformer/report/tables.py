@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from slimformer.plan import Plan
+from slimformer.methods.layer_drop import LayerDrop
+from slimformer.plan import Plan, PlannedMethod
 from slimformer.report.summary import Summary, comparison, figure
 
 
@@ -47,6 +49,44 @@ def plan_table(plan: Plan) -> Table:
             str(index + 1) if summary.ordered else "", step.name, *(column[index] for column in columns)
         )
     return table
+
+
+def methods_table(plan: Plan) -> Table:
+    """What a plan does besides dropping sublayers: every other method, with the settings that are not its defaults.
+
+    Args:
+        plan: Any plan; one that only drops gives a table without rows.
+
+    Example:
+        >>> from slimformer import TokenElimination
+        >>> methods_table(Plan([TokenElimination({2: 0.5}, window=128)])).row_count
+        1
+    """
+    table = Table(
+        title=Text("methods"), title_justify="left", caption=Text(caption(plan)), caption_justify="left"
+    )
+    table.add_column("method")
+    table.add_column("settings")
+    for method in plan.methods:
+        if not isinstance(method, LayerDrop):
+            table.add_row(type(method).__name__, Text(_settings(method)))
+    return table
+
+
+def _settings(method: PlannedMethod) -> str:
+    # A class that anybody registers need not be a dataclass: all of its settings are shown.
+    fields: Iterable[Any] = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    defaults = {field.name: _words(field.default) for field in fields}
+    chosen = {name: value for name, value in method.settings().items() if _words(value) != defaults.get(name)}
+    return ", ".join(f"{name} {_words(value)}" for name, value in chosen.items())
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_words(part)}" for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def comparison_table(measured: Mapping[str, Any], title: str = "") -> Table:
