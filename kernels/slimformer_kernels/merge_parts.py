@@ -19,7 +19,7 @@ def merge_rows(
     BLOCK_WIDTH: tl.constexpr,
 ):
     # fmt: on
-    """All parts of the rows that start at ``first``, by one program, into the rows ``out_row``."""
+    """The parts of all rows of one key head, by one program: those of ``first``, ``[BLOCK_ROWS]``, into ``out_row``."""
     sums_ptr = parts_ptr + all_rows * width
     columns = tl.arange(0, BLOCK_WIDTH)
     total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
@@ -58,7 +58,7 @@ def merge_kernel(
     BLOCK_WIDTH: tl.constexpr,
 ):
     # fmt: on
-    """The same, one program per query and head."""
+    """The parts of one query and head, by a program of its own: for so many rows that one program would take long."""
     query = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)

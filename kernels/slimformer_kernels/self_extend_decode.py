@@ -61,7 +61,7 @@ def self_extend_decode_op(
     parts = query.new_empty(batch * kv_heads * splits * rows * (width + 2), dtype=torch.float32)
     merges = rows <= _MERGED_AT_ONCE
     # How many programs of each key head are done; the one that finds all others done merges.
-    done = query.new_zeros(batch * kv_heads, dtype=torch.int32) if merges else parts
+    done = query.new_zeros(batch * kv_heads, dtype=torch.int32)
     out = query.new_empty(query.shape)
     packed = key.shape[0] == 1
     with torch.cuda.device_of(query):
