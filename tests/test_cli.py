@@ -288,9 +288,12 @@ def test_held_out_text_and_calibration_text_have_nothing_in_common() -> None:
 
 def test_show_says_what_a_plan_does_that_drops_nothing(tmp_path: Path) -> None:
     Plan([TokenElimination({3: 0.5}, window=128)]).save_pretrained(tmp_path)
-    shown = run("show", tmp_path).stdout
-    assert "schedule 3: 0.5, window 128 " in shown
+    page = tmp_path / "plan.html"
+    shown = run("show", tmp_path, "--html", page).stdout
+    assert "schedule 3=0.5, window 128 " in shown
     assert "dropped" not in shown
+    assert "schedule 3=0.5, window 128<" in page.read_text(encoding="utf-8")
+    assert "Left in place" not in page.read_text(encoding="utf-8")
 
 
 def test_show_prints_the_plan_as_table_json_and_page(plan: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from slimformer.report.elimination import curve_section
 from slimformer.report.repair import repair_section
 from slimformer.report.routing import arank_section
 from slimformer.report.summary import NAMES, Summary, comparison, figure
-from slimformer.report.tables import caption
+from slimformer.report.tables import caption, method_rows, words
 from slimformer.report.temperature import temperature_section
 
 
@@ -165,27 +165,21 @@ def _provenance_section(plan: Plan, summary: Summary) -> str:
         for name, value in plan.provenance.items()
         if name not in ("similarity", "steps", "divergence_name", "elastic", "repair", "temperature")
     }
-    rows = [["Left in place", summary.replacement]]
+    rows = [list(row) for row in method_rows(plan)]
+    if summary.count:
+        rows.append(["Left in place", summary.replacement])
     for kind, layers in summary.dropped.items():
         if layers:
             rows.append([f"Dropped {NAMES[kind]}", ", ".join(map(str, layers))])
-    rows += [[name.replace("_", " ").capitalize(), _words(value)] for name, value in shown.items()]
+    rows += [[name.replace("_", " ").capitalize(), words(value)] for name, value in shown.items()]
     if plan.fingerprint:
-        rows.append(["Made for", _words(plan.fingerprint)])
+        rows.append(["Made for", words(plan.fingerprint)])
     table = _table(["", ""], rows, words=2).replace("<table>", '<table class="facts">', 1)
     whole = escape(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False))
     return (
         f"<section><h2>Provenance</h2>{table}"
         f'<details><summary>The plan’s file</summary><pre class="long"><code>{whole}</code></pre></details></section>'
     )
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key.replace('_', ' ')} {_words(entry)}" for key, entry in value.items())
-    if isinstance(value, (list, tuple)):
-        return " + ".join(_words(entry) for entry in value)
-    return str(value)
 
 
 def _table(names: Iterable[str], rows: Iterable[Iterable[str]], words: int) -> str:

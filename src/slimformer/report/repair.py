@@ -146,7 +146,8 @@ def _chart(rounds: list[Round]) -> str:
             parts.append(
                 f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{size}"><title>{escape(label)}</title></circle>'
             )
-        parts.append(svg_text(places[0][0] + 6, bottom - 8, f"{found.dropped} dropped", "start", "label"))
+        if found.dropped:
+            parts.append(svg_text(places[0][0] + 6, bottom - 8, f"{found.dropped} dropped", "start", "label"))
         parts.append(svg_text(places[0][0], bottom + 18, str(start), "middle"))
         start += max(found.curve[-1][0], 1)
     parts.append(svg_text(_LEFT + _WIDTH, bottom + 18, str(start), "middle"))

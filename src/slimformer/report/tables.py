@@ -52,7 +52,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def methods_table(plan: Plan) -> Table:
-    """What a plan does besides dropping sublayers: every other method, with the settings that are not its defaults.
+    """What a plan does besides dropping sublayers, a row per method.
 
     Args:
         plan: Any plan; one that only drops gives a table without rows.
@@ -67,26 +67,49 @@ def methods_table(plan: Plan) -> Table:
     )
     table.add_column("method")
     table.add_column("settings")
-    for method in plan.methods:
-        if not isinstance(method, LayerDrop):
-            table.add_row(type(method).__name__, Text(_settings(method)))
+    for row in method_rows(plan):
+        table.add_row(*map(Text, row))
     return table
+
+
+def method_rows(plan: Plan) -> list[tuple[str, str]]:
+    """Every method that is no `LayerDrop`, with the settings that are not its defaults.
+
+    Example:
+        >>> from slimformer import TokenElimination
+        >>> method_rows(Plan([TokenElimination({2: 0.5}, window=128)]))
+        [('TokenElimination', 'schedule 2=0.5, window 128')]
+    """
+    others = (method for method in plan.methods if not isinstance(method, LayerDrop))
+    return [(type(method).__name__, _settings(method)) for method in others]
 
 
 def _settings(method: PlannedMethod) -> str:
     # A class that anybody registers need not be a dataclass: all of its settings are shown.
     fields: Iterable[Any] = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
-    defaults = {field.name: _words(field.default) for field in fields}
-    chosen = {name: value for name, value in method.settings().items() if _words(value) != defaults.get(name)}
-    return ", ".join(f"{name} {_words(value)}" for name, value in chosen.items())
+    defaults = {field.name: words(field.default) for field in fields}
+    parts = []
+    for name, value in method.settings().items():
+        if isinstance(value, Mapping):
+            # As the command line takes it.
+            parts.append(f"{name} " + " ".join(f"{key}={words(entry)}" for key, entry in value.items()))
+        elif words(value) != defaults.get(name):
+            parts.append(f"{name} {words(value)}")
+    return ", ".join(parts)
 
 
-def _words(value: Any) -> str:
+def words(value: Any) -> str:
+    """A value of a plan's JSON as it is shown.
+
+    Example:
+        >>> words({"model_type": "llama", "kinds": ["attention", "mlp"]})
+        'model type llama, kinds attention + mlp'
+    """
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {_words(part)}" for name, part in value.items())
+        return ", ".join(f"{key.replace('_', ' ')} {words(entry)}" for key, entry in value.items())
     if isinstance(value, (list, tuple)):
-        return " ".join(map(_words, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return " + ".join(words(entry) for entry in value)
+    return str(value)
 
 
 def comparison_table(measured: Mapping[str, Any], title: str = "") -> Table:
