@@ -319,43 +319,6 @@ def check_structure(anatomy: Anatomy, call: tuple[Tensor, dict[str, Any]] | None
             )
 
 
-class _Captured(Exception):
-    """Carries the first layer's arguments out of the stack."""
-
-
-def first_layer_call(anatomy: Anatomy) -> tuple[Tensor, dict[str, Any]] | None:
-    """What the first layer gets for eight tokens: a residual `[1, 8, hidden]`, with noise, and its other arguments.
-
-    Returns:
-        None where weights are not in memory (meta device), since there is nothing to compute with.
-    """
-    first = anatomy.layers[0]
-    embedding = anatomy.stack.get_input_embeddings()
-    weight = next((p for p in embedding.parameters() if not p.is_meta), None)
-    if weight is None:
-        return None
-    found: dict[str, Any] = {}
-
-    def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = positional_names(module)
-        found.update(zip(names, args, strict=False), **kwargs)
-        raise _Captured
-
-    ids = torch.arange(8, device=weight.device)[None] % embedding.num_embeddings
-    extra = {"use_cache": False} if anatomy.causal else {}
-    handle = first.register_forward_pre_hook(capture, with_kwargs=True, prepend=True)
-    try:
-        with torch.no_grad(), in_eval_mode(anatomy.stack):
-            anatomy.stack(input_ids=ids, attention_mask=torch.ones_like(ids), **extra)
-    except _Captured:
-        pass
-    finally:
-        handle.remove()
-    hidden = found.pop("hidden_states")
-    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(hidden)
-    return hidden + noise * hidden.float().std().to(hidden.dtype), found
-
-
 @contextlib.contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
     """Every part of a module in evaluation mode, for the length of a `with` block."""

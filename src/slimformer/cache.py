@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 
 from slimformer.errors import PlanError
 
+# What layers, attentions and stacks call the cache: from 5.24 of transformers on, before it, and in GPT-NeoX.
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 # Inputs kept beyond what a filter reads, so that speculative decoding can take back what it guessed.
 _SPARE_INPUTS = 64
 
@@ -240,7 +242,9 @@ def filter_state(cache: Cache | None, slot: int, taps: int) -> FilterState | Non
 
 
 def layer_cache(kwargs: Mapping[str, Any]) -> Cache | None:
-    """The cache among a layer's arguments."""
-    # GPT-NeoX still has the older name.
-    found: Cache | None = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    return found
+    """The cache among the arguments of a layer or a stack, whose names `check_layer_arguments` has accounted for."""
+    for name in CACHE_NAMES:
+        found: Cache | None = kwargs.get(name)
+        if found is not None:
+            return found
+    return None

@@ -19,7 +19,6 @@ from slimformer.anatomy import (
     attention_core,
     check_structure,
     find_anatomy,
-    first_layer_call,
     transformer_of,
 )
 from slimformer.attention_transforms import Attentions, AttentionTransform, transformed_by
@@ -27,6 +26,7 @@ from slimformer.cache import compact_slots
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.executor import LayerExecutor, TokenPolicy
 from slimformer.integrations.sentence_transformers import faster_pipeline
+from slimformer.layer_calls import check_cache_arguments, first_layer_call
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import Plan
@@ -34,6 +34,7 @@ from slimformer.replacements import keeps_state
 from slimformer.row_sublayers import row_sublayers
 from slimformer.stored_plan import save_with_plan, stored_plan
 from slimformer.stream import is_observed
+from slimformer.versions import warn_if_untried
 
 Model = TypeVar("Model")
 Method: TypeAlias = TokenPolicy | AttentionTransform
@@ -83,6 +84,7 @@ def patch(model: Model, *methods: Method | str | os.PathLike[str]) -> Model:
         >>> slimformer.status(slimformer.unpatch(model))
         {}
     """
+    warn_if_untried()
     inner = transformer_of(model)
     chosen = tuple(_method(given) for given in methods) or _plan_beside_checkpoint(inner)
     previous = vars(inner).get(_ATTRIBUTE)
@@ -187,6 +189,7 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
             f"Positions are counted in the cache of layer {counting}, the first whose attention runs, and tokens are "
             "to leave before it. Let them leave at a later layer, or keep an attention below."
         )
+    check_cache_arguments(anatomy)
     call = first_layer_call(anatomy)
     check_structure(
         anatomy, call, lambda layer, x, kwargs: LayerExecutor(layer, anatomy.structure).forward(x, **kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.anatomy import Anatomy, Kind, find_anatomy, first_layer_call, transformer_of
+from slimformer.anatomy import Anatomy, Kind, find_anatomy, transformer_of
 from slimformer.attention import RowAttention
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
@@ -23,6 +23,7 @@ from slimformer.calibration.routed_model import Routed
 from slimformer.calibration.training_rows import examples
 from slimformer.errors import CalibrationError, DataError, UnsupportedModelError
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.layer_calls import first_layer_call
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
 from slimformer.patching import status
 from slimformer.plan import Plan, fingerprint

@@ -21,6 +21,7 @@ from slimformer.calibration.partial_results import PartialResults
 from slimformer.calibration.progress import Stages
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.layer_calls import cache_argument
 from slimformer.methods.token_elimination import TokenElimination
 from slimformer.patching import patched, status
 from slimformer.plan import Plan, fingerprint
@@ -229,8 +230,9 @@ class _Trial:
 def _answer(model: PreTrainedModel, prompt: Tensor, answer: Tensor) -> Tensor:
     """Log-probabilities at every answer token, float32 `[answer, vocabulary]`, read behind the prompt's cache."""
     cache = DynamicCache(config=model.config)
-    first = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    rest = model(input_ids=answer[:, :-1], past_key_values=cache, use_cache=True).logits
+    given = {cache_argument(model): cache, "use_cache": True}
+    first = model(input_ids=prompt, logits_to_keep=1, **given).logits
+    rest = model(input_ids=answer[:, :-1], **given).logits
     return torch.cat([first, rest], dim=1)[0].float().log_softmax(-1)
 
 

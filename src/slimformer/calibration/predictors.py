@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from slimformer.anatomy import Anatomy, find_anatomy, first_layer_call, transformer_of
+from slimformer.anatomy import Anatomy, find_anatomy, transformer_of
 from slimformer.block_predictor import BLOCK, BlockPredictor
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
@@ -21,6 +21,7 @@ from slimformer.calibration.replay import executors, record_call, run_layer
 from slimformer.calibration.training_rows import training_rows
 from slimformer.errors import CalibrationError, UnsupportedModelError
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.layer_calls import first_layer_call
 from slimformer.methods.token_elimination import TokenElimination
 from slimformer.patching import status
 from slimformer.plan import Plan, fingerprint

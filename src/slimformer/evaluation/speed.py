@@ -18,6 +18,7 @@ from slimformer.anatomy import find_anatomy
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.executor import TokenPolicy
+from slimformer.layer_calls import cache_argument
 from slimformer.patching import patched, status
 
 
@@ -191,7 +192,7 @@ def _run(model: PreTrainedModel, ids: Tensor, prompt_tokens: int) -> _Run:
     arguments: dict[str, Any] = {}
     if steps:
         cache = DynamicCache(config=model.config)
-        arguments = {"past_key_values": cache, "use_cache": True}
+        arguments = {cache_argument(model): cache, "use_cache": True}
         # As generate does: the head reads the last token only.
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             arguments["logits_to_keep"] = 1
