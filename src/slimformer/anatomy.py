@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from slimformer.errors import UnsupportedModelError
@@ -279,44 +278,6 @@ def find_anatomy(model: Any) -> Anatomy:
         f"No list of layers in {type(model).__name__} has a known structure. Found: {' | '.join(seen[:3]) or 'none'}. "
         f"Looked for: {known}. If the model belongs to one of these, please open an issue with its layer's printout."
     )
-
-
-def check_structure(anatomy: Anatomy, call: tuple[Tensor, dict[str, Any]] | None, run: Any) -> None:
-    """Check on eight tokens that a layer computes what its parts suggest.
-
-    Names can match while the arithmetic differs (a residual multiplier, a layer scale), so one layer of each class
-    runs both ways: by its own `forward` and by `run(layer, x, kwargs)`.
-
-    Args:
-        anatomy: The model's.
-        call: Input and arguments of the first layer, from `first_layer_call`; None skips the check, as does a
-            structure whose sublayers are never computed apart.
-        run: What is to be compared.
-
-    Raises:
-        UnsupportedModelError: If the two outputs differ by more than rounding.
-    """
-    if call is None or not anatomy.structure.apart:
-        return
-    hidden, kwargs = call
-    checked: set[type] = set()
-    for layer in anatomy.layers:
-        if type(layer) in checked or any(p.is_meta for p in layer.parameters()):
-            continue
-        checked.add(type(layer))
-        with torch.no_grad(), in_eval_mode(layer):
-            expected = layer(hidden, **kwargs)
-            expected = expected[0] if isinstance(expected, tuple) else expected
-            actual = run(layer, hidden, kwargs)
-        actual = actual[0] if isinstance(actual, tuple) else actual
-        error = (actual.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)
-        tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
-        if not bool(error <= tolerance):
-            raise UnsupportedModelError(
-                f"{type(layer).__name__} has the parts of the structure {anatomy.structure.name!r} "
-                f"({anatomy.structure.examples}) but computes something else with them: relative difference "
-                f"{error.item():.2g} on eight tokens. The model was left as it was."
-            )
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slimformer.anatomy import positional_names
 from slimformer.attention_backend import fastest_backend
-from slimformer.attention_projections import Projections
+from slimformer.attention_projections import Projections, Rotation
 from slimformer.attention_scores import Extension, own_eager_attention, own_implementation, scores_of
 from slimformer.cache import extended, layer_cache
 from slimformer.linear_steps import linear_step, may_be_skipped
@@ -46,12 +46,12 @@ class RowAttention:
     Attributes:
         core: The module that calls the attention function.
         projections: The row of the table that it matches.
-        interleaved: Whether rotation pairs neighbouring channels, rather than the two halves.
+        rotation: Which channels rotation pairs, if there is any.
     """
 
     core: nn.Module
     projections: Projections
-    interleaved: bool = False
+    rotation: Rotation = "halves"
 
     def __post_init__(self) -> None:
         config = getattr(self.core, "config", None)
@@ -309,21 +309,22 @@ class RowAttention:
             q, k = (self._normed(name, t, kernels) for name, t in zip(p.norms, (q, k), strict=True))
         q, k, v = (t.view(t.shape[0], t.shape[-1] // self.head_dim, self.head_dim) for t in (q, k, v))
         positions = kwargs.get("position_embeddings")
-        if positions is None:
+        if positions is None or self.rotation == "none":
             return q, k, v
-        cos, sin = stream.rotary(positions)
+        interleaved = self.rotation != "halves"
+        cos, sin = stream.rotary(positions, spread=self.rotation == "neighbours, angles in halves")
         query_token = stream.token_of(None if rows is None else rows.index)
         key_token = stream.token_of(None if key_rows is None else key_rows.index)
         if kernels:
             # Without the checks of `rotary_`, which take three times as long as the launch.
             if query_token is key_token:
-                rotary_op(q, k, cos, sin, query_token, self.interleaved)
+                rotary_op(q, k, cos, sin, query_token, interleaved)
             else:
-                rotary_op(q, None, cos, sin, query_token, self.interleaved)
-                rotary_op(k, None, cos, sin, key_token, self.interleaved)
+                rotary_op(q, None, cos, sin, query_token, interleaved)
+                rotary_op(k, None, cos, sin, key_token, interleaved)
             return q, k, v
-        q = rotary_reference(q, cos, sin, query_token, self.interleaved)
-        return q, rotary_reference(k, cos, sin, key_token, self.interleaved), v
+        q = rotary_reference(q, cos, sin, query_token, interleaved)
+        return q, rotary_reference(k, cos, sin, key_token, interleaved), v
 
     def _packed(
         self, h_query: Tensor, h_key: Tensor, rows: Rows | None, key_rows: Rows | None

@@ -7,6 +7,11 @@ from typing import Literal
 
 from torch import nn
 
+# Which channels of queries and keys a rotation pairs: the two halves, neighbours, neighbours by cosines and sines that
+# repeat in halves (GLM, Helium), or none although the layer gets position embeddings (layers without positions).
+Rotation = Literal["halves", "neighbours", "neighbours, angles in halves", "none"]
+ROTATIONS: tuple[Rotation, ...] = ("halves", "neighbours", "neighbours, angles in halves", "none")
+
 
 @dataclass(frozen=True)
 class Projections:

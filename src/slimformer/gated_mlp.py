@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimformer.anatomy import in_eval_mode
 from slimformer.linear_steps import linear_step, may_be_skipped
+from slimformer.probes import LOUD, error, float32_copy, noise, tolerance
 from slimformer_kernels import geglu, swiglu
 
 
@@ -90,35 +92,49 @@ class GatedMlp:
         return self.product(gate, up)
 
 
+@dataclass(frozen=True)
+class GatedFinding:
+    """How an MLP that was examined can be run in a fused form; it holds for every MLP like it."""
+
+    parts: GatedParts
+    product: Callable[[Tensor, Tensor], Tensor]
+
+    def on(self, module: nn.Module) -> GatedMlp:
+        """The fused form of one of them."""
+        return GatedMlp(module, self.parts, self.product)
+
+
 @torch.no_grad()
-def examine(module: nn.Module) -> GatedMlp | None:
+def examine(module: nn.Module) -> GatedFinding | None:
     """The fused form of an MLP, checked against the module itself; None if it is not a gated one."""
     children = {name for name, _ in module.named_children()}
     parts = next((row for row in GATED if row.children() == children), None)
-    weight = next(module.parameters(), None)
-    if parts is None or weight is None or any(p.is_meta for p in module.parameters()):
+    if parts is None or any(p.is_meta for p in module.parameters()):
+        return None
+    # Scales, limits or biases of the module's own stand in no row of the table.
+    if any(value is not None for value in (*module._parameters.values(), *module._buffers.values())):
         return None
     product = _product(getattr(module, parts.activation))
-    if product is None:
-        return None
-    fused = GatedMlp(module, parts, product)
     width = getattr(getattr(module, parts.gate), "in_features", None)
-    if width is None:
+    if product is None or width is None:
         return None
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, width, generator=generator, device="cpu").to(weight.device)
-    x = x.to(weight.dtype if weight.is_floating_point() else torch.float32)
-    training = module.training
-    module.train(False)
-    try:
-        expected, actual = module(x[None])[0], fused(x)
-    except RuntimeError:
-        # Quantised layers may want another input; they keep their own forward.
+    copied = float32_copy(module)
+    trial = module if copied is None else copied
+    weight = next((p for p in trial.parameters() if p.is_floating_point()), None)
+    if weight is None:
         return None
-    finally:
-        module.train(training)
-    error = (actual.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)
-    return fused if bool(error <= (1e-5 if x.dtype == torch.float32 else 1e-2)) else None
+    fused = GatedMlp(trial, parts, product)
+    for scale in (1.0, LOUD**2):
+        x = noise((4, width), weight) * scale
+        try:
+            with in_eval_mode(trial):
+                expected, actual = trial(x[None])[0], fused(x)
+        except RuntimeError:
+            # Quantised layers may want another input; they keep their own forward.
+            return None
+        if not error(actual, expected) <= tolerance(x):
+            return None
+    return GatedFinding(parts, product)
 
 
 def _product(activation: object) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -102,7 +102,7 @@ def layer_calls(
     for returns in _KINDS_OF_RESULT:
         calls = LayerCalls(torch.empty(0), [], text, returns)
         stubs = [_stub(layer, calls) for layer in anatomy.layers]
-        mirror = _mirrored(anatomy.stack, {id(anatomy.layers): nn.ModuleList(stubs)})
+        mirror = mirrored(anatomy.stack, {id(anatomy.layers): nn.ModuleList(stubs)})
         try:
             with torch.no_grad():
                 mirror(**given)
@@ -210,7 +210,7 @@ def _stub(layer: nn.Module, calls: LayerCalls) -> nn.Module:
     return stub
 
 
-def _mirrored(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
+def mirrored(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
     """A module of its own over the same weights, in evaluation mode, with some of the modules inside replaced."""
     if id(module) in replaced:
         return replaced[id(module)]
@@ -218,7 +218,7 @@ def _mirrored(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module
     around = False
     for name, child in module._modules.items():
         if child is not None:
-            mirror._modules[name] = _mirrored(child, replaced)
+            mirror._modules[name] = mirrored(child, replaced)
             around = around or _holds(child, replaced)
     if around:
         # Bound to the module that is mirrored; below, as accelerate's on an embedding, it does what it is there for.

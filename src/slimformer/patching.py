@@ -17,7 +17,6 @@ from slimformer.anatomy import (
     Anatomy,
     Kind,
     attention_core,
-    check_structure,
     find_anatomy,
     transformer_of,
 )
@@ -27,11 +26,11 @@ from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.executor import LayerExecutor, TokenPolicy
 from slimformer.integrations.sentence_transformers import faster_pipeline
 from slimformer.layer_calls import check_cache_arguments, first_layer_call
+from slimformer.layer_examination import LayerFinding, examine_layers, row_sublayers
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import Plan
 from slimformer.replacements import keeps_state
-from slimformer.row_sublayers import row_sublayers
 from slimformer.stored_plan import save_with_plan, stored_plan
 from slimformer.stream import is_observed
 from slimformer.versions import warn_if_untried
@@ -191,9 +190,7 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
         )
     check_cache_arguments(anatomy)
     call = first_layer_call(anatomy)
-    check_structure(
-        anatomy, call, lambda layer, x, kwargs: LayerExecutor(layer, anatomy.structure).forward(x, **kwargs)
-    )
+    findings = _examined(anatomy)
     ledger = Ledger()
     try:
         patch = Patch(methods, executors, ledger)
@@ -211,7 +208,7 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
             _replace(executor, anatomy.causal, slots[index], ledger)
             if anatomy.causal and not keeps_state(executor.replacements.get("attention")):
                 executor.slot = slots[index]
-            executor.by_rows = row_sublayers(anatomy, anatomy.layers[index], call)
+            executor.by_rows = row_sublayers(anatomy, index, findings[index])
             executor.by_rows.counted = index <= counting
             if executor.shortens:
                 _check_shortens(executor)
@@ -231,6 +228,23 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
     except BaseException:
         ledger.undo()
         raise
+
+
+def _examined(anatomy: Anatomy) -> tuple[LayerFinding, ...]:
+    """What is known of the layers.
+
+    Raises:
+        UnsupportedModelError: If one computes something else than its parts suggest.
+    """
+    findings = examine_layers(anatomy)
+    for index, finding in enumerate(findings):
+        if finding.differs:
+            raise UnsupportedModelError(
+                f"Layer {index}, {type(anatomy.layers[index]).__name__}, has the parts of the structure "
+                f"{anatomy.structure.name!r} ({anatomy.structure.examples}), but {finding.differs}. The model was left "
+                "as it was."
+            )
+    return findings
 
 
 def _executors(anatomy: Anatomy, methods: tuple[Method, ...]) -> dict[int, LayerExecutor]:

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy, Kind, Structure, attention_core
+from slimformer.anatomy import Kind, Structure, attention_core
 from slimformer.attention import RowAttention, for_attention
-from slimformer.attention_examination import examine as examine_attention
 from slimformer.cache import layer_cache
 from slimformer.errors import PlanError
 from slimformer.gated_mlp import GatedMlp
-from slimformer.gated_mlp import examine as examine_mlp
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.stream import Stream, in_a_graph, is_hooked
@@ -116,23 +114,6 @@ class RowSublayers:
     def begin(self, x: Tensor, stream: Stream, kwargs: dict[str, Any]) -> Run:
         """One call of the layer on the residual `x` `[rows, hidden]`."""
         return Run(self, stream, kwargs, uses_kernels(x, self.layer))
-
-
-def row_sublayers(
-    anatomy: Anatomy, layer: nn.Module, call: tuple[Tensor, dict[str, Any]] | None
-) -> RowSublayers:
-    """Examine a layer's modules.
-
-    Args:
-        anatomy: The model's.
-        layer: One of its layers.
-        call: Input and arguments of a short call, to check them on; without one every module keeps its forward.
-    """
-    structure, attention, gated = anatomy.structure, None, None
-    if call is not None:
-        attention = examine_attention(attention_core(layer, structure), *call, causal=anatomy.causal)
-        gated = examine_mlp(getattr(layer, structure.mlp.module))
-    return RowSublayers(layer, structure, anatomy.causal, attention, gated)
 
 
 def uses_kernels(x: Tensor, layer: nn.Module) -> bool:

@@ -288,13 +288,24 @@ class Stream:
         found: Tensor | None = self.known[key][1]
         return found
 
-    def rotary(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[batch * tokens, rotary]` from the layer's, `[1 or batch, tokens, rotary]`."""
+    def rotary(
+        self, position_embeddings: tuple[Tensor, Tensor], spread: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[batch * tokens, rotary]` from the layer's, `[1 or batch, tokens, rotary]`.
+
+        Args:
+            position_embeddings: The layer's.
+            spread: Whether each of their first half is to count for two neighbours.
+        """
         cos, sin = position_embeddings
-        key = ("rotary", id(cos))
+        key = ("rotary", id(cos), spread)
         if key not in self.known:
             shape = (self.batch, self.tokens, cos.shape[-1])
-            self.known[key] = (cos, *(t.expand(shape).reshape(-1, cos.shape[-1]) for t in (cos, sin)))
+            flat = [t.expand(shape).reshape(-1, cos.shape[-1]) for t in (cos, sin)]
+            if spread:
+                flat = [t[:, : t.shape[1] // 2].repeat_interleave(2, dim=1) for t in flat]
+            # The tensor itself is kept too, so that its identity stays its own.
+            self.known[key] = (cos, *flat)
         return self.known[key][1], self.known[key][2]
 
 

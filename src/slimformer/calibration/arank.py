@@ -23,11 +23,10 @@ from slimformer.calibration.routed_model import Routed
 from slimformer.calibration.training_rows import examples
 from slimformer.errors import CalibrationError, DataError, UnsupportedModelError
 from slimformer.evaluation.perplexity import evaluating
-from slimformer.layer_calls import first_layer_call
+from slimformer.layer_examination import examine_layers, row_sublayers
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
 from slimformer.patching import status
 from slimformer.plan import Plan, fingerprint
-from slimformer.row_sublayers import row_sublayers
 from slimformer.stream import Stream
 from slimformer.training.loop import frozen
 
@@ -249,10 +248,10 @@ def calibrate_arank(
 
 
 def _attentions(anatomy: Anatomy) -> list[RowAttention]:
-    call = first_layer_call(anatomy)
+    known = examine_layers(anatomy)
     found = []
     for index, layer in enumerate(anatomy.layers):
-        attention = row_sublayers(anatomy, layer, call).attention
+        attention = row_sublayers(anatomy, index, known[index]).attention
         if attention is None:
             raise UnsupportedModelError(
                 f"The attention of layer {index}, {type(layer).__name__}, has projections that are not known, so that "

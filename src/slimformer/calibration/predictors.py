@@ -21,11 +21,11 @@ from slimformer.calibration.replay import executors, record_call, run_layer
 from slimformer.calibration.training_rows import training_rows
 from slimformer.errors import CalibrationError, UnsupportedModelError
 from slimformer.evaluation.perplexity import evaluating
-from slimformer.layer_calls import first_layer_call
+from slimformer.layer_examination import examine_layers, row_sublayers
 from slimformer.methods.token_elimination import TokenElimination
 from slimformer.patching import status
 from slimformer.plan import Plan, fingerprint
-from slimformer.row_sublayers import RowSublayers, row_sublayers
+from slimformer.row_sublayers import RowSublayers
 from slimformer.stream import Stream
 from slimformer.training.loop import TrainingSettings, fit
 from slimformer_kernels import pooled_scores
@@ -186,8 +186,8 @@ class _Teacher:
 
     @classmethod
     def of(cls, anatomy: Anatomy, layers: tuple[int, ...]) -> _Teacher:
-        call = first_layer_call(anatomy)
-        found = {index: row_sublayers(anatomy, anatomy.layers[index], call) for index in layers}
+        known = examine_layers(anatomy)
+        found = {index: row_sublayers(anatomy, index, known[index]) for index in layers}
         for index, sublayers in found.items():
             if sublayers.attention is None:
                 raise UnsupportedModelError(

@@ -1,0 +1,196 @@
+"""What is known of the layers of a model: whether each computes what its parts suggest, and how its rows can be run.
+
+One layer of every configuration is compared with itself, on short calls of the whole stack. What was found is kept as
+long as the stack lives and its layers stay as they are, so that patching again costs no comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from slimformer.anatomy import Anatomy, Structure, attention_core, in_eval_mode, positional_names
+from slimformer.attention_examination import AttentionCall, AttentionFinding
+from slimformer.attention_examination import examine as examine_attention
+from slimformer.executor import LayerExecutor
+from slimformer.gated_mlp import GatedFinding
+from slimformer.gated_mlp import examine as examine_mlp
+from slimformer.layer_calls import LayerCalls, layer_calls, mirrored
+from slimformer.probes import configuration, error, float32_copy, in_dtype, noise, tolerance
+from slimformer.row_sublayers import RowSublayers
+
+# Texts of one call, and tokens of the longer one; longer than the first tokens that attentions treat in their own way.
+_BATCH, _TOKENS = 2, 16
+# How far behind the length that a model was trained for texts of one call start.
+_FAR = 3
+
+
+@dataclass(frozen=True)
+class LayerFinding:
+    """What is known of a layer.
+
+    Attributes:
+        attention: How its attention can be run for chosen rows.
+        gated: How its MLP can be run in a fused form, if it can.
+        differs: How the layer differs from what its parts suggest, in words; empty where it does not.
+    """
+
+    attention: AttentionFinding
+    gated: GatedFinding | None = None
+    differs: str = ""
+
+
+_found: WeakKeyDictionary[nn.Module, tuple[Hashable, tuple[LayerFinding, ...]]] = WeakKeyDictionary()
+
+
+def examine_layers(anatomy: Anatomy) -> tuple[LayerFinding, ...]:
+    """What is known of every layer of a model.
+
+    Raises:
+        UnsupportedModelError: If the stack cannot be called on a few tokens.
+    """
+    configurations = [configuration(anatomy, index) for index in range(len(anatomy.layers))]
+    state = hash((tuple(configurations), anatomy.structure, _state(anatomy)))
+    known = _found.get(anatomy.stack)
+    if known is not None and known[0] == state:
+        return known[1]
+    calls = _calls(anatomy)
+    findings: dict[Hashable, LayerFinding] = {}
+    for index, own in enumerate(configurations):
+        if own not in findings:
+            findings[own] = _examined(anatomy, index, calls)
+    found = tuple(findings[own] for own in configurations)
+    _found[anatomy.stack] = (state, found)
+    return found
+
+
+def row_sublayers(anatomy: Anatomy, index: int, finding: LayerFinding) -> RowSublayers:
+    """How a layer's sublayers are run for chosen rows."""
+    layer, structure = anatomy.layers[index], anatomy.structure
+    core, mlp = attention_core(layer, structure), layer.get_submodule(structure.mlp.module)
+    attention = finding.attention.on(core)
+    causal = anatomy.causal if attention is None else finding.attention.causal
+    gated = None if finding.gated is None else finding.gated.on(mlp)
+    return RowSublayers(layer, structure, causal, attention, gated)
+
+
+def _state(anatomy: Anatomy) -> Hashable:
+    """What else decides whether findings still hold: where weights are and in which type, and who attends."""
+    first = next(anatomy.layers.parameters())
+    hooked = any(hasattr(module, "_hf_hook") for module in anatomy.layers.modules())
+    implementation = getattr(anatomy.stack.config, "_attn_implementation", None)
+    return (str(first.dtype), first.device.type, hooked, str(implementation), anatomy.causal)
+
+
+def _calls(anatomy: Anatomy) -> list[tuple[str, LayerCalls]]:
+    """Short calls of the stack: without padding, with padding in front, and with padding behind, far from the start."""
+    calls: list[tuple[str, LayerCalls | None]] = [
+        ("texts without padding", layer_calls(anatomy, tokens=_TOKENS, batch=_BATCH)),
+        ("texts with padding in front", layer_calls(anatomy, tokens=_TOKENS, batch=_BATCH, padding="left")),
+    ]
+    first = calls[0][1]
+    far = 0
+    if first is not None and any(given.get("position_embeddings") is not None for given in first.arguments):
+        # Only where positions are angles: a table of positions ends.
+        far = _FAR * _longest(anatomy.stack.config)
+    behind = layer_calls(anatomy, tokens=_TOKENS, batch=_BATCH, padding="right", start=far)
+    calls.append((f"texts with padding behind, from position {far} on", behind))
+    return [(what, call) for what, call in calls if call is not None]
+
+
+def _longest(config: Any) -> int:
+    """The largest length that a config speaks of."""
+    rope = getattr(config, "rope_parameters", None)
+    parts = [rope, *rope.values()] if isinstance(rope, dict) else []
+    lengths = [p.get("original_max_position_embeddings") for p in parts if isinstance(p, dict)]
+    lengths += [
+        getattr(config, "max_position_embeddings", None),
+        getattr(config, "original_max_position_embeddings", None),
+    ]
+    return max((length for length in lengths if isinstance(length, int)), default=0)
+
+
+@torch.no_grad()
+def _examined(anatomy: Anatomy, index: int, calls: list[tuple[str, LayerCalls]]) -> LayerFinding:
+    layer, structure = anatomy.layers[index], anatomy.structure
+    core = attention_core(layer, structure)
+    if not structure.apart:
+        return LayerFinding(AttentionFinding(reason="its sublayers cannot be computed apart"))
+    if not calls or any(p.is_meta for p in layer.parameters()):
+        return LayerFinding(AttentionFinding(reason="its weights are not in memory"))
+    differs = _layer_differs(layer, structure, index, calls)
+    if differs:
+        return LayerFinding(AttentionFinding(reason=differs), differs=differs)
+    attention = examine_attention(
+        core, _attention_calls(layer, structure, core, index, calls), anatomy.causal
+    )
+    return LayerFinding(attention, examine_mlp(layer.get_submodule(structure.mlp.module)))
+
+
+def _layer_differs(
+    layer: nn.Module, structure: Structure, index: int, calls: list[tuple[str, LayerCalls]]
+) -> str:
+    """How a layer's own `forward` differs from its parts run one after the other, in words."""
+    trial = float32_copy(layer)
+    trial = layer if trial is None else trial
+    weight = next((p for p in trial.parameters() if p.is_floating_point()), None)
+    for number, (what, call) in enumerate(calls):
+        like = call.hidden if weight is None else weight
+        x = noise(tuple(call.hidden.shape), like, seed=number)
+        given = {name: in_dtype(value, like) for name, value in call.arguments[index].items()}
+        with in_eval_mode(trial):
+            expected = _residual(trial(x, **given))
+            actual = _residual(LayerExecutor(trial, structure).forward(x, **given))
+            mlp = _mlp_by_rows(trial, structure, x)
+        rows = call.text.flatten().to(x.device)
+        off = error(actual.flatten(0, 1)[rows], expected.flatten(0, 1)[rows])
+        if not off <= tolerance(x):
+            return f"it computes something else with its parts: relative difference {off:.2g} for {what}"
+        if not mlp <= tolerance(x):
+            return f"its MLP computes a token from other tokens too: relative difference {mlp:.2g}"
+    return ""
+
+
+def _mlp_by_rows(layer: nn.Module, structure: Structure, x: Tensor) -> float:
+    """How far the MLP of some tokens is from the same tokens' of all."""
+    module, flat = layer.get_submodule(structure.mlp.module), x.flatten(0, 1)
+    some = flat[1::3]
+    whole, alone = _residual(module(x)).flatten(0, 1)[1::3], _residual(module(some[None]))[0]
+    return error(alone, whole)
+
+
+def _residual(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+class _Reached(Exception):
+    """Carries an attention's arguments out of its layer."""
+
+
+def _attention_calls(
+    layer: nn.Module, structure: Structure, core: nn.Module, index: int, calls: list[tuple[str, LayerCalls]]
+) -> list[AttentionCall]:
+    """What the attention of a layer gets in calls of the stack."""
+    found: list[AttentionCall] = []
+    for what, call in calls:
+        stub = nn.Module()
+        given: dict[str, Any] = {}
+
+        def reached(*args: Any, given: dict[str, Any] = given, **kwargs: Any) -> None:
+            given.update(zip(positional_names(core), args, strict=False), **kwargs)
+            raise _Reached
+
+        stub.__dict__["forward"] = reached
+        mirror = mirrored(layer, {id(core): stub})
+        try:
+            mirror(call.hidden, **call.arguments[index])
+        except _Reached:
+            given.pop("hidden_states", None)
+            found.append(AttentionCall(given, call.text, what))
+    return found
