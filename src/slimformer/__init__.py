@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from slimformer.methods.token_elimination import TokenElimination
     from slimformer.patching import patch, patched, status, unpatch
     from slimformer.plan import Plan
+    from slimformer.tiers import support
     from slimformer.training.repair import repair
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "patched",
     "repair",
     "status",
+    "support",
     "unpatch",
 ]
 
@@ -45,6 +47,7 @@ _HOMES = {
     "Plan": "slimformer.plan",
     "calibrate": "slimformer.calibration.calibrate",
     "repair": "slimformer.training.repair",
+    "support": "slimformer.tiers",
     **dict.fromkeys(("patch", "patched", "status", "unpatch"), "slimformer.patching"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -141,14 +142,10 @@ STRUCTURES: tuple[Structure, ...] = (
         Parts("mlp", norm_before="mlp_norm"),
         examples="ModernBERT",
     ),
-    Structure(
-        "pre-norm with a position bias",
-        Parts("layer.0"),
-        Parts("layer.1"),
-        apart=False,
-        examples="T5's encoder",
-    ),
 )
+
+# Of layers that no row describes: what they compute is theirs, and only modules and whole layers can be left out.
+BY_MODULES = Structure("by its modules", Parts(""), Parts(""), apart=False)
 
 
 @dataclass(frozen=True)
@@ -160,12 +157,14 @@ class Anatomy:
         layers: The layers, in order.
         structure: The row of the table that the layers match.
         layer_types: The cache and mask type of every layer, such as `"full_attention"`.
+        unknown: Why no row of the table describes the layers, in words; empty where one does.
     """
 
     stack: PreTrainedModel
     layers: nn.ModuleList
     structure: Structure
     layer_types: tuple[str, ...]
+    unknown: str = ""
 
     @property
     def causal(self) -> bool:
@@ -175,6 +174,14 @@ class Anatomy:
             getattr(self.stack.config, "is_decoder", False)
         )
 
+    def by_modules(self, why: str) -> Anatomy:
+        """The same layers, without what the table says of them.
+
+        Args:
+            why: What is wrong with it, in words.
+        """
+        return dataclasses.replace(self, structure=BY_MODULES, unknown=why)
+
     def describe(self) -> str:
         """One line for people."""
         return f"{type(self.stack).__name__}: {len(self.layers)} layers, {self.structure.name}"
@@ -182,11 +189,28 @@ class Anatomy:
 
 def attention_core(layer: nn.Module, structure: Structure) -> nn.Module:
     """The module of a layer that calls the attention function and knows its `layer_idx`."""
+    if structure is BY_MODULES:
+        found = [m for _, m in layer.named_modules() if m is not layer and _attends(m)]
+        return found[0] if found else layer
     module = layer.get_submodule(structure.attention.module)
     for inner in ("self", "attn", "SelfAttention"):
         if isinstance(getattr(module, inner, None), nn.Module):
             return getattr(module, inner)
     return module
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether a module looks like one that computes attention scores."""
+    names = (
+        "scaling",
+        "scale",
+        "softmax_scale",
+        "attention_head_size",
+        "head_dim",
+        "is_causal",
+        "key_value_proj_dim",
+    )
+    return any(name in vars(module) for name in names) and any(p.dim() == 2 for p in module.parameters())
 
 
 def match_structure(layer: nn.Module) -> Structure | None:
@@ -195,9 +219,6 @@ def match_structure(layer: nn.Module) -> Structure | None:
     An extra child means something the row does not describe, so it must not match.
     """
     children = {name for name, _ in layer.named_children()}
-    if children == {"layer"}:
-        # T5 keeps its sublayers in a list.
-        children = {f"layer.{name}" for name, _ in layer.get_submodule("layer").named_children()}
     for structure in STRUCTURES:
         if structure.attention.children() | structure.mlp.children() == children:
             return structure
@@ -237,7 +258,7 @@ def find_anatomy(model: Any) -> Anatomy:
     """Find the layer stack of a model and the structure of its layers.
 
     Raises:
-        UnsupportedModelError: If no list of layers matches a row of the table; says what was looked for.
+        UnsupportedModelError: If it has no list of layers.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -258,26 +279,36 @@ def find_anatomy(model: Any) -> Anatomy:
             "pass the encoder (`model.get_encoder()`) if that is what you use."
         )
     root = _text_stack(model)
-    seen: list[str] = []
-    for name, module in root.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
+    lists = [
+        (name, module)
+        for name, module in root.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and any(True for _ in module[0].parameters())
+    ]
+    for name, module in lists:
         structures = [match_structure(layer) for layer in module]
-        if all(structure is not None and structure is structures[0] for structure in structures):
-            parent = root.get_submodule(name.rpartition(".")[0])
-            stack = parent if isinstance(parent, PreTrainedModel) else root
-            structure = structures[0]
-            if structure is None:
-                continue
-            return Anatomy(stack, module, structure, _layer_types(stack, len(module)))
-        children = sorted(child for child, _ in module[0].named_children())
-        if children:
-            seen.append(f"{name} of {type(module[0]).__name__}: {', '.join(children)}")
-    known = "; ".join(f"{s.name} ({s.examples})" for s in STRUCTURES)
-    raise UnsupportedModelError(
-        f"No list of layers in {type(model).__name__} has a known structure. Found: {' | '.join(seen[:3]) or 'none'}. "
-        f"Looked for: {known}. If the model belongs to one of these, please open an issue with its layer's printout."
-    )
+        structure = structures[0]
+        if structure is not None and all(other is structure for other in structures):
+            return _anatomy(root, name, module, structure)
+    fitting = [entry for entry in lists if len(entry[1]) == getattr(root.config, "num_hidden_layers", None)]
+    if not fitting:
+        seen = "; ".join(f"{name} with {len(module)} entries" for name, module in lists[:3]) or "none"
+        raise UnsupportedModelError(
+            f"No list of modules in {type(model).__name__} has as many entries as its config says layers "
+            f"({getattr(root.config, 'num_hidden_layers', 'not said')}). Found: {seen}. The model was left as it was."
+        )
+    # Beside the layers there may be lists of as many small parts.
+    name, module = max(fitting, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
+    children = ", ".join(sorted(child for child, _ in module[0].named_children()))
+    why = f"no row of the structure table has the parts of {type(module[0]).__name__}: {children or 'none'}"
+    return _anatomy(root, name, module, BY_MODULES, why)
+
+
+def _anatomy(
+    root: PreTrainedModel, name: str, layers: nn.ModuleList, structure: Structure, unknown: str = ""
+) -> Anatomy:
+    parent = root.get_submodule(name.rpartition(".")[0])
+    stack = parent if isinstance(parent, PreTrainedModel) else root
+    return Anatomy(stack, layers, structure, _layer_types(stack, len(layers)), unknown)
 
 
 @contextlib.contextmanager

@@ -56,6 +56,26 @@ def compact_slots(layer_types: Sequence[str], dropped: Sequence[int]) -> list[in
     return slots
 
 
+def check_first_slots(layer_types: Sequence[str], dropped: Sequence[int]) -> None:
+    """Check that layers which stay in their slots leave those filled by which positions and masks are made.
+
+    Args:
+        layer_types: The cache type of every layer.
+        dropped: Indices of layers whose token mixer does not run.
+
+    Raises:
+        PlanError: If the first slot, or the first of a type that is still used, would stay empty.
+    """
+    gone = set(dropped)
+    for kind in dict.fromkeys(layer_types):
+        own = [i for i, t in enumerate(layer_types) if t == kind]
+        if own[0] in gone and (own[0] == 0 or any(i not in gone for i in own)):
+            raise PlanError(
+                f"The plan drops the attention of layer {own[0]}, the first of type {kind!r}, in whose cache positions "
+                "are counted, and the layers of this model stay in their cache slots. Keep this one."
+            )
+
+
 def extended(cache: Cache, slot: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Put new keys and values `[batch, kv_heads, tokens, head_dim]` into a slot; returns all that it holds.
 

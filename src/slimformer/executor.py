@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,13 +18,14 @@ from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, attention_core, 
 from slimformer.attention import for_attention
 from slimformer.attention_scores import own_implementation
 from slimformer.cache import layer_cache, leave_slot_empty
-from slimformer.errors import PlanError
+from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.ledger import Ledger
+from slimformer.replacements import keeps_state
 from slimformer.row_selection import RowSelector, intersection
 from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
 from slimformer.rows import Rows
 from slimformer.shorter_cache import mask_of_slot
-from slimformer.stream import Stream, in_a_graph, leaving_under_gradients
+from slimformer.stream import Stream, in_a_graph, is_observed, leaving_under_gradients
 
 # What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition. One with a
 # true attribute `by_row` takes rows `[rows, hidden]` too.
@@ -142,14 +144,68 @@ class LayerExecutor:
 
     def __post_init__(self) -> None:
         if not self.structure.apart:
-            raise PlanError(
-                f"The sublayers of {type(self.layer).__name__} ({self.structure.examples}) cannot be computed apart: "
-                "none can be dropped and no token left out. TempScale and LogNScale apply to this model."
+            raise UnsupportedModelError(
+                f"The arithmetic of {type(self.layer).__name__} is not known, so that its sublayers cannot be run "
+                "apart. LayerDrop, EarlyExit and TempScale apply to it; see slimformer.support(model)."
             )
         self.names = positional_names(self.layer)[1:]
         self.parallel = self.structure.is_parallel(self.layer)
         # MPNet's encoder indexes the layer's output; every other stack takes the tensor.
         self.returns_tuple = "output_attentions" in self.names
+
+    def placed(self, anatomy: Anatomy, index: int, shorter_from: int) -> None:
+        """Say where in the stack the layer is.
+
+        Args:
+            anatomy: The model's.
+            index: Its own place.
+            shorter_from: The first layer whose cache may hold fewer tokens than the text has.
+        """
+        self.chooses = any(plan.rows for plan in self.sublayers.values())
+        self.shortens = index >= shorter_from
+        self.last = index == len(anatomy.layers) - 1
+        # A stack whose layers return tuples collects hidden states in its own loop.
+        self.observed = partial(is_observed, anatomy.layers, self.returns_tuple)
+
+    def install(self, ledger: Ledger, slot: int, counting: bool, causal: bool) -> None:
+        """Put this in place of the layer's `forward`, with what replacements read.
+
+        Args:
+            ledger: Where changes are written down.
+            slot: The cache slot of the layer's attention.
+            counting: Whether positions are counted in the slot of this layer or a higher one.
+            causal: Whether the model is a decoder.
+
+        Raises:
+            PlanError: If tokens are to leave that the layer's attention cannot do without.
+        """
+        for kind, plan in self.sublayers.items():
+            if not plan.compute and plan.replacement is not None:
+                self.replacements[kind] = plan.replacement(self.layer, causal, slot)
+        if causal and not keeps_state(self.replacements.get("attention")):
+            self.slot = slot
+        if self.by_rows is not None:
+            # Transforms have changed what attentions read since they were examined.
+            self.by_rows = self.by_rows.renewed(counted=counting)
+        if self.shortens:
+            self._check_shortens()
+        had = ledger.set_forward(self.layer, self.forward)
+        if all(plan.compute for plan in self.sublayers.values()):
+            self.dense = had
+
+    def _check_shortens(self) -> None:
+        """Refuse a layer whose attention cannot do without the tokens that leave."""
+        attention = None if self.by_rows is None else self.by_rows.attention
+        if attention is None or self.returns_tuple:
+            raise PlanError(
+                f"Tokens cannot leave the model: the attention of {type(self.layer).__name__} has projections that "
+                "are not known."
+            )
+        if attention.counts_keys:
+            raise PlanError(
+                "Tokens cannot leave a model under SelfExtend, which counts positions among all keys of a text. Use "
+                "RopeScaling for long texts with TokenElimination."
+            )
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the layer's `forward`, with the same arguments and the same kind of result."""

@@ -24,7 +24,17 @@ Padding = Literal["none", "left", "right"]
 # Texts of a call: one as long as the call, one shorter by this many tokens.
 SHORTER_BY = 5
 # What layers may return: the residual alone, or a tuple that begins with it.
-_KINDS_OF_RESULT = (0, 1, 2, 3)
+_BESIDE = object()
+_KINDS_OF_RESULT = (
+    (0, None),
+    (1, None),
+    (2, _BESIDE),
+    (2, None),
+    (3, _BESIDE),
+    (3, None),
+    (4, _BESIDE),
+    (4, None),
+)
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -45,16 +55,20 @@ class LayerCalls:
         arguments: What every layer got beside it, by the names in the signature of its `forward`.
         text: Which tokens are text, bool `[batch, tokens]`.
         returns: 0 where layers return the residual alone, else how many values they return, the residual first.
+        hands_over: Whether what layers return beside the residual goes to layers above.
         passes_on: Whether every layer got the very tensor that the layer before it returned.
         returned: That tensor, of the last layer.
+        beside: What stood for the other values that layers return.
     """
 
     hidden: Tensor
     arguments: list[dict[str, Any]]
     text: Tensor
     returns: int = 0
+    hands_over: bool = False
     passes_on: bool = True
     returned: Tensor | None = field(default=None, repr=False)
+    beside: object = field(default=None, repr=False)
 
 
 def layer_calls(
@@ -99,8 +113,8 @@ def layer_calls(
     if "use_cache" in names or anatomy.causal:
         given["use_cache"] = cached
     failure: Exception | None = None
-    for returns in _KINDS_OF_RESULT:
-        calls = LayerCalls(torch.empty(0), [], text, returns)
+    for returns, beside in _KINDS_OF_RESULT:
+        calls = LayerCalls(torch.empty(0), [], text, returns, beside=beside)
         stubs = [_stub(layer, calls) for layer in anatomy.layers]
         mirror = mirrored(anatomy.stack, {id(anatomy.layers): nn.ModuleList(stubs)})
         try:
@@ -199,9 +213,11 @@ class _Handed:
                 f"a layer got {getattr(hidden, 'shape', type(hidden))} for {calls.hidden.shape}"
             )
         calls.passes_on = calls.passes_on and (calls.returned is None or calls.returned is hidden)
+        if calls.beside is not None and any(value is calls.beside for value in given.values()):
+            calls.hands_over = True
         calls.arguments.append(given)
         calls.returned = hidden.clone()
-        return (calls.returned, *[None] * (calls.returns - 1)) if calls.returns else calls.returned
+        return (calls.returned, *[calls.beside] * (calls.returns - 1)) if calls.returns else calls.returned
 
 
 def _stub(layer: nn.Module, calls: LayerCalls) -> nn.Module:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy, Structure, attention_core, in_eval_mode, positional_names
+from slimformer.anatomy import KINDS, Anatomy, Structure, attention_core, in_eval_mode, positional_names
 from slimformer.attention_examination import AttentionCall, AttentionFinding
 from slimformer.attention_examination import examine as examine_attention
 from slimformer.executor import LayerExecutor
@@ -23,6 +23,7 @@ from slimformer.gated_mlp import examine as examine_mlp
 from slimformer.layer_calls import LayerCalls, layer_calls, mirrored
 from slimformer.probes import configuration, error, float32_copy, in_dtype, noise, tolerance
 from slimformer.row_sublayers import RowSublayers
+from slimformer.sublayer_modules import SublayerModules, find_sublayer_modules
 
 # Texts of one call, and tokens of the longer one; longer than the first tokens that attentions treat in their own way.
 _BATCH, _TOKENS = 2, 16
@@ -67,6 +68,32 @@ def examine_layers(anatomy: Anatomy) -> tuple[LayerFinding, ...]:
     found = tuple(findings[own] for own in configurations)
     _found[anatomy.stack] = (state, found)
     return found
+
+
+def examine_modules(anatomy: Anatomy, calls: LayerCalls | None) -> tuple[SublayerModules, ...]:
+    """The modules of every layer's sublayers, where the layers' arithmetic is not known."""
+    if calls is None:
+        why = dict.fromkeys((*KINDS, "block"), "its weights are not in memory")
+        return tuple(SublayerModules(reasons=why) for _ in anatomy.layers)
+    known: dict[Hashable, SublayerModules] = {}
+    shared = _shared_modules(anatomy)
+    found = []
+    for index in range(len(anatomy.layers)):
+        own = configuration(anatomy, index)
+        if own not in known:
+            known[own] = find_sublayer_modules(anatomy, index, calls)
+        found.append(known[own].without(shared, anatomy.layers[index]))
+    return tuple(found)
+
+
+def _shared_modules(anatomy: Anatomy) -> set[int]:
+    """Modules that stand in several layers: what one of these does not compute, none does."""
+    seen: dict[int, int] = {}
+    for index, layer in enumerate(anatomy.layers):
+        for module in layer.modules():
+            if seen.setdefault(id(module), index) != index:
+                seen[id(module)] = -1
+    return {module for module, index in seen.items() if index < 0}
 
 
 def row_sublayers(anatomy: Anatomy, index: int, finding: LayerFinding) -> RowSublayers:

@@ -14,29 +14,27 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import (
     KINDS,
-    Anatomy,
     Kind,
     attention_core,
     find_anatomy,
     transformer_of,
 )
 from slimformer.attention_transforms import Attentions, AttentionTransform, transformed_by
-from slimformer.cache import compact_slots
-from slimformer.errors import PlanError, UnsupportedModelError
+from slimformer.errors import PlanError
 from slimformer.executor import LayerExecutor, TokenPolicy
 from slimformer.integrations.sentence_transformers import faster_pipeline
-from slimformer.layer_calls import check_cache_arguments, first_layer_call
-from slimformer.layer_examination import LayerFinding, examine_layers, row_sublayers
+from slimformer.layer_calls import first_layer_call
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import Plan
-from slimformer.replacements import keeps_state
 from slimformer.stored_plan import save_with_plan, stored_plan
-from slimformer.stream import is_observed
+from slimformer.switched_layer import SwitchedLayer
+from slimformer.tiers import Support, examine_support
 from slimformer.versions import warn_if_untried
 
 Model = TypeVar("Model")
 Method: TypeAlias = TokenPolicy | AttentionTransform
+Executor: TypeAlias = LayerExecutor | SwitchedLayer
 _ATTRIBUTE = "_slimformer"
 _logger = logging.getLogger("slimformer")
 
@@ -46,7 +44,7 @@ class Patch:
     """What `patch` leaves on the model: the methods, the executors in place, the ledger, and notes for `status`."""
 
     methods: tuple[Method, ...]
-    executors: dict[int, LayerExecutor]
+    executors: dict[int, Executor]
     ledger: Ledger
     notes: dict[int, str] = field(default_factory=dict)
 
@@ -176,83 +174,61 @@ def _plan_beside_checkpoint(model: nn.Module) -> tuple[Method, ...]:
 
 
 def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
-    anatomy = find_anatomy(model)
-    executors = _executors(anatomy, (*methods, Unpadding()))
+    support = examine_support(find_anatomy(model))
+    anatomy = support.anatomy
+    executors = _executors(support, (*methods, Unpadding()))
     dropped = [index for index, executor in executors.items() if not executor.sublayers["attention"].compute]
     slots = list(range(len(anatomy.layers)))
     if anatomy.causal:
-        slots = compact_slots(anatomy.layer_types, dropped)
+        slots = support.slots(dropped)
     counting = slots.index(0)
     if counting in executors and executors[counting].shortens:
         raise PlanError(
             f"Positions are counted in the cache of layer {counting}, the first whose attention runs, and tokens are "
             "to leave before it. Let them leave at a later layer, or keep an attention below."
         )
-    check_cache_arguments(anatomy)
-    call = first_layer_call(anatomy)
-    findings = _examined(anatomy)
     ledger = Ledger()
     try:
         patch = Patch(methods, executors, ledger)
         ledger.set(model, _ATTRIBUTE, patch)
         if methods:
             ledger.set(model, "save_pretrained", partial(save_with_plan, model, methods))
-        # Before anything is examined, so that rows are attended to as transforms say.
-        patch.notes = transformed_by(methods, Attentions(anatomy, ledger, call))
+        # Before layers are changed, so that rows are attended to as transforms say.
+        patch.notes = transformed_by(methods, Attentions(anatomy, ledger, first_layer_call(anatomy)))
         for executor in executors.values():
             _change_weights(executor, ledger)
         plans = [plan for executor in executors.values() for plan in executor.sublayers.values()]
         for prepare in dict.fromkeys(prepare for plan in plans for prepare in plan.prepares):
             prepare(model, ledger)
         for index, executor in executors.items():
-            _replace(executor, anatomy.causal, slots[index], ledger)
-            if anatomy.causal and not keeps_state(executor.replacements.get("attention")):
-                executor.slot = slots[index]
-            executor.by_rows = row_sublayers(anatomy, index, findings[index])
-            executor.by_rows.counted = index <= counting
-            if executor.shortens:
-                _check_shortens(executor)
-            had = ledger.set_forward(anatomy.layers[index], executor.forward)
-            if all(plan.compute for plan in executor.sublayers.values()):
-                executor.dense = had
+            _add_weights(executor, ledger)
+            executor.install(ledger, slots[index], index <= counting, anatomy.causal)
         for layer, slot in zip(anatomy.layers, slots, strict=True):
             core = attention_core(layer, anatomy.structure)
             if getattr(core, "layer_idx", slot) != slot:
                 ledger.set(core, "layer_idx", slot)
         faster_pipeline(pipeline, model, ledger)
-        if not executors and not patch.notes:
-            raise UnsupportedModelError(
-                f"Nothing was asked for that changes {type(anatomy.stack).__name__}: its sublayers cannot be computed "
-                "apart. TempScale and LogNScale apply to it."
-            )
     except BaseException:
         ledger.undo()
         raise
+    if not methods and support.tier != "rows":
+        _logger.warning(
+            "%s runs as it did: %s. LayerDrop, EarlyExit and TempScale apply to it; slimformer.support(model) says "
+            "more.",
+            type(anatomy.stack).__name__,
+            support.reason,
+        )
 
 
-def _examined(anatomy: Anatomy) -> tuple[LayerFinding, ...]:
-    """What is known of the layers.
-
-    Raises:
-        UnsupportedModelError: If one computes something else than its parts suggest.
-    """
-    findings = examine_layers(anatomy)
-    for index, finding in enumerate(findings):
-        if finding.differs:
-            raise UnsupportedModelError(
-                f"Layer {index}, {type(anatomy.layers[index]).__name__}, has the parts of the structure "
-                f"{anatomy.structure.name!r} ({anatomy.structure.examples}), but {finding.differs}. The model was left "
-                "as it was."
-            )
-    return findings
-
-
-def _executors(anatomy: Anatomy, methods: tuple[Method, ...]) -> dict[int, LayerExecutor]:
+def _executors(support: Support, methods: tuple[Method, ...]) -> dict[int, Executor]:
     """One executor for every layer that some method touches, with the decisions of all methods."""
-    executors: dict[int, LayerExecutor] = {}
+    anatomy = support.anatomy
+    executors: dict[int, Executor] = {}
 
-    def executor_of(index: int) -> LayerExecutor:
-        return executors.setdefault(index, LayerExecutor(anatomy.layers[index], anatomy.structure))
+    def executor_of(index: int) -> Executor:
+        if index not in executors:
+            executors[index] = support.layer(index)
+        return executors[index]
 
     for method in methods:
         if not isinstance(method, TokenPolicy):
@@ -270,32 +246,13 @@ def _executors(anatomy: Anatomy, methods: tuple[Method, ...]) -> dict[int, Layer
         default=len(anatomy.layers),
     )
     for index, executor in executors.items():
-        executor.chooses = any(plan.rows for plan in executor.sublayers.values())
-        executor.shortens = index >= shorter_from
-        executor.last = index == len(anatomy.layers) - 1
-        # A stack whose layers return tuples collects hidden states in its own loop.
-        executor.observed = partial(is_observed, anatomy.layers, executor.returns_tuple)
+        executor.placed(anatomy, index, shorter_from)
     return executors
 
 
-def _check_shortens(executor: LayerExecutor) -> None:
-    """Refuse a layer whose attention cannot do without the tokens that leave."""
-    attention = None if executor.by_rows is None else executor.by_rows.attention
-    if attention is None or executor.returns_tuple:
-        raise PlanError(
-            f"Tokens cannot leave the model: the attention of {type(executor.layer).__name__} has projections that "
-            "are not known."
-        )
-    if attention.counts_keys:
-        raise PlanError(
-            "Tokens cannot leave a model under SelfExtend, which counts positions among all keys of a text. Use "
-            "RopeScaling for long texts with TokenElimination."
-        )
-
-
-def _replace(executor: LayerExecutor, causal: bool, slot: int, ledger: Ledger) -> None:
+def _add_weights(executor: Executor, ledger: Ledger) -> None:
     layer = executor.layer
-    for kind, plan in executor.sublayers.items():
+    for plan in executor.sublayers.values():
         if plan.compute or plan.replacement is None:
             continue
         like = next((p for p in layer.parameters() if p.is_floating_point()), None)
@@ -303,10 +260,9 @@ def _replace(executor: LayerExecutor, causal: bool, slot: int, ledger: Ledger) -
             if like is not None:
                 value = value.to(_computing_device(layer, like), like.dtype)
             ledger.add_buffer(layer, name, value)
-        executor.replacements[kind] = plan.replacement(layer, causal, slot)
 
 
-def _change_weights(executor: LayerExecutor, ledger: Ledger) -> None:
+def _change_weights(executor: Executor, ledger: Ledger) -> None:
     layer = executor.layer
     values: dict[str, Tensor] = {}
     for plan in executor.sublayers.values():

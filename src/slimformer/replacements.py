@@ -41,6 +41,10 @@ class Mean:
 
     def __call__(self, residual: Tensor, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The addition to the residual, `[hidden]`, the same for every token."""
+        return self.vector()
+
+    def vector(self) -> Tensor:
+        """That addition."""
         bias: Tensor = getattr(self.layer, weight_names(self.kind)[1])
         return bias
 

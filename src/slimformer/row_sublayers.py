@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,15 @@ class RowSublayers:
             # BERT's: linear layer, dropout, norm of the sum with the residual.
             if output is not None and {n for n, _ in output.named_children()} == _BERT_OUTPUT:
                 self.output_norms[kind] = RowNorms(output, ("LayerNorm",))
+
+    def renewed(self, counted: bool) -> RowSublayers:
+        """The same for the modules as they are now.
+
+        Args:
+            counted: Whether the layer runs before the cache counts a call's tokens.
+        """
+        attention = None if self.attention is None else replace(self.attention)
+        return replace(self, attention=attention, counted=counted)
 
     def cached_tokens(self, kwargs: dict[str, Any]) -> int | Tensor:
         """How many tokens this layer's slot of the cache holds."""
