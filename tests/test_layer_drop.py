@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 import slimformer
 from slimformer import LayerDrop
 from slimformer.errors import PlanError, UnsupportedModelError
+from slimformer.methods.random_keep import RandomKeep
 from tiny_models import DECODERS, ENCODERS, dropped, tiny_model
 
 DROP = LayerDrop(attention=[0], mlp=[1], block=[3])
@@ -183,7 +184,7 @@ def test_dropping_every_attention_that_counts_positions_is_refused() -> None:
     assert slimformer.status(model) == {}
 
 
-def test_a_layer_that_computes_something_else_is_refused() -> None:
+def test_a_layer_that_computes_something_else_than_its_parts_suggest_runs_as_it_is() -> None:
     model = tiny_model("llama")
     layer = type(model.model.layers[0])
 
@@ -193,9 +194,14 @@ def test_a_layer_that_computes_something_else_is_refused() -> None:
 
     for child in model.model.layers:
         child.__class__ = Scaled
+    found = slimformer.support(model)
+    assert found.tier == "sublayers"
+    assert "computes something else" in found.reason
     with pytest.raises(UnsupportedModelError, match="computes something else"):
-        slimformer.patch(model, LayerDrop(attention=[1]))
+        slimformer.patch(model, RandomKeep(0.5))
     assert slimformer.status(model) == {}
+    slimformer.patch(model, LayerDrop(attention=[1]))
+    assert dropped(model) == {1: ["attention"]}
 
 
 def test_hidden_states_keep_their_number_and_copies_stay_apart() -> None:

@@ -158,6 +158,7 @@ class Anatomy:
         structure: The row of the table that the layers match.
         layer_types: The cache and mask type of every layer, such as `"full_attention"`.
         unknown: Why no row of the table describes the layers, in words; empty where one does.
+        caches: Whether the stack was seen to keep a key-value cache; None where attributes of the layers tell.
     """
 
     stack: PreTrainedModel
@@ -165,10 +166,13 @@ class Anatomy:
     structure: Structure
     layer_types: tuple[str, ...]
     unknown: str = ""
+    caches: bool | None = None
 
     @property
     def causal(self) -> bool:
         """Whether tokens see only the past, so that a key-value cache exists."""
+        if self.caches is not None:
+            return self.caches
         module = attention_core(self.layers[0], self.structure)
         return bool(getattr(module, "is_causal", False)) or bool(
             getattr(self.stack.config, "is_decoder", False)

@@ -177,6 +177,16 @@ def check_cache_arguments(anatomy: Anatomy) -> None:
             )
 
 
+def keeps_cache(anatomy: Anatomy) -> bool:
+    """Whether a stack that is asked for a key-value cache hands one to its layers."""
+    if "use_cache" not in positional_names(anatomy.stack):
+        return False
+    calls = layer_calls(anatomy, cached=True)
+    return calls is not None and any(
+        isinstance(v, Cache) for given in calls.arguments for v in given.values()
+    )
+
+
 def first_layer_call(anatomy: Anatomy) -> tuple[Tensor, dict[str, Any]] | None:
     """What the first layer gets for eight tokens: a residual `[1, 8, hidden]`, with noise, and its other arguments.
 

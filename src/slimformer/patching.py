@@ -236,11 +236,15 @@ def _executors(support: Support, methods: tuple[Method, ...]) -> dict[int, Execu
         for (index, kind), plan in method.sublayer_plans(anatomy).items():
             executor = executor_of(index)
             executor.sublayers[kind] = executor.sublayers[kind] & plan
-    first = min((i for i, e in executors.items() if e.sublayers["attention"].staying), default=None)
-    if first is not None:
-        # Layers above get a stream that has lost rows.
-        for index in range(first, len(anatomy.layers)):
-            executor_of(index)
+    first = min(
+        (i for i, e in executors.items() if e.sublayers["attention"].staying), default=len(anatomy.layers)
+    )
+    if support.tier != "rows":
+        # For `status`, which says of every layer what it computes.
+        first = 0
+    # Layers above get a stream that has lost rows.
+    for index in range(first, len(anatomy.layers)):
+        executor_of(index)
     shorter_from = min(
         (i for i, e in executors.items() if e.sublayers["attention"].leave_caches),
         default=len(anatomy.layers),

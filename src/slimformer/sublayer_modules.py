@@ -83,7 +83,10 @@ def find_sublayer_modules(anatomy: Anatomy, index: int, calls: LayerCalls) -> Su
     trial = float32_copy(layer)
     trial = mirrored(layer, {}) if trial is None else trial
     weight = next((p for p in trial.parameters() if p.is_floating_point()), calls.hidden)
-    given = {name: in_dtype(value, weight) for name, value in calls.arguments[index].items()}
+    given = {
+        name: None if calls.beside is not None and value is calls.beside else in_dtype(value, weight)
+        for name, value in calls.arguments[index].items()
+    }
     probe = _Probe(trial, noise(tuple(calls.hidden.shape), weight), given)
     try:
         output = probe.run()
@@ -96,7 +99,7 @@ def find_sublayer_modules(anatomy: Anatomy, index: int, calls: LayerCalls) -> Su
         reasons["block"] = "it hands more than the residual to the layers above"
     silent: dict[Kind, tuple[Silent, ...]] = {}
     for kind, paths in probe.sublayers().items():
-        found = probe.silenced(paths)
+        found = probe.silenced(paths, calls.hands_over)
         if isinstance(found, str):
             reasons[kind] = found
         else:
@@ -226,8 +229,13 @@ class _Probe:
                 found.append(path)
         return found
 
-    def silenced(self, paths: tuple[str, ...]) -> tuple[Silent, ...] | str:
-        """What is to compute nothing so that these modules put out zeros; in words why that cannot be."""
+    def silenced(self, paths: tuple[str, ...], hands_over: bool) -> tuple[Silent, ...] | str:
+        """What is to compute nothing so that these modules put out zeros; in words why that cannot be.
+
+        Args:
+            paths: The modules.
+            hands_over: Whether what layers return beside the residual goes to layers above.
+        """
         if not paths:
             return "no module inside the layer was found that does this alone"
         records: dict[str, _Record] = {}
@@ -238,6 +246,9 @@ class _Probe:
             output, vectors = records[path].output, records[path].vectors
             if vectors is None:
                 return f"{path} returns no vectors"
+            beside = output[1:] if isinstance(output, tuple) else ()
+            if hands_over and any(isinstance(value, Tensor) for value in beside):
+                return f"what {path} returns beside its output goes to the layers above"
             silent.append(Silent(path, len(output) if isinstance(output, tuple) else 0, vectors.shape[-1]))
         before = {entry.path: self.layer.get_submodule(entry.path) for entry in silent}
         try:
