@@ -58,6 +58,8 @@ class Attentions:
         ledger: Where changes are written down.
         call: Input and arguments of a short call of the first layer, to check changes on; None where weights are not
             in memory.
+        reads_texts: Whether some change asks how long texts are.
+        angles: What turns cached keys otherwise than the model does, and up to which length of texts it does not.
     """
 
     anatomy: Anatomy
@@ -65,8 +67,9 @@ class Attentions:
     call: tuple[Tensor, dict[str, Any]] | None
     _heeds_scaling: dict[type[nn.Module], bool] = field(default_factory=dict)
     _calls_function: dict[type[nn.Module], bool] = field(default_factory=dict)
-    _reads_texts: bool = False
     _positions_of: str | None = None
+    reads_texts: bool = False
+    angles: tuple[str, int] | None = None
 
     @property
     def layers(self) -> range:
@@ -212,10 +215,10 @@ class Attentions:
 
     def read_texts(self) -> None:
         """Let changes know, in every forward pass, where the texts lie."""
-        if not self._reads_texts:
+        if not self.reads_texts:
             reader = TextReader(positional_names(self.anatomy.stack))
             reader.had = self.ledger.set_forward(self.anatomy.stack, reader)
-            self._reads_texts = True
+            self.reads_texts = True
 
     def _call_of(self, core: nn.Module) -> tuple[Tensor, dict[str, Any]] | None:
         """The short call for an attention module, where its weights are; None if they are not in memory."""

@@ -117,6 +117,7 @@ class RopeScaling:
             rotary, [own, *scaled], trained, capacity, _Remedy(self.type, trained), cores
         )
         attentions.read_texts()
+        attentions.angles = repr(self), trained
         standing_in.had = attentions.ledger.set_forward(rotary.module, standing_in.forward)
         return dict.fromkeys(
             found, f"RopeScaling({self.type!r}, factor={self.factor}), up to {int(capacity)} tokens"
