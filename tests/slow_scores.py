@@ -60,6 +60,7 @@ def slow_self_extend(
     window: int,
     trained: int,
     tau: float = 1.0,
+    neighbours: bool = False,
 ) -> Score:
     """SelfExtend with a relative position for every pair, from queries and keys without any rotation.
 
@@ -71,6 +72,7 @@ def slow_self_extend(
         window: Distances below are near.
         trained: Texts up to this length are left alone.
         tau: A temperature.
+        neighbours: Whether the model turns neighbouring channels together.
     """
     place = mask.cumsum(-1) - 1
     m, n = place[:, :, None], place[:, None, :]
@@ -85,7 +87,7 @@ def slow_self_extend(
             return query @ key.mT * scaling
         theta = rotary.inv_freq if hasattr(rotary, "inv_freq") else rotary.full_attention_inv_freq
         back = -at[:, None, :, None] * theta
-        (q1, q2, q_rest), (k1, k2, k_rest) = (_parts(t, back) for t in (query, key))
+        (q1, q2, q_rest), (k1, k2, k_rest) = (_parts(t, back, neighbours) for t in (query, key))
         angle = relative[:, None, :, :, None] * theta
         even = q1[:, :, :, None] * k1[:, :, None] + q2[:, :, :, None] * k2[:, :, None]
         odd = q1[:, :, :, None] * k2[:, :, None] - q2[:, :, :, None] * k1[:, :, None]
@@ -102,8 +104,9 @@ def relative_positions(m: Tensor, n: Tensor, group: int, window: int) -> Tensor:
     return torch.where((m - n).abs() < window, m - n, grouped)
 
 
-def _parts(x: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The two halves of the rotated channels, turned by an angle, and the channels that are not rotated."""
+def _parts(x: Tensor, angle: Tensor, neighbours: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The two of each pair of rotated channels, turned by an angle, and the channels that are not rotated."""
     half = angle.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = (rotated[..., ::2], rotated[..., 1::2]) if neighbours else rotated.chunk(2, -1)
     return first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin(), rest

@@ -123,12 +123,15 @@ def scores_of(core: nn.Module) -> Scores | None:
     return found
 
 
+def own_config(core: nn.Module) -> Any:
+    """A module's own config, whether transforms stand in front of its attention function or not; None without one."""
+    scores = scores_of(core)
+    return getattr(core, "config", None) if scores is None else scores.config
+
+
 def own_implementation(core: nn.Module) -> Any:
     """The name of a module's own attention function, whether transforms stand in front of it or not."""
-    scores = scores_of(core)
-    if scores is not None:
-        return scores.implementation
-    return getattr(getattr(core, "config", None), "_attn_implementation", None)
+    return getattr(own_config(core), "_attn_implementation", None)
 
 
 def own_eager_attention(core: nn.Module) -> Any:

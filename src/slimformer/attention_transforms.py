@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy, attention_core, in_eval_mode, positional_names
 from slimformer.attention import for_attention
-from slimformer.attention_scores import SCORES, Scores, scores_of
+from slimformer.attention_scores import SCORES, Scores, own_config, scores_of
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.ledger import Ledger
 from slimformer.scored_attention import ScoredAttention, computes_scores_itself
-from slimformer.texts import TextReader
+from slimformer.texts import TextReader, Texts
 
 # Far enough apart that any attention gives different results with the one and with the other.
 _PROBES = (2.0**-10, 2.0**10)
@@ -58,6 +58,8 @@ class Attentions:
         ledger: Where changes are written down.
         call: Input and arguments of a short call of the first layer, to check changes on; None where weights are not
             in memory.
+        reads_texts: Whether some change asks how long texts are.
+        angles: What turns cached keys otherwise than the model does, and up to which length of texts it does not.
     """
 
     anatomy: Anatomy
@@ -65,8 +67,9 @@ class Attentions:
     call: tuple[Tensor, dict[str, Any]] | None
     _heeds_scaling: dict[type[nn.Module], bool] = field(default_factory=dict)
     _calls_function: dict[type[nn.Module], bool] = field(default_factory=dict)
-    _reads_texts: bool = False
     _positions_of: str | None = None
+    reads_texts: bool = False
+    angles: tuple[str, int] | None = None
 
     @property
     def layers(self) -> range:
@@ -179,12 +182,43 @@ class Attentions:
             outputs = [core(hidden, **{**kwargs, "position_embeddings": p})[0] for p in (given, still)]
         return not torch.equal(*outputs)
 
+    def queries_and_keys(
+        self, index: int, position_embeddings: tuple[Tensor, Tensor], position_ids: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """What a layer's attention function gets for a short call at the given positions.
+
+        Args:
+            index: The layer.
+            position_embeddings: Cosines and sines `[1, 8, rotary_dim]`.
+            position_ids: Those of the tokens, int64 `[1, 8]`.
+
+        Returns:
+            Queries and keys `[8, heads, head_dim]`; None if the layer calls no attention function.
+        """
+        core = self.core(index)
+        found, config = self._call_of(core), own_config(core)
+        if found is None or not hasattr(config, "_attn_implementation"):
+            return None
+        hidden, kwargs = found
+        at = {"position_embeddings": position_embeddings, "position_ids": position_ids}
+        given = {**kwargs, **{name: value for name, value in at.items() if name in kwargs}}
+        trial = type(self.ledger)()
+        try:
+            _redirect(core, Scores(config, self.anatomy.causal, extension=_Listening()), trial)
+            with torch.no_grad(), in_eval_mode(core):
+                core(hidden, **given)
+        except _HeardError as heard:
+            return heard.query, heard.key.flatten(0, 1)
+        finally:
+            trial.undo()
+        return None
+
     def read_texts(self) -> None:
         """Let changes know, in every forward pass, where the texts lie."""
-        if not self._reads_texts:
+        if not self.reads_texts:
             reader = TextReader(positional_names(self.anatomy.stack))
             reader.had = self.ledger.set_forward(self.anatomy.stack, reader)
-            self._reads_texts = True
+            self.reads_texts = True
 
     def _call_of(self, core: nn.Module) -> tuple[Tensor, dict[str, Any]] | None:
         """The short call for an attention module, where its weights are; None if they are not in memory."""
@@ -217,6 +251,26 @@ class Attentions:
                 trial.undo()
             outputs.append(output[0] if isinstance(output, tuple) else output)
         return not torch.equal(*outputs)
+
+
+class _HeardError(Exception):
+    """Carries what an attention function gets out of the module that calls it."""
+
+    def __init__(self, query: Tensor, key: Tensor) -> None:
+        super().__init__()
+        self.query, self.key = query, key
+
+
+class _Listening:
+    """Stands in for an extension and attends to nothing: it only hands on what it got."""
+
+    def applies(self, texts: Texts) -> bool:
+        """Always."""
+        return True
+
+    def attend(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Never returns."""
+        raise _HeardError(query, key)
 
 
 def _on(value: Any, device: torch.device) -> Any:

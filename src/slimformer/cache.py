@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from slimformer.errors import PlanError
 
 # What layers, attentions and stacks call the cache: from 5.24 of transformers on, before it, and in GPT-NeoX.
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+# What one layer's slot holds: keys and values of all tokens or of those that stay, the last inputs of a filter with so
+# many taps, or nothing.
+Content = Literal["keys", "keys that stay", "nothing"] | int
 # Inputs kept beyond what a filter reads, so that speculative decoding can take back what it guessed.
 _SPARE_INPUTS = 64
 
@@ -106,7 +109,11 @@ class FilterState(CacheLayerMixin):
         state: The last inputs `[batch, kept, hidden]`, zero before the first token and at padding: `taps - 1` of
             them, and in a cache that may be cropped some more, so that a crop can step back.
         seen: How many tokens have passed; a tensor where the cache is static.
+        in_use: Whether a patched model has run with it since it was made or reset.
     """
+
+    # What initialises slots early knows the shape of keys only.
+    supports_early_init = False
 
     def __init__(self, replaced: CacheLayerMixin, taps: int):
         super().__init__()
@@ -116,6 +123,7 @@ class FilterState(CacheLayerMixin):
         self.record_past = bool(getattr(replaced, "record_past", False))
         self.replaced = replaced
         self.taps = taps
+        self.in_use = False
         self.state: Tensor | None = None
         self.seen: int | Tensor = torch.tensor(0) if self.is_compileable else 0
 
@@ -139,6 +147,7 @@ class FilterState(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(inputs, inputs)
+        self.prefetch()
         state = self.state
         if state is None or state.shape[0] != inputs.shape[0]:
             came = "none" if state is None else str(state.shape[0])
@@ -156,17 +165,36 @@ class FilterState(CacheLayerMixin):
         else:
             self.seen += inputs.shape[1]
             most = full.shape[1] if self.record_past else keep + _SPARE_INPUTS
-            self.state = full[:, max(full.shape[1] - most, 0) :]
+            self.state = _part(full, full.shape[1] - most, full.shape[1])
         return window
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Not an attention: nothing may be stored as keys and values here."""
+        """Not an attention: nothing may be stored as keys and values here, unless the cache was reset meanwhile."""
+        if not self.in_use:
+            self._give_way()
+            return self.update(key_states, value_states, *args, **kwargs)
         raise PlanError(
             "This cache was filled by a patched model and is now used by one patched differently. "
             "Start with a new cache."
         )
+
+    def _give_way(self) -> None:
+        """Become the slot that was replaced, for a model that runs this attention."""
+        replaced: Any = self.replaced
+        self.__class__ = type(replaced)
+        self.__dict__ = replaced.__dict__
+
+    def offload(self) -> None:
+        """Move the inputs to the CPU."""
+        if self.state is not None:
+            self.state = self.state.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        """Move the inputs back to where they came from."""
+        if self.state is not None and self.state.device != self.device:
+            self.state = self.state.to(self.device, non_blocking=True)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask, from which filters read padding: all that has passed."""
@@ -205,10 +233,11 @@ class FilterState(CacheLayerMixin):
                 "forward passes that may be cropped."
             )
         self.seen -= remove
-        self.state = self.state[:, max(length - remove - keep - _SPARE_INPUTS, 0) : length - remove]
+        self.state = _part(self.state, length - remove - keep - _SPARE_INPUTS, length - remove)
 
     def reset(self) -> None:
         """Back to zeros."""
+        self.in_use = False
         if isinstance(self.seen, Tensor):
             self.seen.zero_()
             if self.state is not None:
@@ -237,13 +266,30 @@ class FilterState(CacheLayerMixin):
             self.state = self.state.repeat_interleave(repeats, dim=0)
 
 
+def _part(x: Tensor, start: int, end: int) -> Tensor:
+    """Inputs `[batch, start to end, hidden]` of `x`, copied where a view would keep much more than itself alive."""
+    part = x[:, max(start, 0) : end]
+    return part.clone() if x.shape[1] > 2 * part.shape[1] else part
+
+
 def leave_slot_empty(cache: Cache | None, slot: int) -> None:
     """Mark the slot of an attention that does not run, so that cropping the cache passes it by.
 
     Static caches cannot be cropped, and writing to their list of slots would end up in compiled graphs.
     """
-    if cache is not None and not getattr(cache, "is_compileable", False):
-        filter_state(cache, slot, taps=1)
+    if cache is None or getattr(cache, "is_compileable", False):
+        return
+    if slot >= len(cache.layers) and cache.layer_class_to_replicate is None:
+        # Made for the first layers alone, as the draft of an early exit is: there is no slot to pass by.
+        return
+    filter_state(cache, slot, taps=1)
+
+
+def mark_empty_slots(cache: Cache, slots: Sequence[int]) -> None:
+    """Let the slots of attentions that do not run object when another model writes there; not within a graph."""
+    for slot in slots:
+        if slot < len(cache.layers) and isinstance(cache.layers[slot], CacheLayerMixin):
+            filter_state(cache, slot, taps=1)
 
 
 def filter_state(cache: Cache | None, slot: int, taps: int) -> FilterState | None:
@@ -253,18 +299,28 @@ def filter_state(cache: Cache | None, slot: int, taps: int) -> FilterState | Non
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     while len(cache.layers) <= slot:
-        cache.layers.append(cache.layer_class_to_replicate())
+        cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
     layer = cache.layers[slot]
+    if isinstance(layer, FilterState) and layer.taps != taps and not layer.in_use:
+        # Left behind by another plan.
+        layer = layer.replaced
     if not isinstance(layer, FilterState):
         layer = FilterState(layer, taps)
         cache.layers[slot] = layer
+    if not layer.in_use:
+        layer.in_use = True
     return layer
 
 
 def layer_cache(kwargs: Mapping[str, Any]) -> Cache | None:
-    """The cache among the arguments of a layer or a stack, whose names `check_layer_arguments` has accounted for."""
+    """The cache among the arguments of a layer or a stack, whose names `check_cache_arguments` has accounted for."""
     for name in CACHE_NAMES:
-        found: Cache | None = kwargs.get(name)
-        if found is not None:
+        found = kwargs.get(name)
+        if isinstance(found, Cache):
             return found
     return None
+
+
+def has_foreign_cache(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the cache is of a kind of its own, as continuous batching's is: only the model's code knows it."""
+    return any(kwargs.get(name) is not None and not isinstance(kwargs[name], Cache) for name in CACHE_NAMES)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, attention_core, positional_names
 from slimformer.attention import for_attention
 from slimformer.attention_scores import own_implementation
-from slimformer.cache import layer_cache, leave_slot_empty
+from slimformer.cache import Content, layer_cache, leave_slot_empty
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.ledger import Ledger
-from slimformer.replacements import keeps_state
-from slimformer.row_selection import RowSelector, intersection
+from slimformer.replacements import LinearFilter, keeps_state
+from slimformer.row_selection import RowSelector, check_one_text_per_row, intersection
 from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
 from slimformer.rows import Rows
 from slimformer.shorter_cache import mask_of_slot
@@ -219,6 +219,7 @@ class LayerExecutor:
             return self.dense(hidden_states, *args, **kwargs)
         if self.by_rows is not None and self._concerns_rows(hidden_states, args, kwargs):
             given = {**kwargs, **dict(zip(self.names[: len(args)], args, strict=True))}
+            check_one_text_per_row(self.selectors(), given)
             stream = Stream.of(hidden_states, self.by_rows.causal, given)
             if stream.layer is None:
                 stream.earlier = self.by_rows.earlier_tokens(given, hidden_states.shape[1])
@@ -326,6 +327,20 @@ class LayerExecutor:
             return None
         total, kept = self.chosen[kind]
         return int(kept if isinstance(kept, int) else kept.sum()) / max(total, 1)
+
+    @property
+    def in_cache(self) -> Content:
+        """What the cache slot of the layer's attention holds."""
+        if self.sublayers["attention"].compute:
+            return "keys that stay" if self.shortens else "keys"
+        replacement = self.replacements.get("attention")
+        return (
+            replacement.taps if isinstance(replacement, LinearFilter) and replacement.taps > 1 else "nothing"
+        )
+
+    def selectors(self) -> list[RowSelector]:
+        """What names rows of this layer."""
+        return [select for plan in self.sublayers.values() for select in (*plan.rows, *plan.staying)]
 
     def _concerns_rows(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call may do anything else than all rows by the model's own code."""

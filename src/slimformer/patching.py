@@ -20,6 +20,8 @@ from slimformer.anatomy import (
     transformer_of,
 )
 from slimformer.attention_transforms import Attentions, AttentionTransform, transformed_by
+from slimformer.cache_layout import CacheLayout, CacheOwner
+from slimformer.continuous_batching import refuse_continuous_batching
 from slimformer.errors import PlanError
 from slimformer.executor import LayerExecutor, TokenPolicy
 from slimformer.integrations.sentence_transformers import faster_pipeline
@@ -193,8 +195,9 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
         ledger.set(model, _ATTRIBUTE, patch)
         if methods:
             ledger.set(model, "save_pretrained", partial(save_with_plan, model, methods))
+        attentions = Attentions(anatomy, ledger, first_layer_call(anatomy))
         # Before layers are changed, so that rows are attended to as transforms say.
-        patch.notes = transformed_by(methods, Attentions(anatomy, ledger, first_layer_call(anatomy)))
+        patch.notes = transformed_by(methods, attentions)
         for executor in executors.values():
             _change_weights(executor, ledger)
         plans = [plan for executor in executors.values() for plan in executor.sublayers.values()]
@@ -207,6 +210,11 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
             core = attention_core(layer, anatomy.structure)
             if getattr(core, "layer_idx", slot) != slot:
                 ledger.set(core, "layer_idx", slot)
+        if anatomy.causal:
+            contents = tuple(executors[i].in_cache if i in executors else "keys" for i in range(len(slots)))
+            owner = CacheOwner(anatomy.layers[0], CacheLayout(tuple(slots), contents, attentions.angles))
+            owner.had = ledger.set_forward(anatomy.layers[0], owner.forward)
+        refuse_continuous_batching(model, executors.values(), attentions.reads_texts, ledger)
         faster_pipeline(pipeline, model, ledger)
     except BaseException:
         ledger.undo()

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimformer.anatomy import Kind
-from slimformer.cache import FilterState, filter_state, layer_cache
-from slimformer.errors import UnsupportedModelError
+from slimformer.cache import FilterState, filter_state, has_foreign_cache, layer_cache
+from slimformer.errors import PlanError, UnsupportedModelError
 
 Replace = Literal["nothing", "mean", "filter"]
 REPLACE: tuple[Replace, ...] = ("nothing", "mean", "filter")
@@ -93,6 +93,11 @@ class LinearFilter:
     def _state(self, kwargs: dict[str, Any]) -> FilterState | None:
         if not self.causal:
             return None
+        if has_foreign_cache(kwargs):
+            raise PlanError(
+                "A filter of several taps remembers the last inputs of every text in the key-value cache, and this one "
+                "is of a kind of its own, such as the pages of continuous batching. Use generate, or taps=1."
+            )
         return filter_state(layer_cache(kwargs), self.slot, self.taps)
 
 

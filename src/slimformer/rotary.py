@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy
 from slimformer.errors import UnsupportedModelError
+from slimformer_kernels.rotary import rotary_reference
 
 if TYPE_CHECKING:
     from slimformer.attention_transforms import Attentions
+
+# Angles of these kinds depend on the length of a text, so that no key can be turned by what `inv_freq` says.
+_CHANGING = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,13 @@ class Rotary:
         return found.float()
 
 
-def find_rotary(attentions: Attentions, owner: str) -> dict[int, Rotary]:
+def find_rotary(attentions: Attentions, owner: str, turns: bool = True) -> dict[int, Rotary]:
     """The rotary embedding of every layer that sees all of a text and turns its queries and keys.
 
     Args:
         attentions: The model's.
         owner: The method that asks, for messages.
+        turns: Whether it will turn queries or keys further, by what this says about their channels.
 
     Raises:
         UnsupportedModelError: If there is none, or it turns in a way that is not known.
@@ -76,8 +83,12 @@ def find_rotary(attentions: Attentions, owner: str) -> dict[int, Rotary]:
         own = layer_type if hasattr(module, f"{layer_type}_inv_freq") else None
         if own not in known:
             known[own] = _examined(anatomy, module, own, attentions.call[0], owner)
-        if attentions.heeds_positions(index):
-            found[index] = known[own]
+        if not attentions.heeds_positions(index):
+            continue
+        rotary = known[own]
+        if turns and rope_type(module, own) not in _CHANGING:
+            rotary = replace(rotary, interleaved=_pairs_neighbours(attentions, index, rotary, owner))
+        found[index] = rotary
     if not found:
         raise UnsupportedModelError(
             f"{owner} changes nothing in {name}: none of its layers turns queries and keys."
@@ -117,3 +128,56 @@ def _examined(anatomy: Anatomy, module: nn.Module, layer_type: str | None, x: Te
             "keys: its cosines are not those of position times inv_freq."
         )
     return rotary
+
+
+def _pairs_neighbours(attentions: Attentions, index: int, rotary: Rotary, owner: str) -> bool:
+    """Whether a layer turns neighbouring channels together, rather than the two halves.
+
+    How cosines are laid out does not tell: some models lay them out in halves and turn neighbours. So eight tokens run
+    at two places, and queries and keys at the first, turned further, must be those at the second.
+    """
+    call = attentions.call
+    core = attentions.core(index)
+    name = f"{type(core).__name__} of layer {index}"
+    device = next(core.parameters()).device
+    near = torch.arange(8, device=device)[None]
+    far = 13 * near + 101
+    # A copy, since some embeddings remember the longest text.
+    module, found = copy.deepcopy(rotary.module).to(device), []
+    for position_ids in (near, far):
+        like = torch.zeros(1, 8, 1, device=device) if call is None else call[0].to(device)
+        with torch.no_grad():
+            angles = rotary_call(module, like, position_ids, rotary.layer_type)
+        found.append(attentions.queries_and_keys(index, angles, position_ids))
+    if found[0] is None or found[1] is None:
+        raise UnsupportedModelError(
+            f"{owner} must know what {name} attends with, and it calls none of transformers' attention functions."
+        )
+    inv_freq = rotary.inv_freq.to(device)
+    angle = ((far * inv_freq[:, None]).double() - (near * inv_freq[:, None]).double()).T
+    for interleaved in (False, True):
+        layout = angle.repeat_interleave(2, 1) if interleaved else torch.cat((angle, angle), 1)
+        cos, sin = layout.cos().float(), layout.sin().float()
+        if all(
+            _alike(rotary_reference(at_near.float(), cos, sin, None, interleaved), at_far)
+            for at_near, at_far in zip(found[0], found[1], strict=True)
+        ):
+            return interleaved
+    raise UnsupportedModelError(
+        f"{owner} turns queries and keys further than the model does, and those of {name} are not turned in their "
+        "first channels alone, by halves or by neighbours, as the last thing that is done to them: there may be a norm "
+        "behind the rotation, or channels without positions in front."
+    )
+
+
+def _alike(turned: Tensor, expected: Tensor) -> bool:
+    """Whether queries or keys `[tokens, heads, head_dim]` point the same way, up to rounding in their dtype.
+
+    Their length may depend on the position: turning does not change it.
+    """
+    if turned.shape != expected.shape:
+        return False
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 3e-2
+    directions = (F.normalize(x.double(), dim=-1) for x in (turned, expected))
+    first, second = directions
+    return bool((first - second).norm(dim=-1).max() <= tolerance)

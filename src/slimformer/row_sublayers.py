@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import Kind, Structure, attention_core
 from slimformer.attention import RowAttention, for_attention
-from slimformer.cache import layer_cache
+from slimformer.cache import has_foreign_cache, layer_cache
 from slimformer.errors import PlanError
 from slimformer.gated_mlp import GatedMlp
 from slimformer.row_norms import RowNorms
@@ -182,7 +182,7 @@ class Run:
         """The attention of the chosen rows of the residual `x` `[rows, hidden]`."""
         stream, kwargs = self.stream, self.kwargs
         core = attention_core(self.of.layer, self.of.structure)
-        by_rows = self.of.attention if _untouched(core) else None
+        by_rows = self.of.attention if _untouched(core) and not has_foreign_cache(kwargs) else None
         masked = False
         if compact_keys and rows is not None:
             self._check_compact_keys(by_rows)

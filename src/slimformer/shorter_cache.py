@@ -23,6 +23,7 @@ class ShorterLayer(DynamicLayer):
         has_fillers: Whether some may not be, kept on the host so that no decode step waits for the device.
         last: How many of the newest entries are the newest tokens, none of which has left in any sequence.
         new: Which of the tokens that come next are text, bool `[batch, tokens]`, where the model's mask says so.
+        awaits: Whether what comes next was announced by asking for its mask, as no other model does.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,7 @@ class ShorterLayer(DynamicLayer):
         self.has_fillers = False
         self.last = 0
         self.new: Tensor | None = None
+        self.awaits = False
 
     def store(self, keys: Tensor, values: Tensor, stream: Stream) -> bool:
         """Add the keys and values `[held, kv_heads, head_dim]` of a stream's rows; returns whether it held others."""
@@ -52,7 +54,17 @@ class ShorterLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add tokens, all of which stay."""
+        """Add tokens, all of which stay.
+
+        Raises:
+            PlanError: If they come from a model that would take this for the cache of all tokens.
+        """
+        if not self.awaits and self.valid is not None:
+            raise PlanError(
+                "Tokens have left this cache under a plan that eliminates them, and it is now used by a model without "
+                "that plan. Start with a new cache."
+            )
+        self.awaits = False
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         tokens = key_states.shape[2]
         if self.valid is not None:
@@ -212,8 +224,8 @@ def shorter_layer(cache: Cache, slot: int, mask: Any) -> ShorterLayer | ShorterS
     shorter = ShorterLayer()
     past = layer.get_seq_length()
     if past:
-        shorter.keys, shorter.values, shorter.is_initialized = layer.keys, layer.values, True
-        shorter.dtype, shorter.device = layer.dtype, layer.device
+        # Which attributes a layer has depends on the version of transformers.
+        shorter.__dict__.update(layer.__dict__)
         seen = _seen_before(mask, past, layer.keys.new_ones(layer.keys.shape[0], past, dtype=torch.bool))
         shorter.valid, shorter.has_fillers, shorter.last = seen, not bool(seen.all()), past
     cache.layers[slot] = shorter
@@ -248,6 +260,7 @@ def mask_of_slot(cache: Cache | None, slot: int | None, tokens: int, mask: Any, 
         return mask
     text = own_key(mask, layer.keys.shape[0], tokens) if isinstance(mask, Tensor) and tokens > 1 else None
     own = layer.mask(tokens, text)
+    layer.awaits = True
     if own is None or implementation == "sdpa":
         return own
     if "flash" in str(implementation) and layer.valid is not None:

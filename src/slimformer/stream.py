@@ -15,7 +15,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from slimformer.anatomy import Structure
 from slimformer.attention_masks import key_ranges, keys_seen, own_key
-from slimformer.cache import layer_cache
+from slimformer.cache import has_foreign_cache, layer_cache
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 
@@ -246,6 +246,7 @@ class Stream:
             self.held is not None
             or not isinstance(mask, Tensor)
             or self.tokens == 1
+            or has_foreign_cache(self.arguments)
             or in_a_graph(self.device)
         ):
             return None

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from slimformer.anatomy import KINDS, Anatomy, Kind, positional_names
-from slimformer.cache import layer_cache, leave_slot_empty
+from slimformer.cache import Content, layer_cache, leave_slot_empty
 from slimformer.errors import UnsupportedModelError
 from slimformer.executor import SublayerPlan
 from slimformer.ledger import Ledger
 from slimformer.replacements import Mean
+from slimformer.row_selection import RowSelector
 from slimformer.sublayer_modules import SublayerModules, Zeros
 
 
@@ -49,6 +50,15 @@ class SwitchedLayer:
     def keep_ratio(self, kind: Kind) -> float | None:
         """No policy names rows here."""
         return None
+
+    @property
+    def in_cache(self) -> Content:
+        """What the cache slot of the layer's token mixer holds."""
+        return "keys" if self.sublayers["attention"].compute else "nothing"
+
+    def selectors(self) -> list[RowSelector]:
+        """Nothing names rows here."""
+        return []
 
     def placed(self, anatomy: Anatomy, index: int, shorter_from: int) -> None:
         """Nothing here depends on where in the stack the layer is."""

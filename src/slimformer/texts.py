@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from slimformer.cache import layer_cache
+from slimformer.cache import has_foreign_cache, layer_cache
 from slimformer.errors import DataError
 
 # Of the forward pass that runs in this thread or task.
@@ -172,6 +172,11 @@ def _texts_of(given: dict[str, Any]) -> Texts | None:
         raise DataError(
             "Texts came behind each other in one row (cu_seq_lens_q). Methods that depend on where a token stands "
             "need one text per row: pad the batch and pass an attention mask."
+        )
+    if has_foreign_cache(given):
+        raise DataError(
+            "The key-value cache is of a kind of its own, such as the pages of continuous batching, and does not say "
+            "how long texts are. Use generate with a DynamicCache or StaticCache."
         )
     batch, tokens = source.shape[:2]
     cache = layer_cache(given)

@@ -210,6 +210,11 @@ class Router:
     per_sequence: bool = False
     images: bool = False
 
+    @property
+    def by_token(self) -> bool:
+        """Whether no other token matters."""
+        return self.keep is None and not self.per_sequence and not self.images
+
     def __call__(self, stream: Stream, x: Tensor) -> Rows | None:
         """The rows of the residual `x` `[rows, hidden]` that are computed.
 

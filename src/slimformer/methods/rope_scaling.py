@@ -94,7 +94,8 @@ class RopeScaling:
             PlanError: If `parameters` lack something or another method changes positions too.
         """
         attentions.claim_positions("RopeScaling")
-        found = find_rotary(attentions, "RopeScaling")
+        # Only a decoder's cached keys are turned again.
+        found = find_rotary(attentions, "RopeScaling", turns=attentions.anatomy.causal)
         name, rotary = type(attentions.anatomy.stack).__name__, next(iter(found.values()))
         kind = rope_type(rotary.module, rotary.layer_type)
         if kind != "default":
@@ -116,6 +117,7 @@ class RopeScaling:
             rotary, [own, *scaled], trained, capacity, _Remedy(self.type, trained), cores
         )
         attentions.read_texts()
+        attentions.angles = repr(self), trained
         standing_in.had = attentions.ledger.set_forward(rotary.module, standing_in.forward)
         return dict.fromkeys(
             found, f"RopeScaling({self.type!r}, factor={self.factor}), up to {int(capacity)} tokens"

@@ -102,7 +102,7 @@ class SelfExtend:
                 f"SelfExtend(window={self.window}) leaves no position for far tokens: the model was trained for "
                 f"{trained}. Take a window below that; SelfExtend.for_length(model, tokens) chooses one."
             )
-        turns: dict[str | None, FarTurns] = {}
+        turns: dict[tuple[str | None, bool], FarTurns] = {}
         for index, own in rotary.items():
             kind = rope_type(own.module, own.layer_type)
             if kind in ("dynamic", "longrope"):
@@ -110,7 +110,7 @@ class SelfExtend:
                     f"The rotary embedding of {type(attentions.anatomy.stack).__name__} is of the type {kind!r}, "
                     "which turns by other angles in long texts, by itself. SelfExtend needs angles that stay."
                 )
-            shared = turns.setdefault(own.layer_type, FarTurns(own, self.group_size))
+            shared = turns.setdefault((own.layer_type, own.interleaved), FarTurns(own, self.group_size))
             extension = GroupedAttention(self.group_size, self.window, trained, own, shared)
             attentions.scores(index).extension = extension
         attentions.read_texts()

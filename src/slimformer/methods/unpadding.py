@@ -34,12 +34,18 @@ class Unpadding:
         plans: dict[tuple[int, Kind], SublayerPlan] = {
             (index, "attention"): SublayerPlan() for index in range(len(anatomy.layers))
         }
-        plans[0, "attention"] = SublayerPlan(staying=(_text,))
+        plans[0, "attention"] = SublayerPlan(staying=(_Text(),))
         return plans
 
 
-def _text(stream: Stream, x: Tensor) -> Rows | None:
-    if x.is_cuda and (stream.layer is None or not uses_kernels(x, stream.layer.layer)):
-        # What waits for the CPU gains nothing from fewer rows.
-        return None
-    return stream.real()
+@dataclass(frozen=True)
+class _Text:
+    """The row selector: what is not padding."""
+
+    by_token = True
+
+    def __call__(self, stream: Stream, x: Tensor) -> Rows | None:
+        if x.is_cuda and (stream.layer is None or not uses_kernels(x, stream.layer.layer)):
+            # What waits for the CPU gains nothing from fewer rows.
+            return None
+        return stream.real()
