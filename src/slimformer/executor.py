@@ -124,6 +124,9 @@ class LayerExecutor:
         last: Whether rows that left the stream come back behind this layer.
         observed: Says whether something reads what runs between the layers, so that no row may leave.
         chosen: The rows that policies named in the last call: all there were, and their mask or number.
+        names: The layer's positional parameters behind the residual.
+        returns: How many values the layer returns, the residual first; 0 for the residual alone, None for what its
+            signature suggests.
     """
 
     layer: nn.Module
@@ -141,6 +144,7 @@ class LayerExecutor:
     observed: Callable[[], bool] = lambda: False
     chosen: dict[Kind, tuple[int, Tensor | int]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
+    returns: int | None = None
 
     def __post_init__(self) -> None:
         if not self.structure.apart:
@@ -151,7 +155,9 @@ class LayerExecutor:
         self.names = positional_names(self.layer)[1:]
         self.parallel = self.structure.is_parallel(self.layer)
         # MPNet's encoder indexes the layer's output; every other stack takes the tensor.
-        self.returns_tuple = "output_attentions" in self.names
+        if self.returns is None:
+            self.returns = int("output_attentions" in self.names)
+        self.returns_tuple = self.returns > 0
 
     def placed(self, anatomy: Anatomy, index: int, shorter_from: int) -> None:
         """Say where in the stack the layer is.
@@ -458,6 +464,7 @@ class LayerExecutor:
         return run.attention(x, rows, plan.compact_keys)
 
     def _returned(self, output: Tensor, weights: Tensor | None, kwargs: dict[str, Any]) -> Any:
-        if not self.returns_tuple:
+        if not self.returns:
             return output
-        return (output, weights) if kwargs.get("output_attentions") else (output,)
+        beside = [weights] if kwargs.get("output_attentions") else []
+        return (output, *beside, *[None] * (self.returns - 1 - len(beside)))

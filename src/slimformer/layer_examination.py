@@ -38,12 +38,14 @@ class LayerFinding:
     Attributes:
         attention: How its attention can be run for chosen rows.
         gated: How its MLP can be run in a fused form, if it can.
+        returns: How many values the stack takes from the layer, the residual first; 0 for the residual alone.
         differs: How the layer differs from what its parts suggest, in words; empty where it does not.
     """
 
     attention: AttentionFinding
     gated: GatedFinding | None = None
     differs: str = ""
+    returns: int | None = None
 
 
 _found: WeakKeyDictionary[nn.Module, tuple[Hashable, tuple[LayerFinding, ...]]] = WeakKeyDictionary()
@@ -156,7 +158,8 @@ def _examined(anatomy: Anatomy, index: int, calls: list[tuple[str, LayerCalls]])
     attention = examine_attention(
         core, _attention_calls(layer, structure, core, index, calls), anatomy.causal
     )
-    return LayerFinding(attention, examine_mlp(layer.get_submodule(structure.mlp.module)))
+    gated = examine_mlp(layer.get_submodule(structure.mlp.module))
+    return LayerFinding(attention, gated, returns=calls[0][1].returns)
 
 
 def _layer_differs(

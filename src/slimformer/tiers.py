@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from slimformer.anatomy import KINDS, Anatomy, find_anatomy
 from slimformer.cache import check_first_slots, compact_slots
 from slimformer.executor import LayerExecutor
-from slimformer.layer_calls import check_cache_arguments, layer_calls
+from slimformer.layer_calls import check_cache_arguments, keeps_cache, layer_calls
 from slimformer.layer_examination import LayerFinding, examine_layers, examine_modules, row_sublayers
 from slimformer.sublayer_modules import SublayerModules
 from slimformer.switched_layer import SwitchedLayer
@@ -41,7 +42,8 @@ class Support:
         layer = self.anatomy.layers[index]
         if self.tier == "rows":
             sublayers = row_sublayers(self.anatomy, index, self.findings[index])
-            return LayerExecutor(layer, self.anatomy.structure, by_rows=sublayers)
+            returns = self.findings[index].returns
+            return LayerExecutor(layer, self.anatomy.structure, by_rows=sublayers, returns=returns)
         return SwitchedLayer(layer, self.modules[index], self.reason)
 
     def slots(self, dropped: Sequence[int]) -> list[int]:
@@ -111,6 +113,7 @@ def examine_support(anatomy: Anatomy) -> Support:
             f"layer {index}, {type(anatomy.layers[index]).__name__}, has the parts of the structure "
             f"{anatomy.structure.name!r} ({anatomy.structure.examples}), but {how}"
         )
+    anatomy = dataclasses.replace(anatomy, caches=keeps_cache(anatomy))
     return Support(
         "sublayers", anatomy.unknown, anatomy, modules=examine_modules(anatomy, layer_calls(anatomy))
     )
