@@ -45,8 +45,8 @@ class TempScale:
         # Beyond, scores leave the range of half precision, and those of the smallest numbers that of every other.
         if not is_number(self.tau) or not 1e-4 <= self.tau <= 1e4:
             raise PlanError(
-                f"TempScale(tau=...) takes a number above 0, from 0.0001 to 10000, got {self.tau!r}. Below 1 attention "
-                "is sharper; 0.7 to 1 are worth a try."
+                f"TempScale(tau=...) takes a number above 0, got {self.tau!r}. Below 1 attention is sharper; "
+                "0.7 to 1 are worth a try, and 0.0001 to 10000 allowed."
             )
 
     def transform_attention(self, attentions: Attentions) -> dict[int, str]:
