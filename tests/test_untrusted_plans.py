@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import struct
@@ -15,6 +16,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import slimformer
 from slimformer import EarlyExit, LayerDrop, MixtureOfDepths, Plan, SelfExtend, TempScale, TokenElimination
@@ -26,6 +28,19 @@ from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
 from slimformer.methods.weight_delta import WeightDelta
 from slimformer.plan import FILE, METHODS, WEIGHTS
+from slimformer.report import (
+    comparison_table,
+    curve_table,
+    grid_table,
+    methods_table,
+    narrow_table,
+    plan_page,
+    plan_table,
+    predictor_table,
+    repair_table,
+    router_table,
+    temperature_table,
+)
 from tiny_models import tiny_model
 
 FUZZ = settings(max_examples=40, derandomize=True, deadline=None, database=None,
@@ -158,6 +173,32 @@ def test_any_safetensors_header_is_read_or_refused(
     entry = {"method": "LayerDrop", "attention": [1], "replace": "mean"}
     plan = read(write(tmp_path / "plan", {"format": 1, "methods": [entry]}, content))
     assert plan is None or plan.methods[0].weights["attention.1.bias"].isfinite().all()
+
+
+SAID = {
+    "provenance": ["arank", "arguments", "curve", "data", "divergence_name", "elastic", "held_out", "layers_by",
+                   "narrow", "repair", "repaired_with", "similarity", "steps", "temperature", "tokens"],
+    "measured": ["quality", "routers", "speed", "task", "predictors"],
+    "fingerprint": ["model_type", "layers"],
+}  # fmt: skip
+INNER = ["best", "curve", "dense", "divergence", "dimensions", "keep", "keep_of", "kind", "layer", "layers", "lengths",
+         "name", "points", "score", "scores", "slim", "spread", "tau", "attention", "mlp", "held_out"]  # fmt: skip
+
+
+@FUZZ
+@given(said=st.fixed_dictionaries({
+    part: st.fixed_dictionaries({}, optional=dict.fromkeys(names, JSON | st.dictionaries(
+        st.sampled_from(INNER), JSON | st.lists(st.floats() | st.integers(0, 9), max_size=3), max_size=5) | st.lists(
+        st.dictionaries(st.sampled_from(INNER), JSON, max_size=4), max_size=3))) for part, names in SAID.items()
+}))  # fmt: skip
+def test_what_a_plan_says_of_itself_is_shown_or_left_out(said: dict[str, Any]) -> None:
+    plan = Plan([LayerDrop(mlp=[1]), learned()["router"]], **said)
+    assert "<html" in plan_page(plan)
+    console = Console(file=io.StringIO(), width=100)
+    for table in (plan_table, methods_table, router_table, predictor_table, curve_table, grid_table,
+                  temperature_table, narrow_table, repair_table):  # fmt: skip
+        console.print(table(plan))
+    console.print(comparison_table(plan.measured, "measured"))
 
 
 @pytest.mark.parametrize(("text", "message"), [
