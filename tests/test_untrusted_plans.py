@@ -43,7 +43,7 @@ from slimformer.report import (
 )
 from tiny_models import tiny_model
 
-FUZZ = settings(max_examples=40, derandomize=True, deadline=None, database=None,
+FUZZ = settings(max_examples=25, derandomize=True, deadline=None, database=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
