@@ -28,14 +28,15 @@ TEXTS = [f"A text of number {'abcdefghij'[i % 10]} says a little about nothing m
 def foreign() -> Any:
     """A tokenizer whose ids go beyond a tiny model's 64."""
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["nothing much"] + [f"w{i}" for i in range(9)])
+    tokenizer.add_tokens([*(f"w{i}" for i in range(9)), "nothing much"])
+    tokenizer.model_max_length = 512
     return tokenizer
 
 
 @pytest.mark.parametrize("call", [
     lambda model, **given: slimformer.calibrate(model, drop=1, **given),
     lambda model, **given: calibrate_arank(model, number=1, **given),
-    lambda model, **given: calibrate_elimination(model, max_divergence=1.0, prompt=64, answer=8, least=32, **given),
+    lambda model, **given: calibrate_elimination(model, max_divergence=1.0, prompt=240, answer=8, least=64, **given),
     lambda model, **given: slimformer.repair(
         model, slimformer.Plan([slimformer.LayerDrop(mlp=[1])]), what=("norms",), length=32,
         settings=TrainingSettings(steps=1, rows=1), **given),
@@ -44,7 +45,11 @@ def test_ids_that_the_model_has_no_embedding_for_are_refused(call: Any) -> None:
     with pytest.raises(
         DataError, match=r"ids from .* and the model knows 0 to 63\. Use the model's own tokenizer"
     ):
-        call(tiny_model("llama"), tokenizer=foreign(), data=TEXTS)
+        call(
+            tiny_model("llama", num_hidden_layers=6, max_position_embeddings=512),
+            tokenizer=foreign(),
+            data=TEXTS,
+        )
 
 
 def test_an_encoder_is_refused_such_ids_too() -> None:

@@ -166,6 +166,7 @@ class LayerExecutor:
         """
         self.chooses = any(plan.rows for plan in self.sublayers.values())
         self.shortens = index >= shorter_from
+        self.all_layers = LayerList.of(anatomy)
         self.last = index == len(anatomy.layers) - 1
         # A stack whose layers return tuples collects hidden states in its own loop.
         self.observed = partial(is_observed, anatomy.layers, self.returns_tuple)

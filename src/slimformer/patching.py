@@ -24,7 +24,6 @@ from slimformer.errors import PlanError
 from slimformer.executor import LayerExecutor, TokenPolicy
 from slimformer.integrations.sentence_transformers import faster_pipeline
 from slimformer.layer_calls import first_layer_call
-from slimformer.layer_list import LayerList
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import Plan
@@ -262,10 +261,8 @@ def _executors(support: Support, methods: tuple[Method, ...]) -> dict[int, Execu
         (i for i, e in executors.items() if e.sublayers["attention"].leave_caches),
         default=len(anatomy.layers),
     )
-    layers = LayerList.of(anatomy)
     for index, executor in executors.items():
         executor.placed(anatomy, index, shorter_from)
-        executor.all_layers = layers
     return executors
 
 
