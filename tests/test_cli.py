@@ -89,7 +89,8 @@ def test_calibrate_drops_only_the_kinds_asked_for(
 def test_a_fitted_replacement_is_saved_with_the_plan_and_kept_with_the_figures(
     llama: str, tmp_path: Path, replace: str
 ) -> None:
-    run("calibrate", llama, "-o", tmp_path / "p", "--drop", 1, "--replace", replace, "--taps", 2)
+    taps = ("--taps", 2) if replace == "filter" else ()
+    run("calibrate", llama, "-o", tmp_path / "p", "--drop", 1, "--replace", replace, *taps)
     arguments = ("eval", llama, "--plan", tmp_path / "p", "--blocks", 2, "--json")
     first = json.loads(run(*arguments, "--save").stdout)
     assert json.loads(run(*arguments).stdout) == first
@@ -383,3 +384,45 @@ def test_repair_refuses_in_one_line(llama: str, plan: str, tmp_path: Path) -> No
     (tmp_path / "short.txt").write_text("Two words.")
     assert "Give more text" in refused(*repair, "--data", tmp_path / "short.txt")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("calibrate", "--method", "narrow", "--keep", 0.5, "--replace", "filter", "--prompt", 9),
+     "--replace goes with --method drop, not narrow; --prompt goes with --method elimination, not narrow"),
+    (("calibrate", "--method", "narrow", "--keep", 0.5, "--drop", 2), "--drop goes with --method drop or arank"),
+    (("calibrate", "--method", "temperature", "--seed", 1), "--seed goes with --method drop or elimination or arank"),
+    (("calibrate", "--method", "elastic", "--layer", 1, "--budget", "quick"), "--budget goes with --method drop"),
+    (("calibrate", "--method", "elimination", "--max-divergence", 1, "--selection", "greedy"), "--selection goes with"),
+    (("calibrate", "--method", "arank", "--speedup", 2), "--speedup goes with --method drop, not arank"),
+    (("calibrate", "--drop", 1, "--no-head"), "--head/--no-head goes with --method elastic, not drop"),
+    (("calibrate", "--drop", 1, "--taps", 4), "--taps goes with --replace filter"),
+    (("calibrate", "--drop", 1, "--replace", "mean", "--taps", 2), "--taps goes with --replace filter"),
+    (("calibrate", "--drop", 1, "--text-field", "body"), "--text-field goes with a source of texts"),
+    (("train-predictor", "--schedule", "1=0.5", "--text-field", "body"), "--text-field goes with a source"),
+    (("train-router", "--text-field", "body"), "--text-field goes with a source of texts"),
+    (("demo", "--text-field", "body"), "--text-field goes with a source of texts"),
+    (("repair", "--plan", "p", "--what", "added", "--rank", 4), "--rank goes with --what lora"),
+    (("repair", "--plan", "p", "--what", "added", "--near", 4), "--near goes with --what norms or lora"),
+], ids=lambda value: value[0] if isinstance(value, tuple) else "")  # fmt: skip
+def test_options_that_would_be_ignored_are_refused(
+    options: tuple[object, ...], message: str, tmp_path: Path
+) -> None:
+    command, *rest = options
+    result = run(command, "no/model", "-o", tmp_path / "plan", *rest, code=2)
+    assert message in " ".join(result.stderr.replace("\u2502", " ").split())
+
+
+def test_options_that_a_model_or_a_mode_has_no_use_for_are_refused(
+    bert: str, plan: str, tmp_path: Path
+) -> None:
+    def wrong(*arguments: object) -> str:
+        return " ".join(run(*arguments, code=2).stderr.replace("\u2502", " ").split())
+
+    assert "--seed goes with a --temperature above 0" in wrong("generate", bert, "Hi", "--seed", 1)
+    task = ("eval", bert, "--plan", plan, "--task", "x.tsv")
+    for option in (("--blocks", 4), ("--data", "x"), ("--sequence-length", 9), ("--seed", 3)):
+        assert f"{option[0]} goes with text" in wrong(*task, *option)
+    Plan([LayerDrop(attention=[1])]).save_pretrained(tmp_path / "any")
+    bench = ("bench", bert, "--plan", tmp_path / "any", "--new-tokens", 4)
+    assert "BertModel makes embeddings" in wrong(*bench)
+    assert "BertModel makes embeddings" in wrong("demo", bert, "-o", tmp_path / "out", "--prompt", "Hi")

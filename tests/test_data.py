@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import json
 import logging
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import BertTokenizer
 
-from slimformer.calibration.data import load_texts, token_batches_padded, token_blocks
+from slimformer.calibration.data import characters_for, load_texts, token_batches_padded, token_blocks
 from slimformer.errors import DataError
+from tiny_checkpoints import tiny_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three"]
 TEXTS = ["First.", "Second\nline.", "Third: ä."]
@@ -28,7 +31,6 @@ def tokenizer() -> BertTokenizer:
 
 
 def characters(text: str, **options: object) -> dict[str, list[int]]:
-    assert options["add_special_tokens"] is False
     return {"input_ids": [ord(character) for character in text]}
 
 
@@ -120,6 +122,13 @@ def test_a_dataset_is_streamed_and_limited(tmp_path: Path, monkeypatch: pytest.M
     ("number.jsonl", "has a value of type int in the field 'text'"),
     ("null.jsonl", "has None in the field 'text'"),
     ("fake.parquet", "as Parquet"),
+    ("late.txt", "late.txt as UTF-8 text: line 5001 has the byte 0xe4 behind 3 characters"),
+    ("late.jsonl", "late.jsonl as UTF-8 text: line 3 has the byte 0xff behind 10 characters"),
+    ("windows.txt", "windows.txt as UTF-8 text: it begins as UTF-16 or UTF-32 does"),
+    ("unmarked.txt", "unmarked.txt as UTF-8 text: it begins as UTF-16 or UTF-32 does"),
+    ("half.jsonl", r"Line 2 of half.jsonl holds '\ud83d', half of a surrogate pair, behind 2 characters"),
+    (["fine", "a \ude00"], r"Item 1 holds '\ude00', half of a surrogate pair"),
+    ("deep.jsonl", "Line 1 of deep.jsonl is not JSON"),
     ("What is this text doing here?", "neither a file nor the id of a Hub dataset"),
     ("x" * 200 + "!", "..."),
     ([], "list holds no text"),
@@ -136,6 +145,9 @@ def test_a_bad_source_says_what_is_wrong(
     files = {
         "notes.md": b"text", "plain": b"text", "empty.txt": b" \n\n ", "latin.txt": "ä".encode("latin-1"),
         "broken.jsonl": b'{"text": "a"}\n{"text": \n', "array.json": b'["a"]', "number.jsonl": b'{"text": 1}',
+        "late.txt": b"good\n" * 5000 + b"sp\xc3\xa4\xe4t\n", "unmarked.txt": "text\n".encode("utf-16-le"),
+        "late.jsonl": b'{"text": "a"}\n\n{"text": "\xff"}\n', "windows.txt": "text\n".encode("utf-16"),
+        "half.jsonl": b'{"text": "a"}\n{"text": "a \\ud83d"}\n', "deep.jsonl": b"[" * 100_000,
         "null.jsonl": b'{"text": null}', "fake.parquet": b"PAR1 and nothing behind",
     }  # fmt: skip
     for name, content in files.items():
@@ -143,6 +155,58 @@ def test_a_bad_source_says_what_is_wrong(
     with pytest.raises(DataError) as error:
         load_texts(source)
     assert message in str(error.value)
+
+
+def test_bad_bytes_on_standard_input_are_named_by_their_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for content, message in (
+        (b"one\n\ntw\xe4o\n", "line 3 has the byte 0xe4"),
+        ("a".encode("utf-16"), "UTF-16"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+        with pytest.raises(DataError, match=f"Cannot read standard input as UTF-8 text: .*{message}"):
+            load_texts("-")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("sp\u00e4t".encode()), encoding="ascii"))
+    assert load_texts("-")[0] == ["sp\u00e4t"]
+
+
+@pytest.mark.parametrize("kind", ["iterator", "blank iterator", "jsonl", "text", "standard input"])
+def test_no_more_is_read_than_is_enough(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = {"jsonl": '{"text": "A line of text."}\n'}.get(kind, "A line of text.\n\n") * 200_000
+    (tmp_path / f"a.{'jsonl' if kind == 'jsonl' else 'txt'}").write_text(lines + "\n{")
+    source: object = next(tmp_path.iterdir())
+    read = []
+    if kind.endswith("iterator"):
+        source = (
+            read.append(i) or (" " if kind == "blank iterator" else "A line of text.")
+            for i in itertools.count()
+        )
+    elif kind == "standard input":
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="utf-8"))
+        source = "-"
+    if kind == "blank iterator":
+        with pytest.raises(DataError, match="every entry was blank"):
+            load_texts(source, enough=1000)
+        assert len(read) == 500
+        return
+    assert len(load_texts(source, enough=1000)[0]) == 63
+    assert len(load_texts(["x" * 400] * 9, enough=1000)[0]) == 5
+    assert characters_for(10**6) == 80 * 10**6
+
+
+def test_every_block_begins_as_the_tokenizer_begins_texts() -> None:
+    tokens = tiny_tokenizer()
+    tokens._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    blocks = token_blocks(["a cat sat"] * 9, tokens, sequence_length=6, count=4, seed=0)
+    assert blocks.shape == (4, 6)
+    assert (blocks[:, 0] == 1).all()
+    assert not torch.isin(blocks[:, 1:], torch.tensor([1, 2])).any()
+    with pytest.raises(DataError, match="sequence_length must be above 1"):
+        token_blocks(["a cat sat"], tokens, sequence_length=1, count=4, seed=0)
+    assert (
+        token_blocks(["a cat sat"] * 9, tiny_tokenizer(), sequence_length=6, count=9, seed=0)[:, 0] != 1
+    ).all()
 
 
 def test_a_missing_dataset_and_a_missing_package_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +236,7 @@ def test_blocks_are_cut_from_the_text_without_overlap() -> None:
     numbered = iter(range(10_000))
     chosen = token_blocks(
         texts,
-        lambda text, **_: {"input_ids": [next(numbered) for _ in text]},
+        lambda text, **_: {"input_ids": [next(numbered) for _ in text] if text != "a" else [0]},
         sequence_length=8,
         count=9,
         seed=3,
@@ -210,7 +274,7 @@ def test_reading_stops_where_there_is_enough() -> None:
         return {"input_ids": [1] * 10}
 
     token_blocks(["text"] * 100, counted, sequence_length=5, count=2, seed=0)
-    assert len(read) == 4
+    assert read.count("text\n\n") == 4
 
 
 def test_rows_are_padded_truncated_and_have_special_tokens() -> None:

@@ -97,12 +97,19 @@ def test_a_filter_stays_in_floating_point_beside_quantised_weights(config: AOBas
     assert torch.equal(logits(slimformer.unpatch(model)), dense)
 
 
-def test_a_plan_beside_the_checkpoint_is_found(tmp_path: Path) -> None:
+def test_a_plan_beside_the_checkpoint_is_applied_only_where_it_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tiny_checkpoint(tmp_path, "llama")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert dropped(slimformer.patch(model)) == {}
+    dense = logits(model)
     Plan([DROP], fingerprint(model)).save_pretrained(folder)
-    slimformer.patch(model)
+    with caplog.at_level("INFO", "slimformer"):
+        assert torch.equal(logits(slimformer.patch(model)), dense)
+    assert dropped(model) == {}
+    assert f"in {folder}, and is not applied" in caplog.text
+    assert 'slimformer.patch(model, "auto")' in caplog.text
+    slimformer.patch(model, "auto")
     assert dropped(model) == {1: ["attention"], 2: ["mlp"]}
     for given in (folder, Path(folder), Path(folder) / FILE):
         slimformer.patch(slimformer.unpatch(model), given)

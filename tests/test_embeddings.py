@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,7 @@ def test_a_copy_of_a_patched_pipeline_saves_its_own_weights(tmp_path: Path, copi
         weight.copy_(weight.flip(0))
     other.save_pretrained(str(tmp_path / "to"))
     again = SentenceTransformer(str(tmp_path / "to"), device="cpu")
-    slimformer.patch(again)
+    slimformer.patch(again, "auto")
     assert dropped(again) == {1: ["attention"], 2: ["mlp"]}
     assert np.abs(again.encode(TEXTS) - other.encode(TEXTS)).max() < 1e-6
     assert np.abs(again.encode(TEXTS) - model.encode(TEXTS)).max() > 1e-3
@@ -171,7 +172,7 @@ def test_a_saved_pipeline_brings_its_plan(tmp_path: Path, real: SentenceTransfor
     }
     again = SentenceTransformer(str(tmp_path / "slim"), device="cpu")
     assert np.abs(again.encode(TEXTS) - real.encode(TEXTS)).max() < 1e-6
-    slimformer.patch(again)
+    slimformer.patch(again, "auto")
     assert np.abs(again.encode(TEXTS) - expected).max() < 1e-6
     assert Plan.from_pretrained(tmp_path / "slim").provenance == {"data": "notes"}
 
@@ -192,12 +193,13 @@ def test_a_plan_in_the_folder_of_the_first_module_is_found(tmp_path: Path) -> No
     modules = tmp_path / "to" / "modules.json"
     modules.write_text(modules.read_text().replace('"path": ""', '"path": "0_Transformer"'))
     Plan([DROP]).save_pretrained(tmp_path / "to" / "0_Transformer")
-    again = slimformer.patch(SentenceTransformer(str(tmp_path / "to"), device="cpu"))
+    again = slimformer.patch(SentenceTransformer(str(tmp_path / "to"), device="cpu"), "auto")
     assert dropped(again) == {1: ["attention"], 2: ["mlp"]}
     modules.write_text("[]")
     with pytest.raises(PlanError, match=r"modules\.json does not say where"):
-        slimformer.patch(again)
+        slimformer.patch(again, "auto")
     assert dropped(again) == {1: ["attention"], 2: ["mlp"]}
+    assert dropped(slimformer.patch(again)) == {}
 
 
 def hub_repository(cache: Path, repo_id: str, commit: str) -> Path:
@@ -209,29 +211,51 @@ def hub_repository(cache: Path, repo_id: str, commit: str) -> Path:
     return root / "snapshots" / commit
 
 
-def test_a_plan_beside_a_checkpoint_of_the_hub_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_the_hub_is_asked_for_a_plan_only_of_a_model_that_it_gave_at_that_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     commit, repo_id = "a" * 40, "somebody/embedder"
     folder = hub_repository(tmp_path, repo_id, commit)
     tiny_checkpoint(folder, "bert")
-    with caplog.at_level("INFO", "slimformer"):
-        model = slimformer.patch(AutoModel.from_pretrained(repo_id, cache_dir=tmp_path))
-    assert dropped(model) == {}
-    assert f"could not say whether a plan lies with {repo_id}" in caplog.text
+    model = AutoModel.from_pretrained(repo_id, cache_dir=tmp_path)
+    if getattr(model.config, "_commit_hash", None) is None:
+        # transformers 5.24 and later say nothing of where a model came from.
+        with pytest.raises(PlanError, match=r"there is none\. .*\(model, folder or Hub id\)"):
+            slimformer.patch(model, "auto")
+        model.config._commit_hash = commit
+    with pytest.raises(PlanError, match=f"could not say whether a plan lies with {repo_id}"):
+        slimformer.patch(model, "auto")
     (folder.parents[1] / ".no_exist" / commit).mkdir(parents=True)
     (folder.parents[1] / ".no_exist" / commit / FILE).touch()
-    caplog.clear()
-    assert dropped(slimformer.patch(model)) == {}
-    assert "could not say" not in caplog.text
+    with pytest.raises(PlanError, match=f"{repo_id} has none at the commit {commit}"):
+        slimformer.patch(model, "auto")
     (folder.parents[1] / ".no_exist" / commit / FILE).unlink()
     Plan([DROP]).save_pretrained(folder)
-    assert dropped(slimformer.patch(model)) == {1: ["attention"], 2: ["mlp"]}
+    assert dropped(slimformer.patch(model)) == {}
+    assert dropped(slimformer.patch(model, "auto")) == {1: ["attention"], 2: ["mlp"]}
     (folder / FILE).write_text("{")
     with pytest.raises(PlanError, match="damaged"):
-        slimformer.patch(model)
+        slimformer.patch(model, "auto")
+
+
+def test_a_folder_that_is_gone_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    tiny_checkpoint(tmp_path / "outdir" / "ck", "bert")
+    model = AutoModel.from_pretrained("outdir/ck")
+    shutil.rmtree(tmp_path / "outdir")
+    # What a stranger would have to do: a repository of that name, with a plan in it.
+    Plan([DROP]).save_pretrained(hub_repository(tmp_path / "hub", "outdir/ck", "b" * 40))
+    assert dropped(slimformer.patch(model)) == {}
+    with pytest.raises(PlanError, match=r"beside the checkpoint outdir/ck, and there is none"):
+        slimformer.patch(model, "auto")
+    with pytest.raises(PlanError, match="loaded from none"):
+        slimformer.patch(tiny_model("bert"), "auto")
 
 
 def test_a_patch_that_no_plan_can_hold_is_not_saved_and_says_so(tmp_path: Path) -> None:
@@ -266,7 +290,7 @@ def test_a_cross_encoder_is_patched_in_place_and_saved_with_its_plan(tmp_path: P
     assert np.abs(slim - dense).max() > 1e-5
     model.save_pretrained(str(tmp_path / "to"))
     assert np.array_equal(slimformer.unpatch(model).predict(pairs), dense)
-    again = slimformer.patch(CrossEncoder(str(tmp_path / "to"), device="cpu"))
+    again = slimformer.patch(CrossEncoder(str(tmp_path / "to"), device="cpu"), "auto")
     assert np.abs(again.predict(pairs) - slim).max() < 1e-6
 
 
@@ -282,7 +306,7 @@ def test_a_pipeline_is_patched_and_saved_with_its_plan(tmp_path: Path, task: str
     assert slimformer.patch(made, DROP) is made
     slim = answers(made)
     made.save_pretrained(str(tmp_path))
-    again = slimformer.patch(pipeline(task, model=str(tmp_path)))
+    again = slimformer.patch(pipeline(task, model=str(tmp_path)), "auto")
     assert dropped(again) == {1: ["attention"], 2: ["mlp"]}
     if task == "text-generation":
         assert answers(again) == slim

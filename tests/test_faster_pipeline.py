@@ -127,6 +127,20 @@ def test_a_gpu_gets_as_many_texts_as_keep_it_busy(model: SentenceTransformer) ->
     encode = FillingBatches(model, transformer_of(model), 384)
     assert encode.filling(["x" * 4000, "short"]) == BUSY_FROM_ELEMENTS // (384 * 128)
     assert encode.filling(["x" * 30]) == BUSY_FROM_ELEMENTS // (384 * 32)
+    # Pairs and records count with all that they hold, a prompt with every text.
+    assert encode.filling([("x" * 30, "y" * 20), ("a", "b")]) == BUSY_FROM_ELEMENTS // (384 * 52)
+    assert encode.filling([{"query": "x" * 30, "text": ["y" * 20]}]) == BUSY_FROM_ELEMENTS // (384 * 52)
+    assert encode.filling(["x" * 30], "y" * 20) == BUSY_FROM_ELEMENTS // (384 * 52)
+    model.prompts = {"query": "y" * 40, "document": ""}
+    assert encode.filling(["x" * 30]) == BUSY_FROM_ELEMENTS // (384 * 72)
+    model.prompts = {}
+    # An image, or nothing at all, has no number of characters.
+    assert (
+        encode.filling(["x" * 30, {"image": object()}])
+        == encode.filling([np.zeros(3)])
+        == encode.filling([])
+        == 0
+    )
     seen: list[int] = []
 
     class Recording(SentenceTransformer):
@@ -137,7 +151,8 @@ def test_a_gpu_gets_as_many_texts_as_keep_it_busy(model: SentenceTransformer) ->
     recorded = OnAGpu(model, transformer_of(model), 384)
     for asked in ({}, {"batch_size": 100_000}, {"batch_size": 0}):
         recorded(["x" * 30], **asked)
-    assert seen == [BUSY_FROM_ELEMENTS // (384 * 32), 100_000, 0]
+    recorded([{"image": object()}])
+    assert seen == [BUSY_FROM_ELEMENTS // (384 * 32), 100_000, 0, 32]
     assert list(inspect.signature(recorded).parameters) == ["inputs", "prompt", "batch_size", "options"]
 
 

@@ -266,4 +266,6 @@ def test_the_command_makes_the_plan(tmp_path: Path) -> None:
     figures = json.loads(run("eval", folder, "--plan", out, "--task", data, "--json").stdout)
     assert figures["data"].endswith("the held-out queries")
     wrong = run("calibrate", folder, "-o", out, "--method", "narrow", "--layer", 1, "--data", data, code=2)
-    assert "--keep or --max-loss" in " ".join(wrong.stderr.split())
+    assert "--layer goes with --method elastic, not narrow" in " ".join(
+        word for word in wrong.stderr.split() if word != "│"
+    )

@@ -98,7 +98,7 @@ def test_a_saved_model_has_its_own_weights_and_the_plan_beside_them(tmp_path: Pa
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.model.layers[1].self_attn.q_proj.weight, _own_query())
-    assert torch.equal(logits(slimformer.patch(loaded)), logits(model))
+    assert torch.equal(logits(slimformer.patch(loaded, "auto")), logits(model))
 
 
 def test_changes_of_the_same_weight_add_up_and_count_beside_drops() -> None:

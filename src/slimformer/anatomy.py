@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimformer.errors import UnsupportedModelError
+from slimformer.unfit_models import no_model_in, refuse_compiled
 
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")
@@ -234,10 +235,11 @@ def transformer_of(model: Any) -> Any:
     object as it is.
 
     Raises:
-        UnsupportedModelError: If a sentence-transformers model runs on another backend than torch.
+        UnsupportedModelError: If it was compiled, or a sentence-transformers model runs on another backend than torch.
     """
     if isinstance(model, PreTrainedModel):
         return model
+    refuse_compiled(model)
     # A Pipeline's .model, a PEFT model's .base_model.model, a SentenceTransformer's first module's .model
     # (.auto_model before version 6), a CrossEncoder's .model before version 6.
     if not isinstance(model, nn.Module):
@@ -253,8 +255,10 @@ def transformer_of(model: Any) -> Any:
         )
     first = next(iter(model.children()), None) if isinstance(model, nn.Sequential) else model
     for name in ("auto_model", "model"):
-        if isinstance(getattr(first, name, None), PreTrainedModel):
-            return getattr(first, name)
+        inner = getattr(first, name, None)
+        if isinstance(inner, PreTrainedModel):
+            return inner
+        refuse_compiled(inner)
     return model
 
 
@@ -273,11 +277,9 @@ def find_anatomy(model: Any) -> Anatomy:
     """
     model = transformer_of(model)
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"Expected a transformers PreTrainedModel that runs in torch, or a SentenceTransformer, CrossEncoder or "
-            f"Pipeline that holds one, got {type(model).__name__}."
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
+        raise no_model_in(model)
+    # The configuration of an encoder alone is still that of the whole model; it has no other encoder inside.
+    if getattr(model.config, "is_encoder_decoder", False) and model.get_encoder() is not model:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model. Supported are decoders and encoders on their own; "
             "pass the encoder (`model.get_encoder()`) if that is what you use."

@@ -17,6 +17,7 @@ from slimformer.attention import for_attention
 from slimformer.attention_scores import SCORES, Scores, own_config, scores_of
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.ledger import Ledger
+from slimformer.method_fields import is_whole
 from slimformer.scored_attention import ScoredAttention, computes_scores_itself
 from slimformer.texts import TextReader, Texts
 
@@ -315,5 +316,5 @@ def checked_length(owner: str, name: str, value: Any, least: int = 1) -> None:
     Raises:
         PlanError: If `value` is not a whole number from `least` up.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_whole(value, least):
         raise PlanError(f"{owner}({name}=...) takes a whole number from {least} up, got {value!r}.")

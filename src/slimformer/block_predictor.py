@@ -102,13 +102,24 @@ class BlockPredictor(nn.Module):
             for which in TOWERS:
                 own = {part: found[f"{which}.{part}"] for part in _PARTS}
                 size, features = own["first.weight"].shape
-                made = _Tower(features, size, own["last.weight"].shape[0]).to(own["first.weight"].dtype)
+                rank = own["last.bias"].numel()
+                # Before room is made for them, which an empty tensor's shape may ask for without end.
+                shapes = ((size, features), (size,), (rank, size), (rank,))
+                if [tuple(own[part].shape) for part in _PARTS] != list(shapes) or 0 in (size, features, rank):
+                    raise ValueError(f"the parts of its {which} tower do not fit each other")
+                made = _Tower(features, size, rank).to(own["first.weight"].dtype)
                 made.load_state_dict(own, strict=False)
                 setattr(predictor, which, made)
+            if found[_NEAR].shape != predictor.near.shape:
+                raise ValueError(f"it has {found[_NEAR].numel()} distances, and {DISTANCES} are read")
             with torch.no_grad():
                 predictor.near.copy_(found[_NEAR])
-            if predictor.query.last.out_features != predictor.key.last.out_features:
-                raise ValueError("its towers have outputs of different widths")
+            query, key = (
+                (tower.first.in_features, tower.last.out_features)
+                for tower in (predictor.query, predictor.key)
+            )
+            if query != key:
+                raise ValueError("its towers have inputs or outputs of different widths")
         except (RuntimeError, ValueError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise PlanError(

@@ -19,6 +19,7 @@ from slimformer.attention import for_attention
 from slimformer.attention_scores import own_implementation
 from slimformer.cache import Content, layer_cache, leave_slot_empty
 from slimformer.errors import PlanError, UnsupportedModelError
+from slimformer.layer_list import LayerList
 from slimformer.ledger import Ledger
 from slimformer.replacements import LinearFilter, keeps_state
 from slimformer.row_selection import RowSelector, check_one_text_per_row, intersection
@@ -122,6 +123,7 @@ class LayerExecutor:
         chooses: Whether a policy names rows in this layer.
         shortens: Whether the cache of this layer may hold fewer tokens than the text has.
         last: Whether rows that left the stream come back behind this layer.
+        all_layers: The layers that run after each other, this one among them.
         observed: Says whether something reads what runs between the layers, so that no row may leave.
         chosen: The rows that policies named in the last call: all there were, and their mask or number.
         names: The layer's positional parameters behind the residual.
@@ -141,6 +143,7 @@ class LayerExecutor:
     chooses: bool = False
     shortens: bool = False
     last: bool = False
+    all_layers: LayerList | None = None
     observed: Callable[[], bool] = lambda: False
     chosen: dict[Kind, tuple[int, Tensor | int]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
@@ -169,6 +172,7 @@ class LayerExecutor:
         """
         self.chooses = any(plan.rows for plan in self.sublayers.values())
         self.shortens = index >= shorter_from
+        self.all_layers = LayerList.of(anatomy)
         self.last = index == len(anatomy.layers) - 1
         # A stack whose layers return tuples collects hidden states in its own loop.
         self.observed = partial(is_observed, anatomy.layers, self.returns_tuple)
@@ -382,6 +386,8 @@ class LayerExecutor:
         x = hidden.reshape(-1, hidden.shape[-1])
         for choose in staying:
             stream, x = stream.without(choose(stream, x), x)
+        if stream.held is not None and self.all_layers is not None:
+            self.all_layers.check()
         return stream, hidden if stream.held is None else x[None]
 
     def _by_rows(self, hidden: Tensor, stream: Stream, kwargs: dict[str, Any]) -> Any:

@@ -29,7 +29,7 @@ from slimformer.layer_calls import first_layer_call
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import Plan
-from slimformer.stored_plan import save_with_plan, stored_plan
+from slimformer.stored_plan import plan_beside, save_with_plan, stored_plan
 from slimformer.switched_layer import SwitchedLayer
 from slimformer.tiers import Support, examine_support
 from slimformer.versions import warn_if_untried
@@ -60,16 +60,16 @@ def patch(model: Model, *methods: Method | str | os.PathLike[str]) -> Model:
     Args:
         model: A transformers model, or a SentenceTransformer, CrossEncoder or Pipeline that holds one. What saves it
             writes the plan beside it.
-        methods: What to apply: methods, plans, or where a plan is (folder, file or Hub id). Token policies compose by
-            intersection: a sublayer computes what all of them keep. Attention transforms follow each other in the
-            order given. With none, the plan that lies beside the
-            checkpoint is applied, and without one only what loses nothing.
+        methods: What to apply: methods, plans, or where a plan is: a folder, a file, a Hub id, or `"auto"` for beside
+            the checkpoint (its folder or, where the Hub gave the model, its repository at that commit). Token policies
+            compose by intersection: a sublayer computes what all of them keep. Attention transforms follow each other
+            in the order given. With none, only what loses nothing is applied, and nothing is fetched.
 
     Returns:
         The same object.
 
     Raises:
-        PlanError: If a method does not fit the model, which is left as it was.
+        PlanError: If a method does not fit the model, or `"auto"` finds no plan; the model is left as it was.
         UnsupportedModelError: If the model's structure is not known.
 
     Example:
@@ -85,7 +85,9 @@ def patch(model: Model, *methods: Method | str | os.PathLike[str]) -> Model:
     """
     warn_if_untried()
     inner = transformer_of(model)
-    chosen = tuple(_method(given) for given in methods) or _plan_beside_checkpoint(inner)
+    chosen = tuple(_method(given, inner) for given in methods)
+    if not chosen:
+        _say_what_more_there_is(inner)
     previous = vars(inner).get(_ATTRIBUTE)
     unpatch(inner)
     try:
@@ -153,7 +155,9 @@ def keep_ratios(model: Any) -> dict[tuple[int, Kind], float]:
     return {sublayer: ratio for sublayer, ratio in ratios.items() if ratio is not None}
 
 
-def _method(given: Method | str | os.PathLike[str]) -> Method:
+def _method(given: Method | str | os.PathLike[str], model: nn.Module) -> Method:
+    if isinstance(given, str) and given == "auto":
+        return stored_plan(*_loaded_from(model))
     if isinstance(given, (str, os.PathLike)):
         return Plan.from_pretrained(given)
     if not isinstance(given, (TokenPolicy, AttentionTransform)):
@@ -163,16 +167,28 @@ def _method(given: Method | str | os.PathLike[str]) -> Method:
     return given
 
 
-def _plan_beside_checkpoint(model: nn.Module) -> tuple[Method, ...]:
+def _loaded_from(model: nn.Module) -> tuple[str, str | None]:
+    """The folder or Hub id that a model was loaded from, and the Hub's commit if it was."""
     config = getattr(model, "config", None)
-    found = stored_plan(getattr(config, "name_or_path", ""), getattr(config, "_commit_hash", None))
-    if found is not None:
-        return (found,)
-    _logger.info(
-        "No plan lies beside the checkpoint, so only what loses nothing is applied. "
-        "slimformer.calibrate(model, tokenizer, drop=4) makes one that is faster still."
-    )
-    return ()
+    return getattr(config, "name_or_path", ""), getattr(config, "_commit_hash", None)
+
+
+def _say_what_more_there_is(model: nn.Module) -> None:
+    beside = None
+    # A folder that cannot be read is of no concern where nothing is asked of it.
+    with contextlib.suppress(PlanError):
+        beside = plan_beside(_loaded_from(model)[0])
+    if beside is None:
+        _logger.info(
+            "Only what loses nothing is applied. slimformer.calibrate(model, tokenizer, drop=4) makes a plan that is "
+            "faster still."
+        )
+    else:
+        _logger.info(
+            "A plan lies beside the checkpoint, in %s, and is not applied, since it may change results: "
+            'slimformer.patch(model, "auto") applies it.',
+            beside,
+        )
 
 
 def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:

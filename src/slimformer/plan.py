@@ -22,7 +22,6 @@ import safetensors.torch
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy, Kind, find_anatomy
@@ -39,6 +38,7 @@ from slimformer.methods.self_extend import SelfExtend
 from slimformer.methods.temperature import LogNScale, TempScale
 from slimformer.methods.token_elimination import TokenElimination
 from slimformer.methods.weight_delta import WeightDelta
+from slimformer.plan_files import mapping, read_json, read_weights
 
 FORMAT = 1
 FILE = "slimformer.json"
@@ -259,32 +259,28 @@ class Plan:
         if not given.exists() and isinstance(path, str) and path.count("/") == 1 and not path.startswith("."):
             given = _download(path, options)
         file = given / FILE if given.is_dir() else given
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(
-                f"No plan at {file}: {error.strerror}. Expected a folder that holds {FILE}."
-            ) from error
-        except ValueError as error:
-            raise PlanError(f"{file} is damaged: {error}. Save the plan again.") from error
-        return cls._from_dict(content, file)
+        return cls._from_dict(read_json(file), file)
 
     @classmethod
     def _from_dict(cls, content: Any, file: Path) -> Plan:
-        if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        number = content.get("format") if isinstance(content, dict) else None
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise PlanError(f"{file} is not a plan: it has no format number.")
-        if content["format"] > FORMAT:
+        if number > FORMAT:
             raise PlanError(
-                f"{file} has format {content['format']}, and this version reads up to {FORMAT}. Upgrade slimformer."
+                f"{file} has format {number}, and this version reads up to {FORMAT}. Upgrade slimformer."
             )
-        tensors = _read_weights(file.with_name(WEIGHTS), content.get("weights_sha256"))
+        tensors = read_weights(file.with_name(WEIGHTS), content.get("weights_sha256"))
         try:
+            entries = content["methods"]
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise TypeError("methods is no list of objects")
             methods = [
                 _read_method(dict(entry), _of_method(number, tensors), file)
-                for number, entry in enumerate(content["methods"])
+                for number, entry in enumerate(entries)
             ]
-            parts = {name: dict(content.get(name, {})) for name in ("fingerprint", "provenance", "measured")}
-        except (KeyError, TypeError, ValueError) as error:
+            parts = {name: mapping(content, name) for name in ("fingerprint", "provenance", "measured")}
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise PlanError(
                 f"{file} is damaged: its methods cannot be read ({error!r}). Save the plan again."
             ) from error
@@ -327,22 +323,6 @@ def _download(repo_id: str, options: dict[str, Any]) -> Path:
         raise PlanError(
             f"No plan at {repo_id}: there is no such folder, and the Hub gave none ({reason[0]}). "
             f"Expected a folder that holds {FILE}."
-        ) from error
-
-
-def _read_weights(file: Path, digest: str | None) -> dict[str, Tensor]:
-    if digest is None:
-        return {}
-    try:
-        content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise PlanError(
-                f"{file} is damaged, or belongs to another plan: its checksum differs. Save it again."
-            )
-        return safetensors.torch.load(content)
-    except (OSError, SafetensorError) as error:
-        raise PlanError(
-            f"The plan's weights in {file} cannot be read: {error}. Save the plan again."
         ) from error
 
 

@@ -1,10 +1,9 @@
-"""The plan that lies with a checkpoint: written when a patched model is saved, found when it is loaded again."""
+"""The plan that lies with a checkpoint: written when a patched model is saved, found again where it is asked for."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
 )
 from transformers import PreTrainedModel
 
@@ -24,33 +23,59 @@ from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import FILE, METHODS, WEIGHTS, Plan, PlannedMethod, fingerprint
 
-_logger = logging.getLogger("slimformer")
 # Patching a model waits no longer than this for the Hub, in seconds.
 _PATIENCE = 3.0
 
 
-def stored_plan(checkpoint: str, revision: str | None = None) -> Plan | None:
-    """The plan in a checkpoint's folder or repository, or in that of a sentence-transformers pipeline's first module.
+def stored_plan(checkpoint: str, commit: str | None = None) -> Plan:
+    """The plan that lies with a checkpoint, for `patch(model, "auto")`.
+
+    The Hub is asked only about a model that it gave, and at the commit that it gave: a name that was a folder's once
+    may be a stranger's repository there.
 
     Args:
         checkpoint: What the model's configuration says it was loaded from: a folder, a Hub id, or nothing.
-        revision: The commit of the Hub that it was loaded from; None for a folder, or where it is not known.
-
-    Returns:
-        None where there is no such folder or repository, no plan in it, or no way to the Hub.
+        commit: The commit of the Hub that it was loaded from; None for any other model.
 
     Raises:
-        PlanError: If there is a plan that cannot be read.
+        PlanError: If there is none, the Hub cannot say, or there is one that cannot be read.
+    """
+    folder = plan_beside(checkpoint)
+    if folder is not None:
+        return Plan.from_pretrained(folder)
+    if checkpoint and commit and not os.path.isdir(checkpoint):
+        return _plan_on_the_hub(checkpoint, commit)
+    where = (
+        f"the checkpoint {checkpoint}" if checkpoint else "a checkpoint, since the model was loaded from none"
+    )
+    raise PlanError(
+        f'"auto" applies the plan that lies beside {where}, and there is none. Looked at were a folder of this '
+        "machine and, for a model that knows its commit on the Hub, its repository (from transformers 5.24 on none "
+        "does). Name the plan: slimformer.patch(model, folder or Hub id)."
+    )
+
+
+def plan_beside(checkpoint: str) -> Path | None:
+    """The folder with the plan: a checkpoint's own, or that of a sentence-transformers pipeline's first module.
+
+    Args:
+        checkpoint: What the model's configuration says it was loaded from.
+
+    Returns:
+        None where that is no folder of this machine, or there is no plan in it.
+
+    Raises:
+        PlanError: If the pipeline's files do not say where its first module is.
 
     Example:
-        >>> stored_plan("no/such/folder") is None
+        >>> plan_beside("no/such/folder") is None
         True
     """
     if not checkpoint or not os.path.isdir(checkpoint):
-        return _plan_on_the_hub(checkpoint, revision) if checkpoint.count("/") == 1 else None
+        return None
     for folder in (Path(checkpoint), _first_module(Path(checkpoint))):
         if (folder / FILE).is_file():
-            return Plan.from_pretrained(folder)
+            return folder
     return None
 
 
@@ -111,22 +136,22 @@ def _plan_of(model: PreTrainedModel, methods: Sequence[object]) -> Plan | None:
     return Plan(flat, fingerprint(model)) if flat else None
 
 
-def _plan_on_the_hub(repo_id: str, revision: str | None) -> Plan | None:
-    """The plan at the commit that the checkpoint is of, else the newest; what the Hub said once is in its cache."""
-    if try_to_load_from_cache(repo_id, FILE, revision=revision) is _CACHED_NO_EXIST:
-        return None
+def _plan_on_the_hub(repo_id: str, commit: str) -> Plan:
+    """The plan at the commit that the checkpoint is of; what the Hub said once is in its cache."""
+    absent = f'"auto" applies the plan that lies beside the checkpoint, and {repo_id} has none at the commit {commit}.'
+    remedy = "Name the plan: slimformer.patch(model, folder or Hub id)."
+    if try_to_load_from_cache(repo_id, FILE, revision=commit) is _CACHED_NO_EXIST:
+        raise PlanError(f"{absent} {remedy}")
     try:
-        file = hf_hub_download(repo_id, FILE, revision=revision, etag_timeout=_PATIENCE)
-    except HFValidationError:
-        return None
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, EntryNotFoundError):
-            _logger.info(
-                "The Hub could not say whether a plan lies with %s: %s", repo_id, type(error).__name__
-            )
-        return None
-    with contextlib.suppress(EntryNotFoundError):  # a plan without weights has no such file
-        hf_hub_download(repo_id, WEIGHTS, revision=revision, etag_timeout=_PATIENCE)
+        file = hf_hub_download(repo_id, FILE, revision=commit, etag_timeout=_PATIENCE)
+        with contextlib.suppress(EntryNotFoundError):  # a plan without weights has no such file
+            hf_hub_download(repo_id, WEIGHTS, revision=commit, etag_timeout=_PATIENCE)
+    except RemoteEntryNotFoundError as error:
+        raise PlanError(f"{absent} {remedy}") from error
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise PlanError(
+            f"The Hub could not say whether a plan lies with {repo_id}: {type(error).__name__}. {remedy}"
+        ) from error
     return Plan.from_pretrained(file)
 
 

@@ -102,11 +102,6 @@ class ByPredictor:
 
     def __call__(self, stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
         """As `TokenScore`."""
-        if self.predictor.hidden_size != x.shape[-1]:
-            raise PlanError(
-                f"The plan's predictor reads a hidden size of {self.predictor.hidden_size}, and this model's is "
-                f"{x.shape[-1]}. Train one for this model with `slimformer train-predictor`."
-            )
         if self.predictor.near.device != x.device:
             self.predictor = self.predictor.to(x.device)
         matrix = self.predictor(_layer_input(stream, x), text.here, text.place).float().relu()

@@ -14,7 +14,7 @@ from slimformer.anatomy import Anatomy, Kind, find_anatomy, transformer_of
 from slimformer.attention import RowAttention
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
-from slimformer.calibration.data import load_texts, token_blocks
+from slimformer.calibration.data import characters_for, check_token_ids, load_texts, token_blocks
 from slimformer.calibration.held_out import split_texts
 from slimformer.calibration.partial_results import PartialResults
 from slimformer.calibration.progress import Stages
@@ -203,13 +203,15 @@ def calibrate_arank(
     source, tokens = f"{len(rows or ())} batches", 0
     if rows is None:
         tokenizer = tokenizer or tokenizer_of(model)
+        tokens = min(length, longest(anatomy, tokenizer))
         found, source = load_texts(
             os.fspath(data) if isinstance(data, os.PathLike) else data,  # type: ignore[arg-type]
             text_field=text_field,
+            enough=characters_for(texts * tokens),
         )
         read = split_texts(found)[0] if hold_out else found
-        tokens = min(length, longest(anatomy, tokenizer))
         blocks = token_blocks(read, tokenizer, sequence_length=tokens, count=texts, seed=seed)
+        check_token_ids(blocks, inner)
         rows = blocks.split(1)
         if not len(blocks):
             raise DataError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +15,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.anatomy import Anatomy
-from slimformer.calibration.budgets import Budget
-from slimformer.calibration.data import load_texts, token_batches_padded, token_blocks
+from slimformer.attention_transforms import position_offset
+from slimformer.calibration.budgets import BUDGETS, Budget
+from slimformer.calibration.data import (
+    characters_for,
+    check_token_ids,
+    load_texts,
+    token_batches_padded,
+    token_blocks,
+)
 from slimformer.calibration.divergence_to_dense import Divergence, EmbeddingDivergence, PredictionDivergence
 from slimformer.calibration.held_out import split_texts
 from slimformer.calibration.replay import Call, record_call
 from slimformer.calibration.search import Judge, Replay, Search
-from slimformer.errors import DataError
+from slimformer.errors import DataError, SlimformerWarning
 from slimformer.evaluation.divergence import DenseReference
 from slimformer.replacements import Replace
 
@@ -116,10 +125,10 @@ def read_text(
         DataError: If the text cannot be read, or gives fewer than two rows.
     """
     given: Any = os.fspath(data) if isinstance(data, os.PathLike) else data
-    texts, source = load_texts(given, text_field=text_field)
+    length = min(sizes.sequence_length, longest(anatomy, tokenizer))
+    texts, source = load_texts(given, text_field=text_field, enough=characters_for(sizes.blocks * length))
     if hold_out:
         texts = split_texts(texts)[0]
-    length = min(sizes.sequence_length, longest(anatomy, tokenizer))
     if predicts_tokens(model, anatomy):
         ids = token_blocks(texts, tokenizer, sequence_length=length, count=sizes.blocks, seed=seed)
         rows = {"input_ids": ids}
@@ -130,6 +139,16 @@ def read_text(
         raise DataError(
             f"Calibration needs at least two blocks of {length} tokens, and {source} gives {count}. Give more text."
         )
+    check_token_ids(rows["input_ids"], model)
+    fewest = BUDGETS["quick"]
+    if count < fewest.similarity:
+        warnings.warn(
+            f"{source} gives {count} blocks of up to {length} tokens to calibrate on, and by so few the choice is "
+            f"mostly chance. Give {math.ceil(fewest.blocks / count)} times as much text: the budget 'quick' reads "
+            f"{fewest.blocks} blocks.",
+            SlimformerWarning,
+            stacklevel=3,
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return CalibrationText(model, anatomy, {name: t[order] for name, t in rows.items()}, source, sizes)
 
@@ -138,9 +157,9 @@ def longest(anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase) -> int:
     """The most tokens that a model and its tokenizer say they can read."""
     config = anatomy.stack.config
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    # RoBERTa's positions start behind its padding index.
-    start = getattr(config, "pad_token_id", 0) or 0 if config.model_type in ("roberta", "mpnet") else 0
-    return int(min(tokenizer.model_max_length, (positions or tokenizer.model_max_length) - start))
+    if positions is None:
+        return int(tokenizer.model_max_length)
+    return int(min(tokenizer.model_max_length, positions - position_offset(anatomy)))
 
 
 def predicts_tokens(model: PreTrainedModel, anatomy: Anatomy) -> bool:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimformer.calibration.text_files import checked_text, lines_of, paragraphs, typed_lines
 from slimformer.errors import DataError
 
 _logger = logging.getLogger("slimformer")
@@ -25,7 +26,12 @@ _HUB_ROWS = 2000
 # Blocks are chosen from more text than they need, so that another seed gives other blocks.
 _SURPLUS = 4
 _SEPARATOR = "\n\n"
-_BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
+# No text has more characters per token than this, taken over pages; English has four to five.
+_CHARACTERS = 16
+# So many characters are read in a moment, and texts are chosen from more of a source.
+_LEAST_READ = 2**22
+# Fewer texts than this are split apart where some are held out, and more of them are not: see held_out.py.
+_FEWEST = 5
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 _EXPECTED = (
     "Expected a .txt, .jsonl, .json or .parquet file, '-' for standard input, "
@@ -34,7 +40,11 @@ _EXPECTED = (
 
 
 def load_texts(
-    source: str | Path | Iterable[str] | None, *, text_field: str = "text", limit: int | None = None
+    source: str | Path | Iterable[str] | None,
+    *,
+    text_field: str = "text",
+    limit: int | None = None,
+    enough: int | None = None,
 ) -> tuple[list[str], str]:
     """Read texts, and say where they came from. Blank texts are left out.
 
@@ -47,6 +57,8 @@ def load_texts(
             "owner/name:config") streams the split `train`. Any other iterable of strings is taken as it is.
         text_field: The field or column with the text, for JSON lines, Parquet and the Hub.
         limit: Take at most so many texts. None takes all, or 2000 rows of a Hub dataset.
+        enough: Read no further once there are so many characters, in five texts at least; `characters_for` says how
+            many some number of tokens takes. None reads to the end, which an endless iterator does not have.
 
     Returns:
         The texts, and a line for a plan's provenance that ends in the first 16 hex digits of a SHA-256 over them.
@@ -62,31 +74,55 @@ def load_texts(
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1, got {limit}. Leave it out to read everything.")
     name, found = _open(source, text_field, limit)
-    texts = list(islice((text for text in found if text.strip()), limit))
+    texts = list(islice(_not_blank(found, enough), limit))
     if not texts:
         raise DataError(
             f"{name} holds no text: every entry was blank or there was none. Give a source with text."
         )
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(text.encode("utf-8") + b"\0")
     plural = "" if len(texts) == 1 else "s"
     return texts, f"{name}, {len(texts)} text{plural}, sha256 {digest.hexdigest()[:16]}"
+
+
+def characters_for(tokens: int) -> int:
+    """After how many characters of a source no more need be read for so many tokens.
+
+    There are enough for four times as many, from which some are chosen, where every fifth text is held out.
+    """
+    return max(tokens * _SURPLUS * _CHARACTERS * _FEWEST // (_FEWEST - 1), _LEAST_READ)
+
+
+def check_token_ids(ids: Tensor, model: PreTrainedModel) -> None:
+    """Refuse ids that the model has no embedding for; on a GPU they would end the process.
+
+    Raises:
+        DataError: If there are any.
+    """
+    lowest, highest = ids.aminmax()
+    size = model.get_input_embeddings().num_embeddings
+    if lowest < 0 or highest >= size:
+        raise DataError(
+            f"The blocks hold token ids from {int(lowest)} to {int(highest)}, and the model knows 0 to {size - 1}. "
+            "Use the model's own tokenizer."
+        )
 
 
 def token_blocks(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, count: int, seed: int
 ) -> Tensor:
-    """Blocks of consecutive tokens for a decoder, without padding and without special tokens.
+    """Blocks of consecutive tokens for a decoder, without padding, each behind what the tokenizer puts before a text.
 
     Every text is tokenised with a blank line behind it; their tokens, one text after the other, are cut into blocks
     that do not overlap, and `count` of these are chosen by `seed`, in the order of the text. Reading stops at four
-    times the tokens needed.
+    times the tokens needed. Where the tokenizer begins texts with a token (Gemma's and Llama's `<bos>`), every block
+    begins with it: without, such models predict next to nothing.
 
     Args:
         texts: Texts, as `load_texts` returns them.
         tokenizer: The model's tokenizer.
-        sequence_length: Tokens per block.
+        sequence_length: Tokens per block, those that begin it included.
         count: Blocks wanted; all there are when the text gives fewer.
         seed: Which blocks are chosen.
 
@@ -104,7 +140,14 @@ def token_blocks(
                 [ 10, 100, 101, 102]])
     """
     _check(texts, sequence_length=sequence_length, count=count)
-    needed = sequence_length * count
+    front = _tokens_in_front(tokenizer)
+    length = sequence_length - len(front)
+    if length < 1:
+        raise DataError(
+            f"sequence_length must be above {len(front)}, since the tokenizer begins every text with so many tokens; "
+            f"got {sequence_length}."
+        )
+    needed = length * count
     ids: list[int] = []
     for text in texts:
         # verbose=False: a text longer than the model's context is no mistake here, since it is cut afterwards.
@@ -112,14 +155,15 @@ def token_blocks(
         ids.extend(encoded["input_ids"])
         if len(ids) >= _SURPLUS * needed:
             break
-    blocks = len(ids) // sequence_length
+    blocks = len(ids) // length
     if blocks == 0:
         raise DataError(
-            f"The text gives {len(ids)} tokens, and one block needs {sequence_length}. "
+            f"The text gives {len(ids)} tokens, and one block needs {length}. "
             "Give more text or a smaller sequence_length."
         )
-    tokens = torch.tensor(ids[: blocks * sequence_length], dtype=torch.long).view(blocks, sequence_length)
-    return tokens[_choose(blocks, count, seed)]
+    tokens = torch.tensor(ids[: blocks * length], dtype=torch.long).view(blocks, length)
+    chosen = tokens[_choose(blocks, count, seed)]
+    return torch.cat([torch.tensor(front, dtype=torch.long).expand(len(chosen), -1), chosen], 1)
 
 
 def token_batches_padded(
@@ -163,6 +207,27 @@ def token_batches_padded(
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
+def _not_blank(found: Iterator[str], enough: int | None) -> Iterator[str]:
+    read = blank = count = 0
+    for text in found:
+        read += len(text) + 1
+        if text.strip():
+            count += 1
+            yield text
+        else:
+            blank += len(text) + 1
+        if enough is not None and read >= enough and (count >= _FEWEST or blank >= enough):
+            return
+
+
+def _tokens_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a tokenizer puts before a text."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = range(len(whole) - len(plain) + 1)
+    start = next((start for start in starts if whole[start : start + len(plain)] == plain), 0)
+    return list(whole[:start])
+
+
 def _open(
     source: str | Path | Iterable[str] | None, text_field: str, limit: int | None
 ) -> tuple[str, Iterator[str]]:
@@ -178,7 +243,7 @@ def _open(
         )
     if isinstance(source, (str, Path)):
         if source == "-":
-            return "standard input", iter(_paragraphs(sys.stdin.read()))
+            return "standard input", paragraphs(typed_lines())
         return _open_path_or_dataset(source, text_field, limit)
     if isinstance(source, (bytes, Mapping)) or not isinstance(source, Iterable):
         raise DataError(f"Cannot read texts from {_kind(source)}. {_EXPECTED}.")
@@ -191,7 +256,7 @@ def _open_path_or_dataset(
     path = os.path.expanduser(source)
     suffix = os.path.splitext(path)[1].lower()
     readers: dict[str, Callable[[Path], Iterator[str]]] = {
-        ".txt": lambda file: iter(_paragraphs("".join(_lines(file)))),
+        ".txt": lambda file: paragraphs(lines_of(file)),
         ".jsonl": lambda file: _json_lines(file, text_field),
         ".json": lambda file: _json_lines(file, text_field),
         ".parquet": lambda file: _parquet_rows(file, text_field),
@@ -216,35 +281,21 @@ def _python_topics() -> Iterator[str]:
         yield text
 
 
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from file
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read {path} as UTF-8 text: {error}. Convert the file to UTF-8.") from error
-
-
-def _paragraphs(text: str) -> list[str]:
-    """Pieces between blank lines or, without any blank line, the lines."""
-    text = text.strip()
-    return _BLANK_LINES.split(text) if _BLANK_LINES.search(text) else text.splitlines()
-
-
 def _strings(source: Iterable[Any]) -> Iterator[str]:
     for index, text in enumerate(source):
         if not isinstance(text, str):
             raise DataError(f"Expected strings, and item {index} is {_kind(text)}. Give an iterable of str.")
-        yield text
+        yield checked_text(text, f"Item {index}")
 
 
 def _json_lines(path: Path, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         if not line.strip():
             continue
         where = f"Line {number} of {path}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise DataError(f"{where} is not JSON ({error}). Expected one JSON object per line.") from error
         if not isinstance(row, dict):
             raise DataError(f"{where} holds {_kind(row)}. Expected one JSON object per line.")
@@ -292,7 +343,7 @@ def _field(row: Mapping[str, Any], name: str, where: str) -> str:
     text = row[name]
     if not isinstance(text, str):
         raise DataError(f"{where} has {_kind(text)} in the field {name!r}. Expected a string.")
-    return text
+    return checked_text(text, where)
 
 
 def _optional(module: str, purpose: str) -> Any:

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from slimformer.anatomy import Anatomy, find_anatomy, transformer_of
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest, predicts_tokens
-from slimformer.calibration.data import load_texts, token_blocks
+from slimformer.calibration.data import characters_for, check_token_ids, load_texts, token_blocks
 from slimformer.calibration.held_out import split_texts
 from slimformer.calibration.partial_results import PartialResults
 from slimformer.calibration.progress import Stages
@@ -136,6 +136,7 @@ def calibrate_elimination(
             f"{answer} shorter."
         )
     rows, source = _rows(tokenizer, data, text_field, hold_out, prompt + answer, texts, seed)
+    check_token_ids(rows, inner)
     identity = {
         "data": source,
         "model": fingerprint(inner),
@@ -269,7 +270,9 @@ def _rows(
     seed: int,
 ) -> tuple[Tensor, str]:
     found, source = load_texts(
-        os.fspath(data) if isinstance(data, os.PathLike) else data, text_field=text_field
+        os.fspath(data) if isinstance(data, os.PathLike) else data,
+        text_field=text_field,
+        enough=characters_for(count * tokens),
     )
     if hold_out:
         found = split_texts(found)[0]

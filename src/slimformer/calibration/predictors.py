@@ -16,6 +16,7 @@ from slimformer.anatomy import Anatomy, find_anatomy, transformer_of
 from slimformer.block_predictor import BLOCK, BlockPredictor
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
+from slimformer.calibration.data import check_token_ids
 from slimformer.calibration.progress import Stages
 from slimformer.calibration.replay import executors, record_call, run_layer
 from slimformer.calibration.training_rows import training_rows
@@ -97,6 +98,7 @@ def train_predictors(
         settings=settings,
         held_out=_HELD_OUT_ROWS,
     )
+    check_token_ids(torch.cat([read, held_out]), anatomy.stack)
     torch.manual_seed(settings.seed)
     hidden = anatomy.stack.config.hidden_size
     device = anatomy.stack.device

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from slimformer.anatomy import find_anatomy, transformer_of
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
+from slimformer.calibration.data import check_token_ids
 from slimformer.calibration.progress import Stages
 from slimformer.calibration.routed_model import Batch, Routed
 from slimformer.calibration.training_rows import examples, rows_of_examples, training_rows
@@ -98,6 +99,7 @@ def train_routers(
             settings=settings,
             held_out=_HELD_OUT_ROWS,
         )
+        check_token_ids(torch.cat([read, held_out]), anatomy.stack)
 
     def of(rows: Tensor) -> list[Batch]:
         return [{"input_ids": rows}] if batches is None else [batches[int(row)] for row in rows]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimformer.calibration.data import load_texts, token_batches_padded, token_blocks
+from slimformer.calibration.data import characters_for, load_texts, token_batches_padded, token_blocks
 from slimformer.calibration.held_out import split_texts
 from slimformer.errors import DataError
 from slimformer.training.loop import TrainingSettings
 
-# Of batches that are given as they are, one in so many is measured on.
+# Of texts, and of batches that are given as they are, one in so many is measured on.
 _EVERY = 5
 
 
@@ -46,8 +46,8 @@ def training_rows(
     Raises:
         DataError: If either part has no row.
     """
-    texts, source = _read(data, text_field)
     wanted = _wanted(settings)
+    texts, source = _read(data, text_field, (wanted + _EVERY * held_out) * tokens)
     cut: dict[str, Any] = {"sequence_length": tokens, "seed": settings.seed}
     if hold_out:
         kept, others = split_texts(texts)
@@ -83,8 +83,8 @@ def training_texts(
     Raises:
         DataError: If either part has no text.
     """
-    texts, source = _read(data, text_field)
     wanted = _wanted(settings)
+    texts, source = _read(data, text_field, (wanted + _EVERY * held_out) * tokens)
     if hold_out:
         kept, others = split_texts(texts)
     else:
@@ -102,8 +102,9 @@ def training_texts(
     return parts[0], parts[1], source
 
 
-def _read(data: Any, text_field: str) -> tuple[list[str], str]:
-    return load_texts(os.fspath(data) if isinstance(data, os.PathLike) else data, text_field=text_field)
+def _read(data: Any, text_field: str, tokens: int) -> tuple[list[str], str]:
+    given = os.fspath(data) if isinstance(data, os.PathLike) else data
+    return load_texts(given, text_field=text_field, enough=characters_for(tokens))
 
 
 def _wanted(settings: TrainingSettings) -> int:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from slimformer.cli import options
+from slimformer.cli.applicable import refuse, refuse_text_field
 from slimformer.cli.embeddings import calibrate_exits, narrow_mlps, sweep_temperatures
 from slimformer.cli.output import check_output, note, print_json, print_tables
 from slimformer.cli.partial import partial_results
@@ -59,7 +60,44 @@ class Budget(str, Enum):
     thorough = "thorough"
 
 
+# Which methods an option does something for; those that are not here apply to all.
+_APPLIES: dict[str, tuple[Method, ...]] = {
+    "selection": (Method.drop,),
+    "kinds": (Method.drop, Method.arank),
+    "drop": (Method.drop, Method.arank),
+    "max_divergence": (Method.drop, Method.elimination),
+    "speedup": (Method.drop,),
+    "replace": (Method.drop,),
+    "taps": (Method.drop,),
+    "layer": (Method.elastic,),
+    "max_loss": (Method.elastic, Method.narrow),
+    "keep": (Method.narrow,),
+    "head": (Method.elastic,),
+    "task": (Method.drop,),
+    "prompt": (Method.elimination,),
+    "budget": (Method.drop,),
+    "seed": (Method.drop, Method.elimination, Method.arank),
+}
+
+
+def _check_applicable(
+    ctx: typer.Context, method: Method, replace: Replace, data: str | None, task: str | None
+) -> None:
+    idle = {
+        name: f"--method {' or '.join(m.value for m in methods)}, not {method.value}"
+        for name, methods in _APPLIES.items()
+        if method not in methods
+    }
+    if method is not Method.drop and task is not None:
+        idle["task"] += f"; --method {method.value} takes such a source as --data"
+    if method is Method.drop and replace is not Replace.filter:
+        idle["taps"] = "--replace filter"
+    refuse(ctx, idle)
+    refuse_text_field(ctx, data, task)
+
+
 def calibrate(
+    ctx: typer.Context,
     model: options.Model,
     output: options.Output,
     method: Annotated[
@@ -139,26 +177,14 @@ def calibrate(
     Interrupted with Ctrl-C, it keeps what it has measured: the same command goes on from there
     (--method narrow and --method temperature start anew).
     """
-    if task is not None and method is not Method.drop:
-        raise typer.BadParameter(
-            "--task goes with --method drop; elastic, temperature and narrow take the same as --data."
-        )
-    if method not in (Method.elastic, Method.narrow) and (layer is not None or max_loss is not None):
-        raise typer.BadParameter("--layer and --max-loss go with --method elastic.")
-    if method is not Method.narrow and keep is not None:
-        raise typer.BadParameter("--keep goes with --method narrow.")
+    _check_applicable(ctx, method, replace, data, task)
     if method is Method.narrow:
-        others = (drop, max_divergence, speedup, layer)
-        if any(value is not None for value in others) or (keep is None) == (max_loss is None):
+        if (keep is None) == (max_loss is None):
             raise typer.BadParameter("--method narrow takes either --keep or --max-loss, and no other goal.")
         check_output(output, force)
         narrow_mlps(model, output, data, text_field, keep, max_loss, hold_out, device, dtype.value, as_json)
         return
     if method is Method.elastic:
-        if drop is not None or max_divergence is not None or speedup is not None:
-            raise typer.BadParameter(
-                "--method elastic takes --layer or --max-loss, and none of --drop, --max-divergence and --speedup."
-            )
         if (layer is None) == (max_loss is None):
             raise typer.BadParameter("Say where to exit: give either --layer or --max-loss.")
         check_output(output, force)
@@ -167,26 +193,17 @@ def calibrate(
         )
         return
     if method is Method.temperature:
-        if drop is not None or max_divergence is not None or speedup is not None:
-            raise typer.BadParameter(
-                "--method temperature takes none of --drop, --max-divergence and --speedup: the best of its sweep is "
-                "the plan."
-            )
         check_output(output, force)
         sweep_temperatures(model, output, data, text_field, hold_out, device, dtype.value, as_json)
         return
     if method is Method.drop and drop is None and max_divergence is None and speedup is None:
         raise typer.BadParameter("Say when to stop: give --drop, --max-divergence or --speedup.")
-    if method is Method.arank and (
-        max_divergence is not None or speedup is not None or "block" in kinds.value
-    ):
+    if method is Method.arank and "block" in kinds.value:
         raise typer.BadParameter(
             "--method arank takes --drop, the number of layers to route, and --kinds attention or mlp or both."
         )
-    if method is Method.elimination and (max_divergence is None or drop is not None or speedup is not None):
-        raise typer.BadParameter(
-            "--method elimination takes --max-divergence, and neither --drop nor --speedup."
-        )
+    if method is Method.elimination and max_divergence is None:
+        raise typer.BadParameter("--method elimination takes --max-divergence.")
     check_output(output, force)
 
     import slimformer

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from slimformer.cli import options
+from slimformer.cli.applicable import refuse, refuse_text_field
 from slimformer.cli.output import check_output, note, print_json, print_tables, write_text
 from slimformer.cli.partial import partial_results
 
@@ -19,6 +20,7 @@ _PROMPT = "Explain in two sentences why the sky is blue."
 
 
 def demo(
+    ctx: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -43,6 +45,7 @@ def demo(
     """Calibrate MODEL, measure quality and speed beside dense, generate with both, and write plan and page."""
     if data == "-":
         raise typer.BadParameter("The demo reads its text twice, so --data takes a file or a dataset, not -.")
+    refuse_text_field(ctx, data)
     check_output(output, force)
     started = time.monotonic()
 
@@ -64,6 +67,8 @@ def demo(
     tokenizer = load_tokenizer(name)
     loaded = load_model(name, device, dtype.value)
     anatomy = find_anatomy(loaded)
+    if not predicts_tokens(loaded, anatomy):
+        refuse(ctx, {"prompt": f"a model that generates, and {type(loaded).__name__} makes embeddings"})
     step(2, f"choosing attentions to drop, {drop} in all")
     with partial_results(output) as partial:
         plan = slimformer.calibrate(

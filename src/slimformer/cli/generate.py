@@ -11,9 +11,11 @@ from typing import Annotated
 import typer
 
 from slimformer.cli import options
+from slimformer.cli.applicable import refuse
 
 
 def generate(
+    ctx: typer.Context,
     model: options.Model,
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", show_default=False, help="Text, or - for standard input.")
@@ -38,6 +40,8 @@ def generate(
     dtype: options.DtypeOption = options.Dtype.auto,
 ) -> None:
     """Continue PROMPT and print the text as it comes."""
+    if temperature == 0:
+        refuse(ctx, {"seed": "a --temperature above 0: the likeliest token is no matter of chance"})
     text = sys.stdin.read() if prompt == "-" else prompt
 
     from transformers import set_seed

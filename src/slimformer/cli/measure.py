@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 
 from slimformer.cli import options
+from slimformer.cli.applicable import refuse, refuse_text_field
 from slimformer.cli.output import print_json, print_tables
 
 
 def eval_plan(
+    ctx: typer.Context,
     model: options.Model,
     plan: options.PlanPath,
     data: options.Data = None,
@@ -35,6 +37,11 @@ def eval_plan(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure what PLAN costs in quality, on text that calibration has not read."""
+    if task is not None:
+        without = "text, and --task measures embeddings by a task of its own"
+        refuse(ctx, dict.fromkeys(("data", "blocks", "sequence_length", "seed"), without))
+    refuse_text_field(ctx, data, task)
+
     from slimformer.cli.embeddings import measure_task
     from slimformer.cli.loading import load_model, load_tokenizer
     from slimformer.cli.work import evaluate, keep, plan_folder
@@ -67,6 +74,7 @@ def eval_plan(
 
 
 def bench(
+    ctx: typer.Context,
     model: options.Model,
     plan: options.PlanPath,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
@@ -79,6 +87,8 @@ def bench(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure what PLAN saves in time and memory, the dense and the patched model taking turns."""
+    from slimformer.anatomy import find_anatomy
+    from slimformer.calibration.calibration_text import predicts_tokens
     from slimformer.cli.loading import load_model
     from slimformer.cli.work import keep, plan_folder
     from slimformer.evaluation.speed import measure_speed
@@ -87,8 +97,11 @@ def bench(
 
     found = Plan.from_pretrained(plan)
     folder = plan_folder(plan) if save else None
+    loaded = load_model(model, device, dtype.value)
+    if not predicts_tokens(loaded, find_anatomy(loaded)):
+        refuse(ctx, {"new_tokens": f"a model that generates, and {type(loaded).__name__} makes embeddings"})
     speed = measure_speed(
-        load_model(model, device, dtype.value),
+        loaded,
         found,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,

@@ -10,11 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from slimformer.cli import options, training_options
+from slimformer.cli.applicable import refuse, refuse_text_field
 from slimformer.cli.output import check_output, note, print_json, print_tables
 from slimformer.cli.partial import partial_results
 
 
 def repair(
+    ctx: typer.Context,
     model: options.Model,
     plan: options.PlanPath,
     output: options.Output,
@@ -62,6 +64,12 @@ def repair(
     MODEL's checkpoint stays as it is; what is learnt goes into the plan. Interrupted with Ctrl-C, it keeps a
     checkpoint: the same command goes on from there. Several GPUs: run it under `accelerate launch`.
     """
+    parts: Any = tuple(part.strip() for part in what.split(","))
+    if "lora" not in parts:
+        refuse(ctx, {"rank": "--what lora"})
+    if not {"lora", "norms"} & set(parts):
+        refuse(ctx, {"near": "--what norms or lora"})
+    refuse_text_field(ctx, data)
     check_output(output, force)
 
     import slimformer
@@ -72,7 +80,6 @@ def repair(
     settings = training_options.training_settings(steps, rows, accumulate, learning_rate, precision, seed)
     given = Plan.from_pretrained(plan)
     loaded, tokenizer = load_for_plan(model, device, dtype.value)
-    parts: Any = tuple(part.strip() for part in what.split(","))
     with partial_results(output) as partial:
         repaired = slimformer.repair(
             loaded,

@@ -10,11 +10,13 @@ from typing import Annotated
 import typer
 
 from slimformer.cli import options, training_options
+from slimformer.cli.applicable import refuse_text_field
 from slimformer.cli.output import check_output, note, print_json, print_tables
 from slimformer.cli.partial import partial_results
 
 
 def train_predictor(
+    ctx: typer.Context,
     model: options.Model,
     output: options.Output,
     schedule: Annotated[
@@ -55,6 +57,7 @@ def train_predictor(
     `accelerate launch`.
     """
     layers = _schedule(schedule)
+    refuse_text_field(ctx, data)
     check_output(output, force)
 
     from slimformer.calibration.predictors import train_predictors

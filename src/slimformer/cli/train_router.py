@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from slimformer.cli import options, training_options
+from slimformer.cli.applicable import refuse_text_field
 from slimformer.cli.output import check_output, note, print_json, print_tables
 from slimformer.cli.partial import partial_results
 
@@ -55,6 +56,7 @@ class Per(str, Enum):
 
 
 def train_router(
+    ctx: typer.Context,
     model: options.Model,
     output: options.Output,
     keep: Annotated[float, typer.Option(help="The fraction of tokens computed in what is routed.")] = 0.5,
@@ -96,6 +98,7 @@ def train_router(
     Interrupted with Ctrl-C, it keeps a checkpoint: the same command goes on from there. Several GPUs: run it under
     `accelerate launch`.
     """
+    refuse_text_field(ctx, data)
     check_output(output, force)
 
     from slimformer.calibration.arank import calibrate_arank

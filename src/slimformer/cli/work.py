@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from slimformer.anatomy import find_anatomy
 from slimformer.calibration.calibration_text import longest, predicts_tokens
-from slimformer.calibration.data import load_texts, token_batches_padded, token_blocks
+from slimformer.calibration.data import characters_for, load_texts, token_batches_padded, token_blocks
 from slimformer.calibration.held_out import split_texts
 from slimformer.errors import CalibrationError, DataError, PlanError
 from slimformer.evaluation.quality import measure_quality
@@ -45,7 +45,11 @@ def evaluate(
     Raises:
         DataError: If the source gives too little text.
     """
-    texts, source = load_texts(data, text_field=text_field)
+    anatomy = find_anatomy(model)
+    length = min(sequence_length, longest(anatomy, tokenizer))
+    count = blocks or (16 if predicts_tokens(model, anatomy) else 64)
+    # Of the plan's own source, a fifth is read.
+    texts, source = load_texts(data, text_field=text_field, enough=characters_for(5 * count * length))
     read = (plan.provenance, _mapping(plan.provenance.get("repaired_with")))
     same = [part for part in read if _name(source) == _name(str(part.get("data", "")))]
     if same:
@@ -57,13 +61,11 @@ def evaluate(
             texts, source = split_texts(texts)[1], f"the held-out part of {source}"
         if not texts:
             raise DataError(f"There is no text in {source}. Give other text to --data.")
-    anatomy = find_anatomy(model)
-    length = min(sequence_length, longest(anatomy, tokenizer))
     with rich.get_console().status("measuring quality"):
         if predicts_tokens(model, anatomy):
-            ids = token_blocks(texts, tokenizer, sequence_length=length, count=blocks or 16, seed=seed)
+            ids = token_blocks(texts, tokenizer, sequence_length=length, count=count, seed=seed)
             return measure_quality(model, plan, blocks=ids).to_dict(), source
-        rows = token_batches_padded(texts, tokenizer, max_length=length, count=blocks or 64, seed=seed)
+        rows = token_batches_padded(texts, tokenizer, max_length=length, count=count, seed=seed)
         parts = zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in rows.values()), strict=True)
         batches = [dict(zip(rows, part, strict=True)) for part in parts]
         return measure_quality(model, plan, batches=batches).to_dict(), source

@@ -13,7 +13,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.calibration.data import load_texts
+from slimformer.calibration.data import check_token_ids, load_texts
+from slimformer.calibration.text_files import lines_of
 from slimformer.errors import CalibrationError, DataError
 
 # Rows of logits turned to float32 at once: 128 MiB for a vocabulary of 131,072.
@@ -206,14 +207,7 @@ def _check_blocks(model: PreTrainedModel, blocks: Tensor, batch_size: int) -> No
             "Expected int64 token ids [blocks, tokens] with at least 1 block of 2 tokens, got "
             f"{tuple(blocks.shape)} of {blocks.dtype}. {advice}"
         )
-    # On a GPU an id out of range ends the process, so it is caught here.
-    lowest, highest = blocks.aminmax()
-    size = model.get_input_embeddings().num_embeddings
-    if lowest < 0 or highest >= size:
-        raise DataError(
-            f"The blocks hold token ids from {int(lowest)} to {int(highest)}, and the model knows 0 to {size - 1}. "
-            "Use the model's own tokenizer."
-        )
+    check_token_ids(blocks, model)
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1, got {batch_size}.")
 
@@ -224,7 +218,4 @@ def _whole_text(source: str | Path) -> str:
     path = Path(source)
     if path.suffix.lower() not in _RAW_TEXT:
         return "\n\n".join(load_texts(path)[0])
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read {path} as UTF-8 text: {error}.") from error
+    return "".join(lines_of(path))

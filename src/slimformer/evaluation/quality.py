@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimformer.anatomy import Anatomy, find_anatomy
+from slimformer.calibration.data import check_token_ids
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.divergence import DenseReference, compare, embedding_agreement
 from slimformer.evaluation.perplexity import evaluating
@@ -107,6 +108,8 @@ def measure_quality(
     tokens = sum(int(batch["attention_mask"].sum()) for batch in held)
     if tokens == 0:
         raise DataError("Quality needs at least one token of text, and the batches hold none.")
+    for batch in held:
+        check_token_ids(batch["input_ids"], anatomy.stack)
     dense = _embeddings(anatomy, held)
     with patched(model, *methods):
         cosine = embedding_agreement(dense, _embeddings(anatomy, held))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimformer.calibration.text_files import ENCODING, checked_lines, checked_text
 from slimformer.errors import CalibrationError, DataError
 
 _LAYOUT = (
@@ -206,14 +207,14 @@ def _texts(folder: Path, name: str) -> Iterator[tuple[str, str]]:
         try:
             row = json.loads(line)
             identifier, text, title = row["_id"], row["text"], row.get("title") or ""
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"Line {number} of {file} is not such a line ({error!r}). {_LAYOUT}.") from error
         if not isinstance(text, str) or not isinstance(title, str):
             kind = type(title if isinstance(text, str) else text).__name__
             raise DataError(
                 f"Line {number} of {file} has a text of type {kind}, and strings are embedded. {_LAYOUT}."
             )
-        yield str(identifier), f"{title} {text}".strip()
+        yield str(identifier), checked_text(f"{title} {text}".strip(), f"Line {number} of {file}")
     if empty:
         raise DataError(f"{file} is empty. {_LAYOUT}.")
 
@@ -231,11 +232,7 @@ def _judgements(file: Path) -> Iterator[tuple[int, str, str, float]]:
 
 def _lines(file: Path) -> Iterator[str]:
     try:
-        with (
-            gzip.open(file, "rt", encoding="utf-8")
-            if file.suffix == ".gz"
-            else file.open(encoding="utf-8") as lines
-        ):
-            yield from lines
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        with gzip.open(file, "rt", **ENCODING) if file.suffix == ".gz" else file.open(**ENCODING) as lines:
+            yield from checked_lines(lines, str(file))
+    except (OSError, EOFError) as error:
         raise DataError(f"Cannot read {file}: {error}. {_LAYOUT}.") from error

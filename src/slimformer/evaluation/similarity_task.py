@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimformer.calibration.text_files import lines_of
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.perplexity import evaluating
 
@@ -38,10 +39,7 @@ def read_sts(path: str | Path) -> tuple[list[tuple[str, str]], list[float]]:
         >>> read_sts(path)
         ([('A dog runs.', 'A dog is running.')], [4.5])
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read {path} as UTF-8 text: {error}.") from error
+    lines = "".join(lines_of(Path(path))).rstrip("\n").split("\n")
     expected = f"Expected the columns {', '.join(_COLUMNS)}, separated by tabs."
     if lines[0].split("\t") != _COLUMNS:
         raise DataError(f"{path} begins with {lines[0][:80]!r}. {expected}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,13 +106,27 @@ class FillingBatches:
             and isinstance(texts, Sequence)
             and not isinstance(texts, str)
         ):
-            given["batch_size"] = max(asked, self.filling(texts))
+            given["batch_size"] = max(asked, self.filling(texts, given.get("prompt")))
         return own(**given)
 
-    def filling(self, texts: Sequence[Any]) -> int:
-        """How many of the texts fill the GPU, if all of them are as long as the longest."""
+    def filling(self, texts: Sequence[Any], prompt: str | None = None) -> int:
+        """How many of the texts fill the GPU, if all of them are as long as the longest.
+
+        Args:
+            texts: Texts; pairs and records of texts count with all that they hold.
+            prompt: What is put in front of each; else it may be any of the pipeline's own prompts.
+
+        Returns:
+            0 where that is not known: one of them is no text, or there is none.
+        """
+        lengths = [_characters(text) for text in texts]
+        known = [length for length in lengths if length is not None]
+        if not known or len(known) < len(lengths):
+            return 0
+        own = (getattr(self.pipeline, "prompts", None) or {}).values()
+        in_front = max((len(text) for text in (*own, prompt) if isinstance(text, str)), default=0)
         # With special tokens, a text has hardly more tokens than characters.
-        longest = 2 + max((len(text) for text in texts if isinstance(text, str)), default=0)
+        longest = 2 + in_front + max(known)
         limit = getattr(self.pipeline, "max_seq_length", None) or longest
         return BUSY_FROM_ELEMENTS // (self.hidden * min(longest, limit))
 
@@ -121,3 +135,14 @@ class FillingBatches:
         if isinstance(device, (list, tuple)):
             return "several"
         return self.model.device.type if device is None else torch.device(device).type
+
+
+def _characters(text: Any) -> int | None:
+    """How many characters are read of a text, of a pair or a record of texts; None where something else is in it."""
+    if isinstance(text, str):
+        return len(text)
+    if not isinstance(text, (list, tuple, Mapping)):
+        return None
+    parts = [_characters(part) for part in (text.values() if isinstance(text, Mapping) else text)]
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None

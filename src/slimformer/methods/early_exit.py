@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slimformer.anatomy import KINDS, Anatomy, Kind
 from slimformer.errors import PlanError
 from slimformer.executor import Replacement, SublayerPlan
+from slimformer.method_fields import checked_weights, checked_width, is_whole
 from slimformer.replacements import LinearFilter, weight_names
 
 HEAD = ("head.weight", "head.bias")
@@ -47,10 +48,11 @@ class EarlyExit:
     weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
+        if not is_whole(self.layer, least=0):
             raise PlanError(
                 f"EarlyExit(layer=...) takes the number of layers that run, from 0 up, got {self.layer!r}."
             )
+        checked_weights("EarlyExit", self.weights)
         if not self.weights:
             return
         if set(self.weights) != set(HEAD):
@@ -79,11 +81,7 @@ class EarlyExit:
         }
         if self.weights:
             size = self.weights["head.bias"].numel()
-            if size != anatomy.stack.config.hidden_size:
-                raise PlanError(
-                    f"The head of EarlyExit is for a hidden size of {size}, and {name} has "
-                    f"{anatomy.stack.config.hidden_size}. Fit one for this model."
-                )
+            checked_width("The head of EarlyExit", size, anatomy.stack.config.hidden_size, name)
             weights = dict(zip(weight_names("mlp"), (self.weights[part] for part in HEAD), strict=True))
             plans[count - 1, "mlp"] = SublayerPlan(False, _head, weights)
         return plans

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimformer.anatomy import Anatomy, Kind
 from slimformer.errors import PlanError
 from slimformer.executor import Replacement, SublayerPlan
+from slimformer.method_fields import as_tuple, checked_weights, checked_width, is_whole
 from slimformer.replacements import REPLACE, LinearFilter, Mean, Replace, taps_of, weight_names
 
 
@@ -47,9 +48,9 @@ class LayerDrop:
 
     def __post_init__(self) -> None:
         for name in ("attention", "mlp", "block"):
-            given = tuple(getattr(self, name))
+            given = as_tuple("LayerDrop", name, getattr(self, name))
             for index in given:
-                if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+                if not is_whole(index, least=0):
                     raise PlanError(f"LayerDrop({name}=...) takes layer indices from 0 up, got {index!r}.")
             if len(set(given)) != len(given):
                 raise PlanError(f"LayerDrop({name}={list(given)}) names a layer twice.")
@@ -58,8 +59,9 @@ class LayerDrop:
             raise PlanError(
                 f"LayerDrop(replace=...) takes one of {', '.join(REPLACE)}, got {self.replace!r}."
             )
-        if isinstance(self.taps, bool) or not isinstance(self.taps, int) or self.taps < 1:
+        if not is_whole(self.taps, least=1):
             raise PlanError(f"LayerDrop(taps=...) takes a number from 1 up, got {self.taps!r}.")
+        checked_weights("LayerDrop", self.weights)
         if self.replace != "nothing":
             self._check_weights()
 
@@ -69,15 +71,19 @@ class LayerDrop:
 
     def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
         """No rows for every dropped sublayer."""
-        count = len(anatomy.layers)
+        count, name = len(anatomy.layers), type(anatomy.stack).__name__
         plans: dict[tuple[int, Kind], SublayerPlan] = {}
         for kind in _KINDS:
             for index in self.dropped(kind):
                 if index >= count:
                     raise PlanError(
-                        f"LayerDrop names {kind} {index}, but {type(anatomy.stack).__name__} has {count} layers: "
+                        f"LayerDrop names {kind} {index}, but {name} has {count} layers: "
                         f"allowed are 0 to {count - 1}."
                     )
+                if self.replace != "nothing":
+                    width = self.weights[f"{kind}.{index}.bias"].numel()
+                    what = f"The {self.replace} of {kind} {index}"
+                    checked_width(what, width, anatomy.stack.config.hidden_size, name)
                 plans[index, kind] = self._sublayer_plan(kind, index)
         return plans
 
@@ -110,6 +116,10 @@ class LayerDrop:
                     raise PlanError(
                         f"LayerDrop(replace={self.replace!r}) has no fitted weights for {kind} {index}. "
                         f"slimformer.calibrate(model, tokenizer, replace={self.replace!r}, ...) makes them."
+                    )
+                if bias.dim() != 1:
+                    raise PlanError(
+                        f"The bias of {kind} {index} has the shape {tuple(bias.shape)}, and must be [hidden]."
                     )
                 taps = taps_of(kind, self.taps)
                 expected = (bias.numel(), taps * bias.numel())

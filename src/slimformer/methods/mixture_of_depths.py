@@ -15,6 +15,14 @@ from slimformer.anatomy import KINDS, Anatomy, Kind
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
 from slimformer.image_tokens import image_tokens, read_images
+from slimformer.method_fields import (
+    as_tuple,
+    checked_flag,
+    checked_weights,
+    checked_width,
+    is_number,
+    is_whole,
+)
 from slimformer.rows import Rows
 from slimformer.stream import Stream, in_a_graph
 from slimformer.token_selection import protected_tokens, protecting
@@ -71,10 +79,8 @@ class MixtureOfDepths:
 
     def __post_init__(self) -> None:
         for kind in KINDS:
-            given = tuple(getattr(self, kind))
-            if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in given) or len(
-                set(given)
-            ) < len(given):
+            given = as_tuple("MixtureOfDepths", kind, getattr(self, kind))
+            if not all(is_whole(i, least=0) for i in given) or len(set(given)) < len(given):
                 raise PlanError(
                     f"MixtureOfDepths({kind}=...) takes layer indices from 0 up, each once; got {list(given)!r}."
                 )
@@ -83,7 +89,7 @@ class MixtureOfDepths:
             raise PlanError(
                 "MixtureOfDepths takes at least one layer, as attention=[...] or mlp=[...]; got none."
             )
-        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
+        if not is_number(self.keep) or not 0 < self.keep <= 1:
             raise PlanError(
                 f"MixtureOfDepths(keep=...) takes a fraction above 0 and up to 1, got {self.keep!r}."
             )
@@ -97,6 +103,8 @@ class MixtureOfDepths:
                 "MixtureOfDepths(per='sequence') decides on whole texts by a threshold: it goes with "
                 f"routing='threshold' and tokens='all', got routing={self.routing!r} and tokens={self.tokens!r}."
             )
+        checked_flag("MixtureOfDepths", "keep_kv", self.keep_kv)
+        checked_weights("MixtureOfDepths", self.weights)
         for kind, layer in self.sublayers:
             name = router_name(self.shared, kind, layer)
             weight, bias = self.weights.get(f"{name}.weight"), self.weights.get(f"{name}.bias")
@@ -155,11 +163,9 @@ class MixtureOfDepths:
                 )
             name = router_name(self.shared, kind, layer)
             weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
-            if weight.shape[0] != hidden:
-                raise PlanError(
-                    f"The router {name} reads a hidden size of {weight.shape[0]}, and this model's is {hidden}. Train "
-                    "routers for this model."
-                )
+            checked_width(
+                f"The router of {kind} {layer}", weight.shape[0], hidden, type(anatomy.stack).__name__
+            )
             images = self.tokens == "image"
             best = self.keep if self.routing == "top_k" else None
             router = Router(kind, weight, bias, best, self.per == "sequence", images)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slimformer.anatomy import Anatomy, Kind
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.executor import SublayerPlan
+from slimformer.method_fields import checked_weights, checked_width, is_whole
 
 # Of every layer: the input of the units that stayed, their output, and what a linear layer beside them does.
 PARTS = ("up.weight", "up.bias", "down.weight", "linear.weight", "linear.bias")
@@ -53,15 +54,16 @@ class NarrowMlp:
         try:
             # JSON knows no keys but strings.
             units = {int(layer): number for layer, number in dict(self.units).items()}
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             units = {-1: -1}
         counts = [*units, *units.values()]
-        if not units or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in counts):
+        if not units or not all(is_whole(n, least=0) for n in counts):
             raise PlanError(
                 f"NarrowMlp(units=...) takes layers and how many units of each stay, such as {{3: 384}}, both from 0 "
                 f"up; got {self.units!r}."
             )
         object.__setattr__(self, "units", units)
+        checked_weights("NarrowMlp", self.weights)
         bias = next((t for name, t in self.weights.items() if name.endswith("linear.bias")), None)
         if bias is None:
             raise PlanError(
@@ -85,11 +87,9 @@ class NarrowMlp:
             raise PlanError(
                 f"NarrowMlp names layer {max(self.units)}, but {name} has {count} layers: allowed are 0 to {count - 1}."
             )
-        if hidden != anatomy.stack.config.hidden_size:
-            raise PlanError(
-                f"NarrowMlp is for a hidden size of {hidden}, and {name} has {anatomy.stack.config.hidden_size}. Fit "
-                "one for this model."
-            )
+        checked_width(
+            f"The narrow MLP of layer {min(self.units)}", hidden, anatomy.stack.config.hidden_size, name
+        )
         headed = HEAD[0] in self.weights
         if headed and count - 1 not in self.units:
             raise PlanError(

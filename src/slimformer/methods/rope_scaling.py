@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slimformer.attention_transforms import Attentions, checked_length
 from slimformer.errors import PlanError, UnsupportedModelError
+from slimformer.method_fields import MOST, is_number
 from slimformer.rotary import Rotary, find_rotary, rope_type
 from slimformer.scaled_rotary import Angles, ScaledRotary
 
@@ -74,8 +75,9 @@ class RopeScaling:
             )
         for name in ("factor", "theta_factor"):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and 1 < value < math.inf) and not (name == "theta_factor" and value is None):
+            if not (is_number(value) and 1 < value <= MOST) and not (
+                name == "theta_factor" and value is None
+            ):
                 raise PlanError(f"RopeScaling({name}=...) takes a number above 1, got {value!r}.")
         if self.theta_factor is not None and self.type != "ntk":
             raise PlanError(
@@ -83,6 +85,11 @@ class RopeScaling:
             )
         if self.trained_length is not None:
             checked_length("RopeScaling", "trained_length", self.trained_length, least=2)
+        if not isinstance(self.parameters, Mapping) or not all(map(_is_parameter, self.parameters.values())):
+            raise PlanError(
+                "RopeScaling(parameters=...) takes finite numbers, lists of them, text or True and False by name, as "
+                f"rope_parameters of a config; got {self.parameters!r}."
+            )
         object.__setattr__(self, "parameters", dict(self.parameters))
 
     def transform_attention(self, attentions: Attentions) -> dict[int, str]:
@@ -163,18 +170,31 @@ class RopeScaling:
             try:
                 inv_freq, scaling = compute(config, device=rotary.inv_freq.device, **length, **by_type)
                 matching = inv_freq.shape == rotary.inv_freq.shape
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                scaling = float(scaling)
+            except (
+                ArithmeticError,
+                AttributeError,
+                LookupError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ) as error:
                 raise PlanError(
                     f"transformers cannot compute RopeScaling({self.type!r}) with the parameters "
                     f"{dict(self.parameters)}: {error!r}. They are those of rope_parameters in its documentation."
                 ) from error
-            if not matching or not bool(torch.isfinite(inv_freq).all()):
+            if not matching or not bool(torch.isfinite(inv_freq).all()) or not math.isfinite(scaling):
                 raise PlanError(
                     f"RopeScaling({self.type!r}) with the parameters {dict(self.parameters)} gives angles of the shape "
                     f"{tuple(inv_freq.shape)} where the model has {tuple(rotary.inv_freq.shape)}, or infinite ones."
                 )
-            angles.append(Angles(inv_freq, float(scaling)))
+            angles.append(Angles(inv_freq, scaling))
         return angles
+
+
+def _is_parameter(value: Any) -> bool:
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    return value is None or isinstance(value, (bool, str)) or all(map(is_number, numbers))
 
 
 @dataclass(frozen=True)

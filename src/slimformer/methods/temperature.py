@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slimformer.attention_transforms import Attentions, checked_length
 from slimformer.errors import PlanError
+from slimformer.method_fields import is_number
 from slimformer.texts import Texts
 
 
@@ -41,11 +42,11 @@ class TempScale:
     tau: float
 
     def __post_init__(self) -> None:
-        number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
-        if not number or not 0 < self.tau < math.inf:
+        # Beyond, scores leave the range of half precision, and those of the smallest numbers that of every other.
+        if not is_number(self.tau) or not 1e-4 <= self.tau <= 1e4:
             raise PlanError(
                 f"TempScale(tau=...) takes a number above 0, got {self.tau!r}. Below 1 attention is sharper; "
-                "0.7 to 1 are worth a try."
+                "0.7 to 1 are worth a try, and 0.0001 to 10000 allowed."
             )
 
     def transform_attention(self, attentions: Attentions) -> dict[int, str]:

@@ -14,6 +14,15 @@ from slimformer.anatomy import KINDS, Anatomy, Kind
 from slimformer.block_predictor import BlockPredictor
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
+from slimformer.method_fields import (
+    as_tuple,
+    checked_flag,
+    checked_weights,
+    checked_width,
+    is_number,
+    is_whole,
+    layer_number,
+)
 from slimformer.token_scores import ByAttention, ByChance, ByPredictor, TokenScore, by_key_norm
 from slimformer.token_selection import SharedSelection, TokenSelection, protecting
 
@@ -81,8 +90,10 @@ class TokenElimination:
     weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("threshold", "revivable"):
+            checked_flag("TokenElimination", name, getattr(self, name))
         object.__setattr__(self, "schedule", _checked(self.schedule, self.threshold, self.revivable))
-        object.__setattr__(self, "kinds", tuple(self.kinds))
+        object.__setattr__(self, "kinds", as_tuple("TokenElimination", "kinds", self.kinds))
         for name, allowed in _ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise PlanError(
@@ -91,11 +102,14 @@ class TokenElimination:
                 )
         for name, least in (("block", 1), ("sink", 0), ("window", 1), ("least", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise PlanError(
                     f"TokenElimination({name}=...) takes a number from {least} up, got {value!r}."
                 )
-        if not self.kinds or not set(self.kinds) <= set(KINDS):
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise PlanError(f"TokenElimination(seed=...) takes a whole number, got {self.seed!r}.")
+        checked_weights("TokenElimination", self.weights)
+        if not self.kinds or any(kind not in KINDS for kind in self.kinds):
             raise PlanError(
                 f"TokenElimination(kinds=...) takes some of {', '.join(KINDS)}, got {self.kinds!r}."
             )
@@ -141,6 +155,11 @@ class TokenElimination:
                 raise PlanError(
                     f"TokenElimination names layer {layer}, but {name} has {count} layers: allowed are 1 to "
                     f"{count - 1}."
+                )
+            if self.scorer == "predictor":
+                width = BlockPredictor.from_tensors(self.weights, layer).hidden_size
+                checked_width(
+                    f"The predictor of layer {layer}", width, anatomy.stack.config.hidden_size, name
                 )
         if self.revivable:
             return self._per_layer(count)
@@ -208,17 +227,18 @@ def _checked(given: Mapping[Any, Any], threshold: bool, revivable: bool) -> dict
         PlanError: If it is empty, names what is no layer or number, or computes more tokens later than earlier.
     """
     where = "TokenElimination(schedule=...)"
-    if not given:
-        raise PlanError(f"{where} takes at least one layer and number, got none.")
-    schedule = {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in given.items()}
+    if not isinstance(given, Mapping) or not given:
+        raise PlanError(
+            f"{where} takes at least one layer and number, such as {{15: 0.5}}, got {given or 'none'}."
+        )
+    schedule = {layer_number(k): v for k, v in given.items()}
     before: float | None = None
     for layer, keep in sorted(schedule.items(), key=lambda entry: str(entry[0]).zfill(9)):
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
+        if not is_whole(layer, least=1):
             raise PlanError(
                 f"{where} takes layers from 1 up, since positions are counted in the cache of layer 0; got {layer!r}."
             )
-        number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
-        if not number or not (keep > 0 and (threshold or keep <= 1)):
+        if not is_number(keep) or not (keep > 0 and (threshold or keep <= 1)):
             allowed = "numbers above 0" if threshold else "fractions above 0 and up to 1"
             raise PlanError(f"{where} takes {allowed}, got {layer}: {keep!r}.")
         grows = before is not None and (keep < before if threshold else keep > before)

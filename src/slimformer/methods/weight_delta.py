@@ -13,6 +13,7 @@ from torch import Tensor
 from slimformer.anatomy import KINDS, Anatomy, Kind
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
+from slimformer.method_fields import checked_weights, layer_number
 
 LEFT, RIGHT, ADDED = "left", "right", "added"
 
@@ -40,12 +41,13 @@ class WeightDelta:
     weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        checked_weights("WeightDelta", self.weights)
         if not self.weights:
             raise PlanError("WeightDelta changes no weight. `slimformer repair` makes one that does.")
         for name in self.weights:
             parameter, _, part = name.rpartition(".")
             layer, _, inside = parameter.partition(".")
-            if part not in (LEFT, RIGHT, ADDED) or not layer.isdigit() or not inside:
+            if part not in (LEFT, RIGHT, ADDED) or not isinstance(layer_number(layer), int) or not inside:
                 raise PlanError(
                     f"WeightDelta takes names such as 3.mlp.up_proj.weight.left, .right or .added; got {name!r}."
                 )
@@ -113,11 +115,13 @@ class WeightDelta:
 
 def _changed(name: str, of: Mapping[str, Tensor], old: Tensor) -> Tensor:
     """The new values in the dtype of the old ones; the sum is formed in float32."""
-    parts = {end: tensor.to(old.device, torch.float32) for end, tensor in of.items()}
-    delta = parts[ADDED] if ADDED in parts else parts[LEFT] @ parts[RIGHT]
-    if delta.shape != old.shape:
+    # Before the product is formed: two long vectors would make a matrix that no memory holds.
+    shape = tuple(of[ADDED].shape) if ADDED in of else (of[LEFT].shape[0], of[RIGHT].shape[1])
+    if shape != tuple(old.shape):
         raise PlanError(
-            f"The change of {name} has the shape {tuple(delta.shape)}, and the model's parameter {tuple(old.shape)}. "
+            f"The change of {name} has the shape {shape}, and the model's parameter {tuple(old.shape)}. "
             "The plan was made for another model."
         )
+    parts = {end: tensor.to(old.device, torch.float32) for end, tensor in of.items()}
+    delta = parts[ADDED] if ADDED in parts else parts[LEFT] @ parts[RIGHT]
     return (old.float() + delta).to(old.dtype)

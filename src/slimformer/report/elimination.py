@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from slimformer.method_fields import is_number, layer_number
 from slimformer.plan import Plan
 from slimformer.report.charts import round_ticks, svg, svg_text
 from slimformer.report.tables import caption
@@ -39,7 +40,7 @@ def predictor_table(plan: Plan) -> Table:
             _share(found["recall_last"]),
             str(found["sizes"]),
         )
-        for layer, found in sorted(_mapping(plan, "predictors").items(), key=lambda entry: int(entry[0]))
+        for layer, found in sorted(_predictors(plan).items(), key=lambda entry: int(entry[0]))
     )
     return _table("Predictors on held-out text", plan, columns, rows)
 
@@ -145,6 +146,14 @@ def _share(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
-def _mapping(plan: Plan, name: str) -> Mapping[str, Any]:
-    found = plan.measured.get(name)
-    return found if isinstance(found, Mapping) else {}
+def _predictors(plan: Plan) -> dict[str, Mapping[str, Any]]:
+    """What was measured of every layer's predictor; without what a plan from elsewhere has in other forms."""
+    found = plan.measured.get("predictors")
+    return {
+        layer: of
+        for layer, of in (found.items() if isinstance(found, Mapping) else ())
+        if isinstance(layer_number(layer), int)
+        and isinstance(of, Mapping)
+        and all(is_number(of.get(name)) for name in ("loss", "recall_all", "recall_last"))
+        and "sizes" in of
+    }

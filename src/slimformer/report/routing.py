@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from slimformer.method_fields import is_number
 from slimformer.plan import Plan
 from slimformer.report.charts import round_ticks, svg, svg_text
 from slimformer.report.tables import caption
@@ -32,12 +32,13 @@ def router_table(plan: Plan) -> Table:
     """
     found: Any = plan.measured.get("routers")
     measured: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    # A plan's file may come from anywhere.
     ranks: Any = plan.provenance.get("arank")
-    title = (
-        "Layers to route"
-        if not measured
-        else f"KL to dense {measured['divergence']:.4f}, kept {measured['keep']:.1%}"
-    )
+    ranks = ranks if isinstance(ranks, list) and all(map(is_number, ranks)) else []
+    divergence, keep, keep_of = (measured.get(name) for name in ("divergence", "keep", "keep_of"))
+    title = "Layers to route"
+    if is_number(divergence) and is_number(keep):
+        title = f"KL to dense {divergence:.4f}, kept {keep:.1%}"
     table = Table(
         title=Text(title), title_justify="left", caption=Text(caption(plan)), caption_justify="left"
     )
@@ -49,17 +50,16 @@ def router_table(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     sublayers = [name for method in plan.methods for name in getattr(method, "sublayers", ())]
     for kind, layer in sublayers:
-        rank = _shown(plan, ranks[layer]) if isinstance(ranks, list) and layer < len(ranks) else ""
-        kept = measured.get("keep_of", {}).get(f"{kind} {layer}")
-        table.add_row(f"{kind} {layer}", rank, "" if kept is None else f"{kept:.1%}")
+        rank = _shown(plan, ranks[layer]) if layer < len(ranks) else ""
+        kept = keep_of.get(f"{kind} {layer}") if isinstance(keep_of, Mapping) else None
+        table.add_row(f"{kind} {layer}", rank, f"{kept:.1%}" if is_number(kept) else "")
     return table
 
 
 def arank_section(plan: Plan) -> str:
     """The part of a plan's page with what its layers were chosen by; empty if the plan carries nothing of that kind."""
     found = plan.provenance.get("arank")
-    # A plan's file may come from anywhere.
-    known = isinstance(found, list) and all(isinstance(r, (int, float)) and math.isfinite(r) for r in found)
+    known = isinstance(found, list) and all(map(is_number, found))
     ranks: list[float] = list(found) if known and found else []
     if not ranks:
         return ""

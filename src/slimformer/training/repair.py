@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from slimformer.anatomy import KINDS, find_anatomy, transformer_of
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
+from slimformer.calibration.data import check_token_ids
 from slimformer.calibration.keep_ratio import meet_keep_ratio
 from slimformer.calibration.progress import Stages
 from slimformer.calibration.training_rows import training_rows, training_texts
@@ -128,6 +129,8 @@ def repair(
         settings=settings,
         held_out=_HELD_OUT_ROWS if decoder else _HELD_OUT_TEXTS,
     )
+    for rows in (read, held_out):
+        check_token_ids(rows, inner)
     batches = held_out.split(1 if decoder else _TEXTS_AT_ONCE)
     arguments = {
         "what": list(what),
