@@ -107,9 +107,10 @@ class ByPredictor:
                 f"The plan's predictor reads a hidden size of {self.predictor.hidden_size}, and this model's is "
                 f"{x.shape[-1]}. Train one for this model with `slimformer train-predictor`."
             )
-        if self.predictor.near.device != x.device:
-            self.predictor = self.predictor.to(x.device)
-        matrix = self.predictor(_layer_input(stream, x), text.here, text.place).float().relu()
+        predictor = self.predictor
+        if predictor.near.device != x.device:
+            self.predictor = predictor = predictor.to(x.device)
+        matrix = predictor(_layer_input(stream, x), text.here, text.place).float().relu()
         blocks = torch.arange(matrix.shape[1], device=x.device)
         last = (text.length - 1).div(BLOCK, rounding_mode="floor")[:, None]
         asks = (blocks >= last - 1) & (blocks <= last)
