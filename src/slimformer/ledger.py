@@ -80,30 +80,21 @@ class Ledger:
         while self.changes:
             self.changes.pop().undo()
 
-    def switch_off(self, for_good: bool = False) -> None:
-        """Put everything back, to be made again by `switch_on`.
-
-        What stands in for methods passes on to them, and stays below what is set until then, unless it is `for_good`.
-        """
+    def switch_off(self) -> None:
+        """Put everything back, to be made again by `switch_on`."""
         for change in reversed(self.changes):
-            if isinstance(change, _Method) and not for_good:
-                change.standing_in.active = False
-            else:
-                change.undo()
+            change.undo()
             self._off.append(change)
 
-    def switch_on(self) -> None:
-        """Make everything again that was switched off."""
+    def switch_on(self, after: Ledger | None = None) -> None:
+        """Make everything again that was switched off, in place of what another ledger has switched off since."""
+        for later in () if after is None else after.changes:
+            if isinstance(later, _Method) and later.place is None:
+                for change in self._off:
+                    if isinstance(change, _Method):
+                        change.go_below(later)
         while self._off:
             self._off.pop().redo()
-
-    def discard(self) -> None:
-        """Never switch on again what is switched off, though other changes have been made above it."""
-        self._off.clear()
-        while self.changes:
-            change = self.changes.pop()
-            if isinstance(change, _Method):
-                change.undo()
 
     @contextlib.contextmanager
     def switched_off(self) -> Iterator[None]:
@@ -144,12 +135,10 @@ class StandIn:
         own: Whether it was the object's own, not its class's.
         in_front: Whether what is set later goes behind it.
         active: Whether it does stand in.
-        gone: Whether it was undone.
     """
 
     def __init__(self, call: Any, had: Callable[..., Any], own: bool, in_front: bool = False) -> None:
-        self.call, self.had, self.own, self.in_front = call, had, own, in_front
-        self.active, self.gone = True, False
+        self.call, self.had, self.own, self.in_front, self.active = call, had, own, in_front, True
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -160,12 +149,6 @@ class StandIn:
         """The method's result or that of what stands in."""
         return self.call(*args, **kwargs) if self.active else self.had(*args, **kwargs)
 
-    def below(self) -> tuple[Callable[..., Any], bool]:
-        """What comes back when this goes, and whether it is the object's own."""
-        if isinstance(self.had, StandIn) and self.had.gone:
-            return self.had.below()
-        return self.had, self.own
-
 
 @dataclass
 class _Method:
@@ -175,23 +158,30 @@ class _Method:
     place: str | None = None
 
     def undo(self) -> None:
-        self.standing_in.active, self.standing_in.gone = False, True
+        self.standing_in.active = False
         attributes = vars(self.target)
         # Hooks may have moved it since; and where somebody wrapped it, theirs is not ours to take away.
         places = (self.name, "forward", _HOOKED)
         self.place = next((name for name in places if attributes.get(name) is self.standing_in), None)
-        had, own = self.standing_in.below()
-        if self.place == self.name and not own:
+        if self.place == self.name and not self.standing_in.own:
             delattr(self.target, self.name)
         elif self.place is not None:
-            setattr(self.target, self.place, had)
+            setattr(self.target, self.place, self.standing_in.had)
+
+    def go_below(self, later: _Method) -> None:
+        """Stand where another one stood that somebody has wrapped."""
+        if self.target is later.target and self.place is not None and _plain(self.name) == _plain(later.name):
+            later.standing_in.had, self.place = self.standing_in, None
 
     def redo(self) -> None:
         if self.place is not None:
             # Hooks that came or went while it was off have moved what stood there.
-            name = "forward" if self.name == _HOOKED else self.name
-            setattr(self.target, method_place(self.target, name), self.standing_in)
-        self.standing_in.active, self.standing_in.gone = True, False
+            setattr(self.target, method_place(self.target, _plain(self.name)), self.standing_in)
+        self.standing_in.active = True
+
+
+def _plain(name: str) -> str:
+    return "forward" if name == _HOOKED else name
 
 
 @dataclass

@@ -89,7 +89,7 @@ def patch(model: Model, *methods: Method | str | os.PathLike[str]) -> Model:
     inner, chosen, anatomy = _asked(model, methods)
     calls = calls_of(anatomy.stack)
     with calls.alone(inner, anatomy.stack):
-        _exchange(inner, chosen, model, calls, for_good=True)
+        _exchange(inner, chosen, model, calls)
     return model
 
 
@@ -130,16 +130,13 @@ def patched(model: Model, *methods: Method | str | os.PathLike[str]) -> Iterator
             del calls.blocks[place]
             current = _patch_on(stack)
             if place < len(calls.blocks):
-                # A block that began later, in another thread, is still open above this one's patch.
-                above = calls.blocks[place]
-                if above.outer is not None:
-                    above.outer.discard()
-                above.outer = block.outer
+                # A block that began later, in another thread, is still open, and has switched this one's patch off.
+                calls.blocks[place].outer = block.outer
             else:
                 if current is not None:
-                    current.ledger.undo()
+                    current.ledger.switch_off()
                 if block.outer is not None:
-                    block.outer.switch_on()
+                    block.outer.switch_on(None if current is None else current.ledger)
 
 
 @contextlib.contextmanager
@@ -207,14 +204,12 @@ def _patch_on(stack: nn.Module) -> Patch | None:
     return found
 
 
-def _exchange(
-    model: Any, methods: tuple[Method, ...], pipeline: object, calls: Calls, for_good: bool = False
-) -> Ledger | None:
+def _exchange(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Calls) -> Ledger | None:
     """Patch a model in place of what it was patched with; returns the ledger of that, switched off."""
     stack = find_anatomy(model).stack
     previous = _patch_on(stack)
     if previous is not None:
-        previous.ledger.switch_off(for_good)
+        previous.ledger.switch_off()
     try:
         _apply(model, methods, pipeline, calls)
     except BaseException:
