@@ -149,6 +149,12 @@ class StandIn:
         """The method's result or that of what stands in."""
         return self.call(*args, **kwargs) if self.active else self.had(*args, **kwargs)
 
+    def below(self) -> tuple[Callable[..., Any], bool]:
+        """What comes back when this goes, and whether it is the object's own: not what has been undone before."""
+        if isinstance(self.had, StandIn) and not self.had.active:
+            return self.had.below()
+        return self.had, self.own
+
 
 @dataclass
 class _Method:
@@ -163,10 +169,11 @@ class _Method:
         # Hooks may have moved it since; and where somebody wrapped it, theirs is not ours to take away.
         places = (self.name, "forward", _HOOKED)
         self.place = next((name for name in places if attributes.get(name) is self.standing_in), None)
-        if self.place == self.name and not self.standing_in.own:
+        had, own = self.standing_in.below()
+        if self.place == self.name and not own:
             delattr(self.target, self.name)
         elif self.place is not None:
-            setattr(self.target, self.place, self.standing_in.had)
+            setattr(self.target, self.place, had)
 
     def go_below(self, later: _Method) -> None:
         """Stand where another one stood that somebody has wrapped."""
