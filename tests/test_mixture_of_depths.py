@@ -216,7 +216,6 @@ def test_a_step_that_no_token_takes_reads_no_weight() -> None:
 
 def test_protected_tokens_are_always_computed() -> None:
     model, text = small("llama"), ids(1, 24)
-    method = routed(mlp=[1])
     never = MixtureOfDepths(mlp=[1], weights={"mlp.1.weight": torch.zeros(32), "mlp.1.bias": -torch.ones(1)})
     protect = torch.zeros(1, 24, dtype=torch.bool)
     protect[0, [3, 9, 20]] = True
@@ -224,7 +223,7 @@ def test_protected_tokens_are_always_computed() -> None:
         with slowly(model, {(1, "mlp"): protect}):
             expected = model(text).logits
         slimformer.patch(model, never)
-        with method.protecting(protect):
+        with never.protecting(protect):
             torch.testing.assert_close(model(text).logits, expected, atol=1e-5, rtol=1e-5)
             first = model(text[:, :12], use_cache=True)
             second = model(text[:, 12:], past_key_values=first.past_key_values, use_cache=True).logits

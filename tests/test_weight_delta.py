@@ -109,6 +109,106 @@ def test_changes_of_the_same_weight_add_up_and_count_beside_drops() -> None:
     assert torch.equal(logits(slimformer.unpatch(model)), logits(tiny_model("llama")))
 
 
+def other_model() -> PreTrainedModel:
+    """The same architecture with other weights."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_its_own_state_loaded_again_changes_nothing(assign: bool) -> None:
+    model = slimformer.patch(tiny_model("llama"), some_delta())
+    slim = logits(model)
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=assign)
+    assert torch.equal(logits(model), slim)
+    assert torch.equal(logits(slimformer.unpatch(model)), logits(tiny_model("llama")))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_that_is_loaded_gets_the_change_on_top_and_stays(assign: bool) -> None:
+    model, delta = tiny_model("llama"), some_delta()
+    slimformer.patch(model, delta)
+    model.load_state_dict(other_model().state_dict(), assign=assign)
+    assert torch.equal(logits(model), logits(slimformer.patch(other_model(), delta)))
+    assert torch.equal(
+        model.state_dict()[f"model.layers.{QUERY}"], other_model().state_dict()[f"model.layers.{QUERY}"]
+    )
+    assert torch.equal(logits(slimformer.unpatch(model)), logits(other_model()))
+
+
+def test_a_state_of_another_shape_is_refused_and_changes_nothing() -> None:
+    model = slimformer.patch(tiny_model("llama"), some_delta())
+    slim, state = logits(model), model.state_dict()
+    state[f"model.layers.{QUERY}"] = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(state)
+    assert torch.equal(logits(model), slim)
+    assert torch.equal(logits(slimformer.unpatch(model)), logits(tiny_model("llama")))
+
+
+def test_a_state_loaded_while_switched_off_or_under_another_patch_gets_the_change_too() -> None:
+    delta = some_delta()
+    expected = logits(slimformer.patch(other_model(), delta))
+    for block in (switched_off, lambda model: slimformer.patched(model, LayerDrop(attention=[1]))):
+        model = slimformer.patch(tiny_model("llama"), delta)
+        with block(model):
+            model.load_state_dict(other_model().state_dict())
+        assert torch.equal(logits(model), expected)
+        assert torch.equal(logits(slimformer.unpatch(model)), logits(other_model()))
+
+
+def test_a_cast_model_computes_with_the_sum_of_its_cast_weights_and_is_copied() -> None:
+    delta = some_delta()
+    model = slimformer.patch(tiny_model("llama"), delta).to(torch.bfloat16)
+    slim = logits(model)
+    assert torch.equal(slim, logits(slimformer.patch(tiny_model("llama").to(torch.bfloat16), delta)))
+    twin = copy.deepcopy(model)
+    dense = logits(tiny_model("llama").to(torch.bfloat16))
+    assert torch.equal(logits(twin), slim)
+    assert torch.equal(logits(slimformer.unpatch(twin)), dense)
+    assert torch.equal(logits(model), slim)
+    twin = slimformer.patch(copy.deepcopy(model), LayerDrop(attention=[1]))
+    assert torch.equal(logits(slimformer.unpatch(twin)), dense)
+
+
+def test_training_while_patched_trains_the_own_weights() -> None:
+    model, delta = tiny_model("llama"), some_delta()
+    slimformer.patch(model, delta)
+    model(IDS, labels=IDS).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    slim, state = logits(model), model.state_dict()
+    assert not torch.equal(state[f"model.layers.{QUERY}"], _own_query())
+    again = tiny_model("llama")
+    again.load_state_dict(state)
+    torch.testing.assert_close(logits(slimformer.unpatch(model)), logits(again))
+    torch.testing.assert_close(logits(slimformer.patch(again, delta)), slim, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_merged_into_a_changed_weight_come_out_of_the_own_one() -> None:
+    peft = pytest.importorskip("peft")
+    model = slimformer.patch(tiny_model("llama"), some_delta())
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    slim = logits(adapted)
+    adapted.merge_adapter()
+    torch.testing.assert_close(logits(adapted), slim, atol=1e-5, rtol=1e-5)
+    slimformer.unpatch(adapted)
+    adapted.unmerge_adapter()
+    with adapted.disable_adapter():
+        torch.testing.assert_close(logits(adapted), logits(tiny_model("llama")), atol=1e-5, rtol=1e-5)
+
+
+def test_freezing_a_changed_weight_freezes_the_own_one() -> None:
+    model = slimformer.patch(tiny_model("llama"), some_delta())
+    model.requires_grad_(False)
+    with switched_off(model):
+        assert not any(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in slimformer.unpatch(model).parameters())
+
+
 @pytest.mark.parametrize(
     ("weights", "words"),
     [

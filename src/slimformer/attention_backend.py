@@ -9,8 +9,8 @@ would have saved the plan's time.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,21 +46,34 @@ def fastest_backend(query: Tensor, key: Tensor, mask: Any) -> contextlib.Abstrac
     shape = (query.device, query.dtype, query.shape, query.stride(), key.shape)
     if torch.cuda.is_current_stream_capturing():
         # A plan cannot be built while a graph is captured.
-        return contextlib.nullcontext() if shape in _planned else _without_cudnn()
+        return contextlib.nullcontext() if shape in _planned else without_cudnn
     work = 2 * batch * heads * queries * key.shape[2] * head_dim
     _saved[shape] += work / _FLASH - work / _CUDNN
     if _saved[shape] < _PLAN_SECONDS:
-        return _without_cudnn()
+        return without_cudnn
     _planned.add(shape)
     return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def _without_cudnn() -> Iterator[None]:
-    # torch.nn.attention.sdpa_kernel does the same in 50 microseconds per call.
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+class WithoutCudnn:
+    """Blocks in which cuDNN is off; the switch is the process's own, so the last of several threads puts it back."""
+
+    def __init__(self) -> None:
+        self.lock, self.open, self.before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        # torch.nn.attention.sdpa_kernel does the same in 50 microseconds per call.
+        with self.lock:
+            if self.open == 0:
+                self.before = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self.open += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self.lock:
+            self.open -= 1
+            if self.open == 0:
+                torch.backends.cuda.enable_cudnn_sdp(self.before)
+
+
+without_cudnn = WithoutCudnn()

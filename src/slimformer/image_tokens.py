@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimformer.anatomy import positional_names
+from slimformer.call_context import call_variable
 from slimformer.errors import PlanError
 from slimformer.ledger import Ledger
 from slimformer.stream import Stream
 
 _NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 # Of the forward pass that runs in this thread or task.
-_current: ContextVar[Tensor | None] = ContextVar("slimformer_image_tokens", default=None)
+_current: ContextVar[Tensor | None] = call_variable("image_tokens", None)
 
 
 def image_token_ids(config: PretrainedConfig) -> tuple[int, ...]:

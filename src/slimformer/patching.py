@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from slimformer.anatomy import (
     KINDS,
+    Anatomy,
     Kind,
     attention_core,
     find_anatomy,
@@ -26,9 +27,11 @@ from slimformer.errors import PlanError
 from slimformer.executor import LayerExecutor, TokenPolicy
 from slimformer.integrations.sentence_transformers import faster_pipeline
 from slimformer.layer_calls import first_layer_call
-from slimformer.ledger import Ledger
+from slimformer.layer_weights import add_weights, change_weights
+from slimformer.ledger import Ledger, has_own
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import Plan
+from slimformer.running_calls import PATCH, Block, Calls, calls_of
 from slimformer.stored_plan import plan_beside, save_with_plan, stored_plan
 from slimformer.switched_layer import SwitchedLayer
 from slimformer.tiers import Support, examine_support
@@ -37,22 +40,23 @@ from slimformer.versions import warn_if_untried
 Model = TypeVar("Model")
 Method: TypeAlias = TokenPolicy | AttentionTransform
 Executor: TypeAlias = LayerExecutor | SwitchedLayer
-_ATTRIBUTE = "_slimformer"
 _logger = logging.getLogger("slimformer")
 
 
 @dataclass
 class Patch:
-    """What `patch` leaves on the model: the methods, the executors in place, the ledger, and notes for `status`."""
+    """What `patch` leaves on the stack: the executors in place, the ledger, the model's calls, notes for `status`."""
 
-    methods: tuple[Method, ...]
     executors: dict[int, Executor]
     ledger: Ledger
+    calls: Calls
     notes: dict[int, str] = field(default_factory=dict)
 
 
 def patch(model: Model, *methods: Method | str | os.PathLike[str]) -> Model:
     """Apply methods to a model, in place. A model that is patched already is unpatched first.
+
+    Other threads may go on calling the model: calls that run end before it changes, and later ones wait for that.
 
     What loses nothing is always applied: no padding is computed, and on a GPU norms, rotations, activations and
     residual additions run as fused kernels.
@@ -84,44 +88,72 @@ def patch(model: Model, *methods: Method | str | os.PathLike[str]) -> Model:
         {}
     """
     warn_if_untried()
-    inner = transformer_of(model)
-    chosen = tuple(_method(given, inner) for given in methods)
-    if not chosen:
-        _say_what_more_there_is(inner)
-    previous = vars(inner).get(_ATTRIBUTE)
-    unpatch(inner)
-    try:
-        _apply(inner, chosen, model)
-    except BaseException:
-        if previous is not None:
-            _apply(inner, previous.methods, model)
-        raise
+    inner, chosen, anatomy = _asked(model, methods)
+    calls = calls_of(anatomy.stack)
+    with calls.alone(inner, anatomy.stack):
+        _exchange(inner, chosen, model, calls)
     return model
 
 
 def unpatch(model: Model) -> Model:
-    """Undo `patch` exactly. A model that is not patched is left alone."""
-    current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
-    if current is not None:
-        current.ledger.undo()
+    """Undo `patch` exactly. A model that is not patched is left alone.
+
+    What others have put on the model since stays: wrappers around a forward, weights that were loaded or trained. In a
+    `patched` block the model is as unpatched to the end of the block.
+    """
+    inner = transformer_of(model)
+    stack = _patched_stack(inner)
+    if stack is not None:
+        with calls_of(stack).alone(inner, stack):
+            current = _patch_on(stack)
+            if current is not None:
+                current.ledger.undo()
     return model
 
 
 @contextlib.contextmanager
 def patched(model: Model, *methods: Method | str | os.PathLike[str]) -> Iterator[Model]:
-    """Patch for the length of a `with` block; undone on exit, also on an exception."""
-    patch(model, *methods)
+    """Patch for the length of a `with` block; on exit the model is as it was, also on an exception.
+
+    In a block inside another one, or on a patched model, only the inner methods apply; behind it the outer ones do
+    again.
+    """
+    inner, chosen, anatomy = _asked(model, methods)
+    stack = anatomy.stack
+    calls = calls_of(stack)
+    with calls.alone(inner, stack):
+        block = Block(_exchange(inner, chosen, model, calls))
+        calls.blocks.append(block)
     try:
         yield model
     finally:
-        unpatch(model)
+        with calls.alone(inner, stack):
+            place = calls.blocks.index(block)
+            del calls.blocks[place]
+            current = _patch_on(stack)
+            if place < len(calls.blocks):
+                # A block that began later, in another thread, is still open, and has switched this one's patch off.
+                calls.blocks[place].outer = block.outer
+            else:
+                if current is not None:
+                    current.ledger.switch_off()
+                if block.outer is not None:
+                    block.outer.switch_on(None if current is None else current.ledger)
 
 
 @contextlib.contextmanager
 def switched_off(model: Any) -> Iterator[None]:
-    """A patched model as it is unpatched, for the length of a `with` block; costs no examination of the model."""
-    current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
-    with contextlib.nullcontext() if current is None else current.ledger.switched_off():
+    """A patched model as it is unpatched, for the length of a `with` block; costs no examination of the model.
+
+    Other threads that call the model wait for the end of the block.
+    """
+    inner = transformer_of(model)
+    stack = _patched_stack(inner)
+    current = None if stack is None else _patch_on(stack)
+    if stack is None or current is None:
+        yield
+        return
+    with current.calls.alone(inner, stack), current.ledger.switched_off():
         yield
 
 
@@ -130,15 +162,16 @@ def status(model: Any) -> dict[int, dict[Kind, str]]:
 
     `"dropped"`: nothing, or what a replacement leaves. `"chosen rows"`: those that policies name, and which part
     of all they were in the last forward pass. `"text rows"`: all but padding. `"all rows"`: padding too, by the
-    model's own code, where the sublayer is none that can do without. Behind that stands how transforms change the
-    scores of an attention, with the text length that it reaches then.
+    model's own code, where the sublayer is none that can do without or the layer has a forward of its own. Behind that
+    stands how transforms change the scores of an attention, with the text length that it reaches then.
     """
-    current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
+    stack = _patched_stack(transformer_of(model))
+    current = None if stack is None else _patch_on(stack)
     if current is None:
         return {}
     found = {
-        index: {kind: executor.computes(kind) for kind in KINDS}
-        for index, executor in sorted(current.executors.items())
+        index: {kind: "all rows" if _left_alone(e) else e.computes(kind) for kind in KINDS}
+        for index, e in sorted(current.executors.items())
     }
     for index, note in current.notes.items():
         rows = found.setdefault(index, dict.fromkeys(KINDS, "all rows"))
@@ -149,10 +182,45 @@ def status(model: Any) -> dict[int, dict[Kind, str]]:
 
 def keep_ratios(model: Any) -> dict[tuple[int, Kind], float]:
     """Which part of the rows policies named in the last forward pass, of every sublayer where they choose."""
-    current: Patch | None = vars(transformer_of(model)).get(_ATTRIBUTE)
+    stack = _patched_stack(transformer_of(model))
+    current = None if stack is None else _patch_on(stack)
     executors = {} if current is None else current.executors
     ratios = {(index, kind): e.keep_ratio(kind) for index, e in sorted(executors.items()) for kind in KINDS}
     return {sublayer: ratio for sublayer, ratio in ratios.items() if ratio is not None}
+
+
+def _asked(model: Any, methods: tuple[Any, ...]) -> tuple[Any, tuple[Method, ...], Anatomy]:
+    inner = transformer_of(model)
+    chosen = tuple(_method(given, inner) for given in methods)
+    if not chosen:
+        _say_what_more_there_is(inner)
+    return inner, chosen, find_anatomy(inner)
+
+
+def _patched_stack(model: Any) -> nn.Module | None:
+    """The stack in a model that is patched, whether it was patched as this model or as a part of it."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((module for module in modules if PATCH in vars(module)), None)
+
+
+def _patch_on(stack: nn.Module) -> Patch | None:
+    found: Patch | None = vars(stack).get(PATCH)
+    return found
+
+
+def _exchange(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Calls) -> Ledger | None:
+    """Patch a model in place of what it was patched with; returns the ledger of that, switched off."""
+    stack = find_anatomy(model).stack
+    previous = _patch_on(stack)
+    if previous is not None:
+        previous.ledger.switch_off()
+    try:
+        _apply(model, methods, pipeline, calls)
+    except BaseException:
+        if previous is not None:
+            previous.ledger.switch_on()
+        raise
+    return None if previous is None else previous.ledger
 
 
 def _method(given: Method | str | os.PathLike[str], model: nn.Module) -> Method:
@@ -191,7 +259,7 @@ def _say_what_more_there_is(model: nn.Module) -> None:
         )
 
 
-def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
+def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Calls) -> None:
     support = examine_support(find_anatomy(model))
     anatomy = support.anatomy
     executors = _executors(support, (*methods, Unpadding()))
@@ -207,20 +275,24 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
         )
     ledger = Ledger()
     try:
-        patch = Patch(methods, executors, ledger)
-        ledger.set(model, _ATTRIBUTE, patch)
+        patch = Patch(executors, ledger, calls)
+        ledger.set(anatomy.stack, PATCH, patch)
         if methods:
-            ledger.set(model, "save_pretrained", partial(save_with_plan, model, methods))
+            ledger.stand_in(model, "save_pretrained", partial(save_with_plan, model, methods))
         attentions = Attentions(anatomy, ledger, first_layer_call(anatomy))
         # Before layers are changed, so that rows are attended to as transforms say.
         patch.notes = transformed_by(methods, attentions)
         for executor in executors.values():
-            _change_weights(executor, ledger)
+            change_weights(executor, ledger)
         plans = [plan for executor in executors.values() for plan in executor.sublayers.values()]
         for prepare in dict.fromkeys(prepare for plan in plans for prepare in plan.prepares):
             prepare(model, ledger)
         for index, executor in executors.items():
-            _add_weights(executor, ledger)
+            if has_own(executor.layer, "forward"):
+                _check_left_alone(index, executor)
+            if _left_alone(executor):
+                continue
+            add_weights(executor, ledger)
             executor.install(ledger, slots[index], index <= counting, anatomy.causal)
         for layer, slot in zip(anatomy.layers, slots, strict=True):
             core = attention_core(layer, anatomy.structure)
@@ -278,55 +350,23 @@ def _executors(support: Support, methods: tuple[Method, ...]) -> dict[int, Execu
     return executors
 
 
-def _add_weights(executor: Executor, ledger: Ledger) -> None:
-    layer = executor.layer
-    for plan in executor.sublayers.values():
-        if plan.compute or plan.replacement is None:
-            continue
-        like = next((p for p in layer.parameters() if p.is_floating_point()), None)
-        for name, value in plan.weights.items():
-            if like is not None:
-                value = value.to(_computing_device(layer, like), like.dtype)
-            ledger.add_buffer(layer, name, value)
+def _left_alone(executor: Executor) -> bool:
+    """Whether somebody has given a layer another `forward`, which runs as it is."""
+    return isinstance(executor, LayerExecutor) and executor.by_rows is None
 
 
-def _change_weights(executor: Executor, ledger: Ledger) -> None:
-    layer = executor.layer
-    values: dict[str, Tensor] = {}
-    for plan in executor.sublayers.values():
-        for name, changed in plan.changes:
-            values[name] = changed(values[name] if name in values else _own_weight(layer, name))
-    for name, value in values.items():
-        place, _, own = name.rpartition(".")
-        ledger.set_parameter(layer.get_submodule(place), own, value)
+def _check_left_alone(index: int, executor: Executor) -> None:
+    """Leave a layer with a `forward` of its own alone.
 
-
-def _own_weight(layer: nn.Module, name: str) -> Tensor:
-    place, _, own = name.rpartition(".")
-    modules = dict(layer.named_modules())
-    # An adapter passes on the weight of what it wraps, under the same name; that cannot be replaced.
-    found = dict(modules[place].named_parameters(recurse=False)).get(own) if place in modules else None
-    if found is None:
+    Raises:
+        PlanError: If less of it is to be computed.
+    """
+    plans = executor.sublayers.values()
+    whole = all(plan.compute and not plan.rows and not plan.staying for plan in plans)
+    if not whole or executor.shortens:
         raise PlanError(
-            f"The plan changes {name} in {type(layer).__name__}, which has no such parameter of its own. Patch the "
-            "model before adapters are put on it."
+            f"Layer {index} has a forward of its own, set on this {type(executor.layer).__name__}, so which parts of "
+            "it to leave out is not known. Patch the model before the forward is set, or leave this layer to itself."
         )
-    if type(found) is not nn.Parameter or found.is_meta or not found.is_floating_point():
-        raise PlanError(
-            f"The plan changes {name}, whose values are quantised or not in memory. Load the whole model in float32, "
-            "bfloat16 or float16."
-        )
-    return found.detach()
-
-
-def _computing_device(layer: nn.Module, like: Tensor) -> Any:
-    """Where a layer computes: by accelerate's hooks if they keep its weights elsewhere and `like` on no device."""
-    if like.device.type != "meta":
-        return like.device
-    for module in layer.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for single in (hook, *getattr(hook, "hooks", ())):
-            device = getattr(single, "execution_device", None)
-            if device is not None:
-                return device
-    return "cpu"
+    if isinstance(executor, LayerExecutor):
+        executor.by_rows = None

@@ -16,12 +16,13 @@ from transformers.utils.output_capturing import _active_collector
 from slimformer.anatomy import Structure
 from slimformer.attention_masks import key_ranges, keys_seen, own_key
 from slimformer.cache import has_foreign_cache, layer_cache
+from slimformer.call_context import call_variable
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 
 _TAG = "_slimformer_stream"
 _RECORDING = "transformers.utils.output_capturing"
-_leaving_under_gradients: ContextVar[bool] = ContextVar("slimformer_leaving_under_gradients", default=False)
+_leaving_under_gradients: ContextVar[bool] = call_variable("leaving_under_gradients", False)
 
 
 class ExaminedLayer(Protocol):

@@ -54,7 +54,15 @@ class SwitchedLayer:
     @property
     def in_cache(self) -> Content:
         """What the cache slot of the layer's token mixer holds."""
-        return "keys" if self.sublayers["attention"].compute else "nothing"
+        dropped = [kind for kind in KINDS if not self.sublayers[kind].compute]
+        if "attention" not in dropped or (len(dropped) == 1 and not self._silences_cache()):
+            return "keys"
+        return "nothing"
+
+    def _silences_cache(self) -> bool:
+        """Whether the module that writes to the cache is silent where the attention is dropped, not one behind it."""
+        silent = [self.layer.get_submodule(entry.path) for entry in self.modules.silent.get("attention", ())]
+        return any(name in CACHE_NAMES for module in silent for name in positional_names(module))
 
     def selectors(self) -> list[RowSelector]:
         """Nothing names rows here."""

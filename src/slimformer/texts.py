@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from slimformer.cache import has_foreign_cache, layer_cache
+from slimformer.call_context import call_variable
 from slimformer.errors import DataError
 
 # Of the forward pass that runs in this thread or task.
-_current: ContextVar[Texts | None] = ContextVar("slimformer_texts", default=None)
+_current: ContextVar[Texts | None] = call_variable("texts", None)
 
 
 @dataclass(eq=False)

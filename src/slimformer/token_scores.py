@@ -102,9 +102,10 @@ class ByPredictor:
 
     def __call__(self, stream: Stream, x: Tensor, text: TextTokens) -> Tensor:
         """As `TokenScore`."""
-        if self.predictor.near.device != x.device:
-            self.predictor = self.predictor.to(x.device)
-        matrix = self.predictor(_layer_input(stream, x), text.here, text.place).float().relu()
+        predictor = self.predictor
+        if predictor.near.device != x.device:
+            self.predictor = predictor = predictor.to(x.device)
+        matrix = predictor(_layer_input(stream, x), text.here, text.place).float().relu()
         blocks = torch.arange(matrix.shape[1], device=x.device)
         last = (text.length - 1).div(BLOCK, rounding_mode="floor")[:, None]
         asks = (blocks >= last - 1) & (blocks <= last)

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from slimformer.call_context import call_variable, setting
 from slimformer.errors import PlanError
 from slimformer.rows import Rows
 from slimformer.stream import Stream
 from slimformer.token_scores import TextTokens, TokenScore
 
-_protected: ContextVar[Tensor | None] = ContextVar("slimformer_protected", default=None)
+_NONE: tuple[tuple[object, Tensor], ...] = ()
+# The masks of open blocks, each with the method that it was given to.
+_protected = call_variable("protected", _NONE)
 
 
-@contextlib.contextmanager
-def protecting(mask: Tensor) -> Iterator[None]:
-    """Tokens that stay in every call made within the block, whatever their scores.
+def protecting(owner: object, mask: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Tokens that stay in every call made within the block, whatever their scores, also in threads started in it.
 
     Args:
+        owner: The method whose tokens they are.
         mask: bool `[batch, tokens]` over the prompt, padding included; tokens behind its end are not protected.
 
     Raises:
@@ -31,20 +32,27 @@ def protecting(mask: Tensor) -> Iterator[None]:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
         came = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise PlanError(f"protecting(mask) takes a bool tensor [batch, tokens], got {came}.")
-    before = _protected.set(mask)
-    try:
-        yield
-    finally:
-        _protected.reset(before)
+    return setting(_protected, (*_protected.get(), (owner, mask)))
 
 
-def protected_tokens(stream: Stream) -> Tensor | None:
-    """Which tokens of this call are protected, bool `[batch, tokens]`; None if nothing is.
+@dataclass(frozen=True, eq=False)
+class Owner:
+    """The method that a row selector belongs to, which copies of a patched model share with it."""
+
+    method: object
+
+    def __deepcopy__(self, known: object) -> Owner:
+        """A copied model heeds the same method's blocks."""
+        return self
+
+
+def protected_tokens(owner: Owner, stream: Stream) -> Tensor | None:
+    """Which tokens of this call a method must keep, bool `[batch, tokens]`; None if nothing is protected.
 
     Raises:
         PlanError: If the mask has another number of texts than the call.
     """
-    mask = _protected.get()
+    mask = next((mask for method, mask in reversed(_protected.get()) if method is owner.method), None)
     if mask is None:
         return None
     batch, tokens = stream.batch, stream.tokens
@@ -67,6 +75,7 @@ class TokenSelection:
 
     Attributes:
         score: A number per token.
+        owner: The method that it belongs to.
         keep: The fraction of the text's tokens that stays, or with `threshold` how many times the mean score of its
             text a token needs to stay.
         threshold: Which of the two `keep` is.
@@ -79,6 +88,7 @@ class TokenSelection:
     """
 
     score: TokenScore
+    owner: Owner = field(repr=False)
     keep: float
     threshold: bool = False
     block: int = 1
@@ -122,7 +132,7 @@ class TokenSelection:
         return stay
 
     def _protected(self, text: TextTokens, stream: Stream) -> Tensor:
-        ends, mask = self._at_the_ends(text), protected_tokens(stream)
+        ends, mask = self._at_the_ends(text), protected_tokens(self.owner, stream)
         return ends if mask is None else ends | mask
 
     def _at_the_ends(self, text: TextTokens) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerFast
 
 from slimformer.anatomy import find_anatomy
-from slimformer.ledger import Ledger
+from slimformer.ledger import Ledger, has_own
 
 # As many numbers in the residual as keep a GPU busy for longer than the CPU needs to launch a small model's layers;
 # in bfloat16 the residual is then 32 MB. Models with wider residuals keep the batches they are given.
@@ -29,11 +29,12 @@ def faster_pipeline(pipeline: Any, model: PreTrainedModel, ledger: Ledger) -> No
         ledger: Undoes what is done here.
     """
     tokenizer = getattr(pipeline, "tokenizer", None)
-    if isinstance(tokenizer, PreTrainedTokenizerFast) and "_encode_plus" not in vars(tokenizer):
-        ledger.set(tokenizer, "_encode_plus", TokensToTensors(tokenizer))
-    if isinstance(pipeline, torch.nn.Sequential) and callable(getattr(type(pipeline), "encode", None)):
+    if isinstance(tokenizer, PreTrainedTokenizerFast) and not has_own(tokenizer, "_encode_plus"):
+        ledger.stand_in(tokenizer, "_encode_plus", TokensToTensors(tokenizer))
+    encodes = isinstance(pipeline, torch.nn.Sequential) and callable(getattr(type(pipeline), "encode", None))
+    if encodes and not has_own(pipeline, "encode"):
         hidden = find_anatomy(model).stack.config.hidden_size
-        ledger.set(pipeline, "encode", FillingBatches(pipeline, model, hidden))
+        ledger.stand_in(pipeline, "encode", FillingBatches(pipeline, model, hidden))
 
 
 @dataclass

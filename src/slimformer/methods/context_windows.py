@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimformer.anatomy import in_eval_mode
 from slimformer.errors import CalibrationError, DataError
 
 Token = TypeVar("Token")
@@ -136,12 +137,8 @@ def encode_in_windows(
             found.append(model(given)["sentence_embedding"].cpu())
         return torch.cat(found)[torch.tensor(by_length).argsort()]
 
-    training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         return embed_in_windows(tokens, room, embed)
-    finally:
-        model.train(training)
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

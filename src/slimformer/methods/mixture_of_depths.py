@@ -25,7 +25,7 @@ from slimformer.method_fields import (
 )
 from slimformer.rows import Rows
 from slimformer.stream import Stream, in_a_graph
-from slimformer.token_selection import protected_tokens, protecting
+from slimformer.token_selection import Owner, protected_tokens, protecting
 
 _ALLOWED = {
     "routing": ("threshold", "top_k"),
@@ -145,7 +145,7 @@ class MixtureOfDepths:
             >>> with method.protecting(torch.tensor([[False, False, True, True]])):
             ...     pass  # model.generate(...)
         """
-        return protecting(mask)
+        return protecting(self, mask)
 
     def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
         """The rows that each routed sublayer's router chooses.
@@ -168,7 +168,7 @@ class MixtureOfDepths:
             )
             images = self.tokens == "image"
             best = self.keep if self.routing == "top_k" else None
-            router = Router(kind, weight, bias, best, self.per == "sequence", images)
+            router = Router(kind, weight, bias, Owner(self), best, self.per == "sequence", images)
             plans[layer, kind] = SublayerPlan(
                 rows=(router,),
                 compact_keys=kind == "attention" and not self.keep_kv,
@@ -204,6 +204,7 @@ class Router:
         kind: Which sublayer's input is read.
         weight: `[hidden]`.
         bias: `[1]`.
+        owner: The method that it belongs to.
         keep: The fraction taken from every text; None for those above zero.
         per_sequence: Whether the mean over a text decides for all of it.
         images: Whether only image tokens may pass by.
@@ -212,6 +213,7 @@ class Router:
     kind: Kind
     weight: Tensor
     bias: Tensor
+    owner: Owner
     keep: float | None = None
     per_sequence: bool = False
     images: bool = False
@@ -252,7 +254,7 @@ class Router:
             mask = score > 0
         if free is not None:
             mask = mask | self._flat(~free, stream)
-        protected = protected_tokens(stream)
+        protected = protected_tokens(self.owner, stream)
         if protected is not None:
             mask = mask | self._flat(protected, stream)
         return Rows(x.shape[0], given_mask=mask)
@@ -270,11 +272,13 @@ class Router:
         """A number per row, in float32: rounding must not decide differently in a prompt and in a step."""
         layer = stream.layer
         norm = None if layer is None else layer.structure.parts(self.kind).norm_before
+        # Kept once moved. Each for itself, since another thread may be moving them too.
+        weight, bias = self.weight.to(x.device), self.bias.to(x.device)
         if self.weight.device != x.device:
-            self.weight, self.bias = self.weight.to(x.device), self.bias.to(x.device)
+            self.weight, self.bias = weight, bias
         if layer is None or norm is None:
-            return (x.float() * self.weight.float()).sum(-1) + self.bias.float()
-        return layer.norms.scores(norm, x, self.weight, self.bias)
+            return (x.float() * weight.float()).sum(-1) + bias.float()
+        return layer.norms.scores(norm, x, weight, bias)
 
     @staticmethod
     def _continues(stream: Stream) -> bool:

@@ -146,11 +146,14 @@ class FarTurns:
         # Half precision on a GPU, where they are read with every key: finer than a key's own rounding.
         narrow = like.is_cuda and like.dtype in (torch.bfloat16, torch.float16)
         key = like.device, torch.float16 if narrow else torch.float32
-        if key not in self.made or self.made[key][0].shape[0] < places:
+        found = self.made.get(key)
+        if found is None or found[0].shape[0] < places:
             inv_freq = self.rotary.inv_freq.to(like.device)
             size = 1 << (places - 1).bit_length()
-            self.made[key] = far_turns(inv_freq, self.group_size, size, self.rotary.interleaved, key[1])
-        return self.made[key]
+            # Returned as it was made: another thread may put a shorter one in its place.
+            found = far_turns(inv_freq, self.group_size, size, self.rotary.interleaved, key[1])
+            self.made[key] = found
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own."""

@@ -24,7 +24,7 @@ from slimformer.method_fields import (
     layer_number,
 )
 from slimformer.token_scores import ByAttention, ByChance, ByPredictor, TokenScore, by_key_norm
-from slimformer.token_selection import SharedSelection, TokenSelection, protecting
+from slimformer.token_selection import Owner, SharedSelection, TokenSelection, protecting
 
 SCORERS = ("attention", "norm", "predictor", "random")
 _ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -140,7 +140,7 @@ class TokenElimination:
             >>> with TokenElimination({15: 0.5}).protecting(question):
             ...     pass  # model.generate(...)
         """
-        return protecting(mask)
+        return protecting(self, mask)
 
     def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
         """A selection before the attention of every layer in the schedule, or for every sublayer from the first on.
@@ -189,6 +189,7 @@ class TokenElimination:
     def _selection(self, layer: int, keep: float) -> TokenSelection:
         return TokenSelection(
             self._score(layer),
+            Owner(self),
             keep,
             threshold=self.threshold,
             block=self.block,
