@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import (
     KINDS,
+    Anatomy,
     Kind,
     attention_core,
     find_anatomy,
@@ -29,6 +30,7 @@ from slimformer.layer_calls import first_layer_call
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import Plan
+from slimformer.stack_calls import Observed, hands_on, read_stack_calls
 from slimformer.stored_plan import save_with_plan, stored_plan
 from slimformer.switched_layer import SwitchedLayer
 from slimformer.tiers import Support, examine_support
@@ -189,6 +191,7 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
             f"Positions are counted in the cache of layer {counting}, the first whose attention runs, and tokens are "
             "to leave before it. Let them leave at a later layer, or keep an attention below."
         )
+    observed = _observed(anatomy, executors.values())
     ledger = Ledger()
     try:
         patch = Patch(methods, executors, ledger)
@@ -215,6 +218,9 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object) -> None:
             owner = CacheOwner(anatomy.layers[0], CacheLayout(tuple(slots), contents, attentions.angles))
             owner.had = ledger.set_forward(anatomy.layers[0], owner.forward)
         refuse_continuous_batching(model, executors.values(), attentions.reads_texts, ledger)
+        if observed is not None:
+            observed.note()
+            read_stack_calls(anatomy, ledger)
         faster_pipeline(pipeline, model, ledger)
     except BaseException:
         ledger.undo()
@@ -260,6 +266,18 @@ def _executors(support: Support, methods: tuple[Method, ...]) -> dict[int, Execu
     for index, executor in executors.items():
         executor.placed(anatomy, index, shorter_from)
     return executors
+
+
+def _observed(anatomy: Anatomy, executors: Iterable[Executor]) -> Observed | None:
+    """What says in every call whether rows may leave the stream, where any layer could let them."""
+    by_rows = [executor for executor in executors if isinstance(executor, LayerExecutor)]
+    if not by_rows:
+        return None
+    # A stack whose layers return tuples collects hidden states in its own loop.
+    observed = Observed(anatomy.layers, by_rows[0].returns_tuple or not hands_on(anatomy))
+    for executor in by_rows:
+        executor.observed = observed
+    return observed
 
 
 def _add_weights(executor: Executor, ledger: Ledger) -> None:

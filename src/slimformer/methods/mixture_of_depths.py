@@ -18,6 +18,7 @@ from slimformer.image_tokens import image_tokens, read_images
 from slimformer.rows import Rows
 from slimformer.stream import Stream, in_a_graph
 from slimformer.token_selection import protected_tokens, protecting
+from slimformer.touched_modules import takes_rows
 
 _ALLOWED = {
     "routing": ("threshold", "top_k"),
@@ -268,6 +269,9 @@ class Router:
             self.weight, self.bias = self.weight.to(x.device), self.bias.to(x.device)
         if layer is None or norm is None:
             return (x.float() * self.weight.float()).sum(-1) + self.bias.float()
+        module = getattr(layer.layer, norm)
+        if not takes_rows(module):
+            return (stream.in_the_batch(module, x).float() * self.weight.float()).sum(-1) + self.bias.float()
         return layer.norms.scores(norm, x, self.weight, self.bias)
 
     @staticmethod
