@@ -101,17 +101,25 @@ def error(actual: Tensor, expected: Tensor, mask: Tensor | None = None) -> float
 
 @contextlib.contextmanager
 def rows_through(*linears: nn.Module) -> Iterator[list[int]]:
-    """How many rows each linear layer gets, in the order of the calls."""
+    """How many rows each linear layer gets, in the order of the calls.
+
+    The layers are of a class of their own meanwhile, as adapters are; under hooks they would get all tokens.
+    """
     found: list[int] = []
-    handles = [
-        linear.register_forward_hook(lambda module, args, out: found.append(args[0].shape[:-1].numel()))
-        for linear in linears
-    ]
+
+    class Counting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            found.append(x.shape[:-1].numel())
+            return super().forward(x)
+
+    for linear in linears:
+        assert type(linear) is nn.Linear
+        linear.__class__ = Counting
     try:
         yield found
     finally:
-        for handle in handles:
-            handle.remove()
+        for linear in linears:
+            linear.__class__ = nn.Linear
 
 
 # The first linear layer of the MLP, and the one that makes queries.

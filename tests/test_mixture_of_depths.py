@@ -16,7 +16,7 @@ from slimformer.anatomy import KINDS, Kind, find_anatomy
 from slimformer.errors import PlanError
 from slimformer.methods.mixture_of_depths import router_name
 from slimformer.patching import keep_ratios
-from slow_rows import LAYOUTS, batch, error, one_thread, outputs, positions, slowly, small  # noqa: F401
+from slow_rows import LAYOUTS, batch, error, one_thread, outputs, positions, rows_through, slowly, small  # noqa: F401
 from test_token_elimination import ids, mask_of, only, staying
 from tiny_models import DECODERS, ENCODERS, tiny_model
 
@@ -122,14 +122,11 @@ def test_a_token_takes_the_same_way_in_a_prompt_and_in_a_step(name: str) -> None
 def test_top_k_takes_its_share_of_every_text(name: str) -> None:
     model, mask = small(name), mask_of(0, 5, 11, tokens=24)
     method = routed(mlp=[2], routing="top_k", keep=0.25)
-    counts: list[int] = []
     layer = find_anatomy(model).layers[2]
     first = layer.mlp.gate_proj if name == "llama" else layer.intermediate.dense
-    with torch.no_grad(), slimformer.patched(model, method):
-        hook = first.register_forward_hook(lambda m, args, out: counts.append(args[0].shape[:-1].numel()))
+    with torch.no_grad(), slimformer.patched(model, method), rows_through(first) as counts:
         given = {"position_ids": positions(mask)} if name == "llama" else {}
         model(ids()[:, :24], attention_mask=mask, **given)
-        hook.remove()
     assert counts == [round(24 / 4) + round(19 / 4) + round(13 / 4)]
 
 

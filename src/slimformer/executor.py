@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, attention_core, positional_names
-from slimformer.attention import for_attention
 from slimformer.attention_scores import own_implementation
 from slimformer.cache import Content, layer_cache, leave_slot_empty
 from slimformer.errors import PlanError, UnsupportedModelError
@@ -26,7 +24,10 @@ from slimformer.row_selection import RowSelector, check_one_text_per_row, inters
 from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
 from slimformer.rows import Rows
 from slimformer.shorter_cache import mask_of_slot
-from slimformer.stream import Stream, in_a_graph, is_observed, leaving_under_gradients
+from slimformer.stack_calls import Observed
+from slimformer.stream import Stream, in_a_graph, leaving_under_gradients
+from slimformer.touched_modules import has_own_forward
+from slimformer.whole_sublayers import residual_after, whole_sublayer
 
 # What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition. One with a
 # true attribute `by_row` takes rows `[rows, hidden]` too.
@@ -124,6 +125,7 @@ class LayerExecutor:
         shortens: Whether the cache of this layer may hold fewer tokens than the text has.
         last: Whether rows that left the stream come back behind this layer.
         all_layers: The layers that run after each other, this one among them.
+        foreign: Whether the layer's `forward` is somebody else's, which computes the layer as it always did.
         observed: Says whether something reads what runs between the layers, so that no row may leave.
         chosen: The rows that policies named in the last call: all there were, and their mask or number.
         names: The layer's positional parameters behind the residual.
@@ -144,7 +146,8 @@ class LayerExecutor:
     shortens: bool = False
     last: bool = False
     all_layers: LayerList | None = None
-    observed: Callable[[], bool] = lambda: False
+    foreign: bool = False
+    observed: Observed | None = None
     chosen: dict[Kind, tuple[int, Tensor | int]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     returns: int | None = None
@@ -174,8 +177,6 @@ class LayerExecutor:
         self.shortens = index >= shorter_from
         self.all_layers = LayerList.of(anatomy)
         self.last = index == len(anatomy.layers) - 1
-        # A stack whose layers return tuples collects hidden states in its own loop.
-        self.observed = partial(is_observed, anatomy.layers, self.returns_tuple)
 
     def install(self, ledger: Ledger, slot: int, counting: bool, causal: bool) -> None:
         """Put this in place of the layer's `forward`, with what replacements read.
@@ -199,8 +200,16 @@ class LayerExecutor:
             self.by_rows = self.by_rows.renewed(counted=counting)
         if self.shortens:
             self._check_shortens()
+        self.foreign = has_own_forward(self.layer)
+        whole = all(plan.compute for plan in self.sublayers.values())
+        if self.foreign and (self.chooses or self.shortens or not whole):
+            raise PlanError(
+                f"The forward of a layer in the plan, {type(self.layer).__name__}, was replaced by somebody else's, "
+                "whose sublayers are not known: none can be dropped, and no token left out. Patch the model first and "
+                "replace the forward then, or leave the layer out of the plan."
+            )
         had = ledger.set_forward(self.layer, self.forward)
-        if all(plan.compute for plan in self.sublayers.values()):
+        if whole:
             self.dense = had
 
     def _check_shortens(self) -> None:
@@ -219,8 +228,8 @@ class LayerExecutor:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the layer's `forward`, with the same arguments and the same kind of result."""
-        if self.dense is not None and hidden_states.shape[1] == 1 and not self.chooses:
-            # A decode step; a stream that lost rows has more than one.
+        if self.dense is not None and (self.foreign or (hidden_states.shape[1] == 1 and not self.chooses)):
+            # A decode step (a stream that lost rows has more than one), or a layer that others have replaced.
             if self.shortens:
                 kwargs = self._with_own_mask(
                     {**kwargs, **dict(zip(self.names[: len(args)], args, strict=True))}, 1
@@ -266,30 +275,12 @@ class LayerExecutor:
 
         For a post-norm sublayer whose module contains the norm, the first is the new residual itself.
         """
-        parts, plan, layer = self.structure.parts(kind), self.sublayers[kind], self.layer
-        if not plan.compute:
+        if not self.sublayers[kind].compute:
             replacement = self.replacements.get(kind)
             if kind == "attention" and self.slot is not None:
                 leave_slot_empty(layer_cache(kwargs), self.slot)
             return (None if replacement is None else replacement(x, self.normed(kind, x), kwargs)), None
-        module, h, weights = getattr(layer, parts.module), self.normed(kind, x), None
-        if kind == "attention":
-            output = module(h, **for_attention(kwargs))
-            y, weights = (
-                (output[0], output[1] if len(output) > 1 else None)
-                if isinstance(output, tuple)
-                else (output, None)
-            )
-        else:
-            y = module(h)
-            y = y[0] if isinstance(y, tuple) else y
-        if parts.projection is not None:
-            y = getattr(layer, parts.projection)(y, x)
-        if parts.norm_after is not None:
-            y = getattr(layer, parts.norm_after)(y)
-        if parts.dropout is not None:
-            y = getattr(layer, parts.dropout)(y)
-        return y, weights
+        return whole_sublayer(self.layer, self.structure, kind, x, kwargs, self.normed)
 
     def normed(self, kind: Kind, x: Tensor) -> Tensor:
         """The sublayer's input: the residual behind the norm in front of it, if there is one."""
@@ -309,22 +300,19 @@ class LayerExecutor:
 
     def residual(self, kind: Kind, x: Tensor, y: Tensor | None) -> Tensor:
         """The residual after the sublayer."""
-        parts = self.structure.parts(kind)
         if y is None:
             return x
         if not self.sublayers[kind].compute:
             return x + y
-        if parts.whole or parts.projection is not None:
-            return y
-        if parts.outer_norm is not None:
-            return getattr(self.layer, parts.outer_norm)(y + x)
-        return x + y
+        return residual_after(self.layer, self.structure, kind, x, y)
 
     def computes(self, kind: Kind) -> str:
         """Which rows a sublayer computes, in two words."""
         plan = self.sublayers[kind]
         if not plan.compute:
             return "dropped"
+        if self.foreign:
+            return "all rows"
         if plan.rows:
             ratio = self.keep_ratio(kind)
             return "chosen rows" if ratio is None else f"chosen rows, {ratio:.1%} in the last call"
@@ -380,7 +368,7 @@ class LayerExecutor:
             or in_a_graph(hidden.device)
             or (torch.is_grad_enabled() and not leaving_under_gradients())
             or self.layer.training
-            or self.observed()
+            or (self.observed is not None and self.observed())
         ):
             return stream, hidden
         x = hidden.reshape(-1, hidden.shape[-1])
@@ -401,7 +389,8 @@ class LayerExecutor:
             mlp = self._update(run, "mlp", x)
             x = run.added(run.added(x, attention), mlp)
         else:
-            fuse = self.sublayers["mlp"].compute and len(self.sublayers["mlp"].rows) == 0
+            plan = self.sublayers["mlp"]
+            fuse = plan.compute and len(plan.rows) == 0 and not run.touched("mlp")
             x, h = run.added_and_normed(x, attention, "mlp") if fuse else (run.added(x, attention), None)
             x = run.added(x, self._update(run, "mlp", x, h))
         if self.last:
@@ -465,6 +454,8 @@ class LayerExecutor:
                 leave_slot_empty(layer_cache(run.kwargs), self.slot)
             return run.replaced(kind, x, self.replacements.get(kind))
         rows = self._choose(kind, x, run.stream)
+        if run.touched(kind) and not (kind == "attention" and plan.compact_keys):
+            return run.whole(kind, x, rows)
         if kind == "mlp":
             return run.mlp(x, rows, normed)
         return run.attention(x, rows, plan.compact_keys)

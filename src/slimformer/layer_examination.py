@@ -24,6 +24,7 @@ from slimformer.layer_calls import LayerCalls, layer_calls, mirrored
 from slimformer.probes import configuration, error, float32_copy, in_dtype, noise, tolerance
 from slimformer.row_sublayers import RowSublayers
 from slimformer.sublayer_modules import SublayerModules, find_sublayer_modules
+from slimformer.touched_modules import CalledModules, as_it_was_built
 
 # Texts of one call, and tokens of the longer one; longer than the first tokens that attentions treat in their own way.
 _BATCH, _TOKENS = 2, 16
@@ -105,7 +106,9 @@ def row_sublayers(anatomy: Anatomy, index: int, finding: LayerFinding) -> RowSub
     attention = finding.attention.on(core)
     causal = anatomy.causal if attention is None else finding.attention.causal
     gated = None if finding.gated is None else finding.gated.on(mlp)
-    return RowSublayers(layer, structure, causal, attention, gated)
+    names = tuple(sorted(structure.attention.children() | structure.mlp.children()))
+    stack = tuple(CalledModules(other, names) for other in anatomy.layers)
+    return RowSublayers(layer, structure, causal, attention, gated, stack=stack)
 
 
 def _state(anatomy: Anatomy) -> Hashable:
@@ -146,7 +149,7 @@ def _longest(config: Any) -> int:
 
 @torch.no_grad()
 def _examined(anatomy: Anatomy, index: int, calls: list[tuple[str, LayerCalls]]) -> LayerFinding:
-    layer, structure = anatomy.layers[index], anatomy.structure
+    layer, structure = as_it_was_built(anatomy.layers[index]), anatomy.structure
     core = attention_core(layer, structure)
     if not structure.apart:
         return LayerFinding(AttentionFinding(reason="its sublayers cannot be computed apart"))

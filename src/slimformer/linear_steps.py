@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slimformer.stream import is_hooked
+from slimformer.touched_modules import is_untouched
 from slimformer_kernels import linear_if_any
 from slimformer_kernels.dispatch import HAS_TRITON, KERNEL_DTYPES
 from slimformer_kernels.linear_if_any import MOST_ROWS
@@ -16,11 +16,11 @@ _FROM_WEIGHTS = 2**22
 
 def may_be_skipped(layer: object, x: Tensor) -> bool:
     """Whether `linear_if_any` stands for a layer on the rows `x` `[rows, in]`, and may gain something there."""
-    if type(layer) is not nn.Linear or is_hooked(layer) or "forward" in vars(layer):
+    if type(layer) is not nn.Linear or not is_untouched(layer):
         return False
     if x.shape[0] > MOST_ROWS or layer.weight.dtype != x.dtype or layer.weight.device != x.device:
         return False
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
     if x.is_cuda:
         return HAS_TRITON and x.dtype in KERNEL_DTYPES and layer.weight.numel() >= _FROM_WEIGHTS

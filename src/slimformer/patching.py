@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -28,10 +28,11 @@ from slimformer.executor import LayerExecutor, TokenPolicy
 from slimformer.integrations.sentence_transformers import faster_pipeline
 from slimformer.layer_calls import first_layer_call
 from slimformer.layer_weights import add_weights, change_weights
-from slimformer.ledger import Ledger, has_own
+from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import Plan
 from slimformer.running_calls import PATCH, Block, Calls, calls_of
+from slimformer.stack_calls import Observed, hands_on, read_stack_calls
 from slimformer.stored_plan import plan_beside, save_with_plan, stored_plan
 from slimformer.switched_layer import SwitchedLayer
 from slimformer.tiers import Support, examine_support
@@ -170,8 +171,7 @@ def status(model: Any) -> dict[int, dict[Kind, str]]:
     if current is None:
         return {}
     found = {
-        index: {kind: "all rows" if _left_alone(e) else e.computes(kind) for kind in KINDS}
-        for index, e in sorted(current.executors.items())
+        index: {kind: e.computes(kind) for kind in KINDS} for index, e in sorted(current.executors.items())
     }
     for index, note in current.notes.items():
         rows = found.setdefault(index, dict.fromkeys(KINDS, "all rows"))
@@ -273,6 +273,7 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
             f"Positions are counted in the cache of layer {counting}, the first whose attention runs, and tokens are "
             "to leave before it. Let them leave at a later layer, or keep an attention below."
         )
+    observed = _observed(anatomy, executors.values())
     ledger = Ledger()
     try:
         patch = Patch(executors, ledger, calls)
@@ -288,10 +289,6 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
         for prepare in dict.fromkeys(prepare for plan in plans for prepare in plan.prepares):
             prepare(model, ledger)
         for index, executor in executors.items():
-            if has_own(executor.layer, "forward"):
-                _check_left_alone(index, executor)
-            if _left_alone(executor):
-                continue
             add_weights(executor, ledger)
             executor.install(ledger, slots[index], index <= counting, anatomy.causal)
         for layer, slot in zip(anatomy.layers, slots, strict=True):
@@ -303,6 +300,9 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
             owner = CacheOwner(anatomy.layers[0], CacheLayout(tuple(slots), contents, attentions.angles))
             owner.had = ledger.set_forward(anatomy.layers[0], owner.forward)
         refuse_continuous_batching(model, executors.values(), attentions.reads_texts, ledger)
+        if observed is not None:
+            observed.note()
+            read_stack_calls(anatomy, ledger)
         faster_pipeline(pipeline, model, ledger)
     except BaseException:
         ledger.undo()
@@ -350,23 +350,13 @@ def _executors(support: Support, methods: tuple[Method, ...]) -> dict[int, Execu
     return executors
 
 
-def _left_alone(executor: Executor) -> bool:
-    """Whether somebody has given a layer another `forward`, which runs as it is."""
-    return isinstance(executor, LayerExecutor) and executor.by_rows is None
-
-
-def _check_left_alone(index: int, executor: Executor) -> None:
-    """Leave a layer with a `forward` of its own alone.
-
-    Raises:
-        PlanError: If less of it is to be computed.
-    """
-    plans = executor.sublayers.values()
-    whole = all(plan.compute and not plan.rows and not plan.staying for plan in plans)
-    if not whole or executor.shortens:
-        raise PlanError(
-            f"Layer {index} has a forward of its own, set on this {type(executor.layer).__name__}, so which parts of "
-            "it to leave out is not known. Patch the model before the forward is set, or leave this layer to itself."
-        )
-    if isinstance(executor, LayerExecutor):
-        executor.by_rows = None
+def _observed(anatomy: Anatomy, executors: Iterable[Executor]) -> Observed | None:
+    """What says in every call whether rows may leave the stream, where any layer could let them."""
+    by_rows = [executor for executor in executors if isinstance(executor, LayerExecutor)]
+    if not by_rows:
+        return None
+    # A stack whose layers return tuples collects hidden states in its own loop.
+    observed = Observed(anatomy.layers, by_rows[0].returns_tuple or not hands_on(anatomy))
+    for executor in by_rows:
+        executor.observed = observed
+    return observed

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimformer.anatomy import Kind
+from slimformer.attention_masks import is_hidden
 from slimformer.cache import FilterState, filter_state, has_foreign_cache, layer_cache
 from slimformer.errors import PlanError, UnsupportedModelError
 
@@ -82,13 +83,16 @@ class LinearFilter:
         if self.taps == 1:
             return F.linear(normed, weight, bias)
         state = self._state(kwargs)
-        inputs = zero_padding(normed, kwargs.get("attention_mask"), None if state is None else state.seen)
+        mask, seen = kwargs.get("attention_mask"), None if state is None else state.seen
+        inputs = zero_padding(normed, mask, seen)
+        # Before the state counts these tokens in, in place where the cache is static.
+        visible = visible_taps(mask, normed.shape[1], seen, *filter_reach(self.taps, self.causal))
         if state is not None:
             window = state.extend(inputs)
         else:
             window = F.pad(inputs, (0, 0, *filter_reach(self.taps, self.causal)))
         positions = kwargs.get("position_ids") if self.causal else None
-        return apply_taps(window, weight, bias, self.taps, positions)
+        return apply_taps(window, weight, bias, self.taps, positions, visible)
 
     def _state(self, kwargs: dict[str, Any]) -> FilterState | None:
         if not self.causal:
@@ -123,7 +127,12 @@ def filter_reach(taps: int, causal: bool) -> tuple[int, int]:
 
 
 def apply_taps(
-    window: Tensor, weight: Tensor, bias: Tensor, taps: int, positions: Tensor | None = None
+    window: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    taps: int,
+    positions: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """The filter's output for every token, one matrix product per tap.
 
@@ -134,12 +143,15 @@ def apply_taps(
         taps: How many inputs a token reads.
         positions: Position of every token in its text `[batch, tokens]`; the token at position p has only p before
             it, so taps that reach further back, into another text of a packed batch, read zero.
+        visible: Which inputs each token may read, bool `[batch, tokens, taps]`; others read zero.
 
     Returns:
         `[batch, tokens, hidden]`.
     """
     tokens = window.shape[1] - (taps - 1)
     if tokens == 1:
+        if visible is not None:
+            window = torch.where(visible[:, 0, :, None], window, 0.0)
         return F.linear(window.flatten(1), weight, bias)[:, None]
     output: Tensor | None = None
     for index, matrix in enumerate(weight.chunk(taps, dim=1)):
@@ -147,6 +159,8 @@ def apply_taps(
         read = window[:, index : index + tokens]
         if positions is not None and positions.dim() == 2 and back:
             read = torch.where((positions >= back)[..., None], read, 0.0)
+        if visible is not None:
+            read = torch.where(visible[..., index, None], read, 0.0)
         term = F.linear(read, matrix, bias if index == 0 else None)
         output = term if output is None else output + term
     return bias.expand_as(window[:, :tokens]) if output is None else output
@@ -172,17 +186,45 @@ def zero_padding(x: Tensor, mask: Any, seen: int | Tensor | None) -> Tensor:
             f"A filter of several taps must know which tokens are padding, and cannot read it from a mask of type "
             f"{type(mask).__name__}. Load the model with attn_implementation='sdpa', or use taps=1."
         )
-    tokens, keys = x.shape[1], mask.shape[-1]
-    # Keys end with this call's tokens, unless the cache is longer than what it has seen, as static ones are.
-    first: int | Tensor = keys - tokens
-    if isinstance(seen, Tensor):
-        first = seen.clamp(max=keys - tokens)
-    own = first + torch.arange(tokens, device=mask.device)
+    own = _own_keys(mask, x.shape[1], seen)
     if mask.dim() == 2:
         real = mask.index_select(1, own).bool()
     else:
         # A mask of one row per batch serves every query.
-        rows = mask[:, 0].expand(-1, tokens, -1)
-        value = rows.gather(2, own.view(1, -1, 1).expand(rows.shape[0], -1, 1)).squeeze(2)
-        real = value if value.dtype == torch.bool else value == 0
+        rows = mask[:, 0].expand(-1, x.shape[1], -1)
+        real = ~is_hidden(rows.gather(2, own.view(1, -1, 1).expand(rows.shape[0], -1, 1)).squeeze(2))
     return torch.where(real[..., None].to(x.device), x, 0.0)
+
+
+def visible_taps(mask: Any, tokens: int, seen: int | Tensor | None, before: int, after: int) -> Tensor | None:
+    """Which of its neighbours each token may read, as a mask of queries and keys says, where texts are packed.
+
+    Args:
+        mask: As `zero_padding` takes it.
+        tokens: Tokens of this call.
+        seen: How many tokens the cache held before; None without a cache.
+        before: How many neighbours before the token are read.
+        after: And how many behind it.
+
+    Returns:
+        bool `[1 or batch, tokens, before + 1 + after]`; None where the mask says the same to every query.
+    """
+    if mask is None or mask.dim() != 4 or mask.shape[2] != tokens:
+        return None
+    # What no head sees; a bias does not hide.
+    rows = mask[:, 0] if mask.shape[1] == 1 else (mask.any(1) if mask.dtype == torch.bool else mask.amax(1))
+    key = _own_keys(mask, tokens, seen)[:, None] + torch.arange(-before, after + 1, device=mask.device)
+    read = rows.gather(2, key.clamp(0, rows.shape[2] - 1).expand(rows.shape[0], -1, -1))
+    # A token's own input is its own, and what lies outside the mask is zero already.
+    always = (key < 0) | (key >= rows.shape[2])
+    always[:, before] = True
+    return ~is_hidden(read) | always
+
+
+def _own_keys(mask: Tensor, tokens: int, seen: int | Tensor | None) -> Tensor:
+    """Which keys of a mask are this call's tokens, int64 `[tokens]`."""
+    # Keys end with them, unless the cache is longer than what it has seen, as static ones are.
+    first: int | Tensor = mask.shape[-1] - tokens
+    if isinstance(seen, Tensor):
+        first = seen.clamp(max=mask.shape[-1] - tokens)
+    return first + torch.arange(tokens, device=mask.device)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from slimformer.touched_modules import as_it_was_built, is_untouched
 from slimformer_kernels import add_layer_norm, add_rms_norm, layer_norm_rows, rms_norm_rows, router_scores
 from slimformer_kernels.rms_norm_rows import rms_norm_rows_reference
 
@@ -39,12 +40,17 @@ class RowNorms:
     kinds: dict[str, RmsNorm | nn.LayerNorm | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.kinds = {name: examine(getattr(self.owner, name)) for name in self.names}
+        self.kinds = {name: examine(as_it_was_built(getattr(self.owner, name))) for name in self.names}
+        self.examined = {name: type(getattr(self.owner, name)) for name in self.names}
+
+    def kind(self, name: str, norm: nn.Module) -> RmsNorm | nn.LayerNorm | None:
+        """What a norm computes; None where it is another than was examined, or somebody has touched it."""
+        return self.kinds[name] if type(norm) is self.examined[name] and is_untouched(norm) else None
 
     def __call__(self, name: str, x: Tensor, index: Tensor | None, kernels: bool) -> Tensor:
         """Norm `x[index]` `[kept, hidden]`, or all of `x` `[rows, hidden]`."""
         norm = getattr(self.owner, name)
-        kind = self.kinds[name] if kernels else None
+        kind = self.kind(name, norm) if kernels else None
         if isinstance(kind, RmsNorm):
             return rms_norm_rows(
                 x,
@@ -62,7 +68,8 @@ class RowNorms:
 
     def scores(self, name: str, x: Tensor, router: Tensor, bias: Tensor) -> Tensor:
         """The norm of `x` `[rows, hidden]` times `router` `[hidden]`, plus `bias` `[1]`: float32 `[rows]`."""
-        norm, kind = getattr(self.owner, name), self.kinds[name]
+        norm = getattr(self.owner, name)
+        kind = self.kind(name, norm)
         if isinstance(kind, RmsNorm) and x.is_cuda:
             return router_scores(
                 x,
@@ -77,7 +84,8 @@ class RowNorms:
 
     def fused(self, name: str, x: Tensor) -> Tensor:
         """The norm of `x` `[..., hidden]` by PyTorch's own kernel, where it computes the same in one launch."""
-        norm, kind = getattr(self.owner, name), self.kinds[name]
+        norm = getattr(self.owner, name)
+        kind = self.kind(name, norm)
         if isinstance(kind, RmsNorm) and kind.offset == 0.0 and norm.weight.dtype == x.dtype:
             return torch.rms_norm(x, norm.weight.shape, norm.weight, kind.eps)
         normed: Tensor = norm(x)
@@ -86,7 +94,7 @@ class RowNorms:
     def after_addition(self, name: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """`x + y` and its norm, in one pass over memory where a kernel can."""
         norm = getattr(self.owner, name)
-        kind = self.kinds[name]
+        kind = self.kind(name, norm)
         if isinstance(kind, RmsNorm):
             return add_rms_norm(
                 x, y, norm.weight, kind.eps, offset=kind.offset, multiply_in_fp32=kind.multiply_in_fp32

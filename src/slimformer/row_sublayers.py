@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import Kind, Structure, attention_core
+from slimformer.anatomy import KINDS, Kind, Structure, attention_core
 from slimformer.attention import RowAttention, for_attention
 from slimformer.cache import has_foreign_cache, layer_cache
 from slimformer.errors import PlanError
 from slimformer.gated_mlp import GatedMlp
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
-from slimformer.stream import Stream, in_a_graph, is_hooked
+from slimformer.stream import Stream, in_a_graph
+from slimformer.touched_modules import CalledModules, is_untouched, takes_rows
+from slimformer.whole_sublayers import residual_after, whole_sublayer
 from slimformer_kernels import add_rows_
 from slimformer_kernels.dispatch import HAS_TRITON, KERNEL_DTYPES
 
@@ -27,8 +29,6 @@ DENSE_BELOW_ROWS = 16
 # Below this many numbers in the residual a GPU waits for the CPU: what counts is how many kernels are launched, not
 # what they do (SmolLM2's MLP at 4096 tokens on an H100: 0.2 ms launched one by one, 0.1 ms from a CUDA graph).
 KERNELS_FROM_ELEMENTS = 2**22
-
-
 _BERT_OUTPUT = {"dense", "LayerNorm", "dropout"}
 
 
@@ -62,6 +62,8 @@ class RowSublayers:
         norms: The norms among the layer's children.
         output_norms: The norms of output modules as BERT has them.
         counted: Whether the layer runs before the cache counts a call's tokens.
+        called: The modules of each sublayer, which may have been touched.
+        stack: Those of all layers of the model.
     """
 
     layer: nn.Module
@@ -70,11 +72,17 @@ class RowSublayers:
     attention: RowAttention | None = None
     gated: GatedMlp | None = None
     counted: bool = False
+    stack: tuple[CalledModules, ...] = field(default=(), repr=False)
+    called: dict[Kind, CalledModules] = field(init=False, repr=False)
     norms: RowNorms = field(init=False)
     output_norms: dict[Kind, RowNorms] = field(init=False)
 
     def __post_init__(self) -> None:
         parts = (self.structure.attention, self.structure.mlp)
+        self.called = {
+            kind: CalledModules(self.layer, tuple(sorted(self.structure.parts(kind).children())))
+            for kind in KINDS
+        }
         names = {name for p in parts for name in (p.norm_before, p.norm_after, p.outer_norm)}
         self.norms = RowNorms(self.layer, tuple(sorted(name for name in names if name is not None)))
         self.output_norms = {}
@@ -113,6 +121,10 @@ class RowSublayers:
             return 0
         return cache.get_seq_length() - (0 if self.counted else tokens)
 
+    def looked_into(self) -> bool:
+        """Whether somebody has touched a module of any layer, who is to see all tokens of the batch."""
+        return any(modules.touched() for modules in self.stack)
+
     def may_be_skipped(self, x: Tensor) -> bool:
         """Whether a sublayer of a step of the rows `x` `[rows, hidden]` reads no weights where none is wanted."""
         attention, gated = self.attention, self.gated
@@ -133,7 +145,11 @@ def uses_kernels(x: Tensor, layer: nn.Module) -> bool:
     """
     if not x.is_cuda or layer.training or not HAS_TRITON or torch.is_grad_enabled():
         return False
-    if torch.compiler.is_compiling() or x.dtype not in KERNEL_DTYPES:
+    if (
+        torch.compiler.is_compiling()
+        or x.dtype not in KERNEL_DTYPES
+        or torch.is_autocast_enabled(x.device.type)
+    ):
         return False
     return x.numel() >= KERNELS_FROM_ELEMENTS or torch.cuda.current_stream(x.device).cuda_stream != 0
 
@@ -157,6 +173,33 @@ class Run:
     kernels: bool
     owned: bool = False
     weights: Tensor | None = None
+    _touched: dict[Kind, bool] = field(default_factory=dict)
+
+    def touched(self, kind: Kind) -> bool:
+        """Whether somebody has touched a module of the sublayer, so that it runs whole, as it is."""
+        if kind not in self._touched:
+            # In one graph hooks are compiled as they are found.
+            self._touched[kind] = not torch.compiler.is_compiling() and self.of.called[kind].touched()
+        return self._touched[kind]
+
+    def whole(self, kind: Kind, x: Tensor, rows: Rows | None) -> Update:
+        """A sublayer by its own modules on all tokens of the batch, of which only the chosen rows count."""
+        stream, of = self.stream, self.of
+        if kind == "attention" and stream.shorter:
+            raise self._cannot_attend()
+        full = stream.padded(x).view(stream.batch, stream.tokens, -1)
+        y, weights = whole_sublayer(of.layer, of.structure, kind, full, self.kwargs, self._normed_whole)
+        if kind == "attention":
+            self.weights = weights
+        replaces = of.structure.parts(kind).post_norm
+        if replaces:
+            y = residual_after(of.layer, of.structure, kind, full, y)
+        held = None if stream.held is None else stream.held.index
+        return Update(self._picked(y.reshape(-1, y.shape[-1]), held), rows, rows is not None, replaces)
+
+    def _normed_whole(self, kind: Kind, x: Tensor) -> Tensor:
+        norm = self.of.structure.parts(kind).norm_before
+        return x if norm is None else self.of.layer.get_submodule(norm)(x)
 
     def mlp(self, x: Tensor, rows: Rows | None, normed: Tensor | None = None) -> Update:
         """The MLP of the chosen rows of the residual `x` `[rows, hidden]`, which may come normed already."""
@@ -166,7 +209,7 @@ class Run:
         h = self._normed("mlp", x, index) if normed is None else normed
         module = getattr(layer, parts.module)
         step = masked and self.of.gated is not None and self.of.gated.may_be_skipped(h)
-        if (self.kernels or step) and self.of.gated is not None and _untouched(module):
+        if (self.kernels or step) and self.of.gated is not None and is_untouched(module):
             alone = rows is None and self._writes() and parts.norm_after is None and not parts.post_norm
             if alone and self.of.gated.add_to(x, h):
                 return Update(x, replaces=True)
@@ -182,7 +225,8 @@ class Run:
         """The attention of the chosen rows of the residual `x` `[rows, hidden]`."""
         stream, kwargs = self.stream, self.kwargs
         core = attention_core(self.of.layer, self.of.structure)
-        by_rows = self.of.attention if _untouched(core) and not has_foreign_cache(kwargs) else None
+        alone = is_untouched(core) and not self.touched("attention") and not has_foreign_cache(kwargs)
+        by_rows = self.of.attention if alone else None
         masked = False
         if compact_keys and rows is not None:
             self._check_compact_keys(by_rows)
@@ -197,10 +241,7 @@ class Run:
             y, self.weights = by_rows.whole(h, stream, kwargs, self.kernels, wanted)
         elif by_rows is None or not by_rows.can_choose_rows(stream, kwargs):
             if stream.shorter:
-                raise PlanError(
-                    f"Tokens have left the stream, and {type(core).__name__} cannot compute the others alone: it has "
-                    "hooks or a forward of its own. Remove them, or patch the model without elimination."
-                )
+                raise self._cannot_attend()
             return self._by_module(x, rows, masked=rows is not None)
         else:
             index = None if chosen is None else chosen.index
@@ -225,7 +266,7 @@ class Run:
     def _projected(self, kind: Kind, output: nn.Module, y: Tensor, before: Tensor) -> Tensor:
         """The output module of a post-norm layer: linear layer, residual addition and norm."""
         norms = self.of.output_norms.get(kind)
-        if self.kernels and norms is not None and _untouched(output):
+        if self.kernels and norms is not None and is_untouched(output):
             return norms.after_addition("LayerNorm", output.get_submodule("dense")(y), before)[1]
         projected: Tensor = output(y[None], before[None])[0]
         return projected
@@ -250,6 +291,10 @@ class Run:
         if update is None:
             return x
         value, rows = update.value, update.rows
+        if value.dtype != x.dtype and rows is not None:
+            # Under autocast a sublayer computes in another precision than the residual has.
+            dtype = torch.promote_types(x.dtype, value.dtype)
+            x, value = x.to(dtype), value.to(dtype)
         if rows is None:
             if not update.replaces:
                 value = x.add_(value) if self._writes() else x + value
@@ -310,7 +355,10 @@ class Run:
         norm = self.of.structure.parts(kind).norm_before
         if norm is None:
             return self._picked(x, index)
-        return self.of.norms(norm, x, index, self.kernels)
+        module = getattr(self.of.layer, norm)
+        if takes_rows(module):
+            return self.of.norms(norm, x, index, self.kernels)
+        return self._picked(self.stream.in_the_batch(module, x), index)
 
     @staticmethod
     def _picked(x: Tensor, index: Tensor | None) -> Tensor:
@@ -329,6 +377,13 @@ class Run:
         """Whether the residual is this call's own and no gradient needs what it was."""
         return self.owned and not torch.is_grad_enabled()
 
+    def _cannot_attend(self) -> PlanError:
+        name = type(attention_core(self.of.layer, self.of.structure)).__name__
+        return PlanError(
+            f"Tokens have left the stream, and {name} cannot compute the others alone: it has "
+            "hooks or a forward of its own. Remove them, or patch the model without elimination."
+        )
+
     def _check_compact_keys(self, by_rows: RowAttention | None) -> None:
         possible = by_rows is not None and by_rows.can_choose_rows(self.stream, self.kwargs)
         if by_rows is None or not possible or by_rows.window is not None or by_rows.counts_keys:
@@ -342,8 +397,3 @@ class Run:
                 "Rows that supply no keys cannot be left out of a key-value cache, which later steps read by "
                 "position. Pass use_cache=False, or use dense keys."
             )
-
-
-def _untouched(module: nn.Module) -> bool:
-    """Whether calling a module's layers one by one does the same as calling it: no hooks, no forward of its own."""
-    return "forward" not in vars(module) and not is_hooked(module)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from slimformer.attention_masks import own_key
+from slimformer.attention_masks import own_key, read_mask
 from slimformer.errors import PlanError
+from slimformer.stack_calls import callers_masks
 from slimformer.stream import Stream
 
 
@@ -250,6 +251,9 @@ def mask_of_slot(cache: Cache | None, slot: int | None, tokens: int, mask: Any, 
         tokens: Tokens of this call.
         mask: The model's mask, returned where the slot is as long as the text.
         implementation: The name of the attention implementation, which decides what a mask looks like.
+
+    Raises:
+        PlanError: If the caller's own mask does more than padding explains: it was made for keys that have left.
     """
     if cache is None or slot is None or slot >= len(cache.layers):
         return mask
@@ -258,16 +262,25 @@ def mask_of_slot(cache: Cache | None, slot: int | None, tokens: int, mask: Any, 
         return _without_empty_places(mask, layer)
     if not isinstance(layer, ShorterLayer):
         return mask
+    own = any(mask is given for given in callers_masks())
+    if own and read_mask(mask, layer.keys.shape[0], tokens, causal=True, own=True).kind != "plain":
+        raise PlanError(
+            "Tokens have left this layer's cache, and a mask of your own that does more than hide padding says which "
+            "of all keys are seen. Pass a mask [batch, tokens] of ones and zeros, or patch the model without "
+            "elimination."
+        )
     text = own_key(mask, layer.keys.shape[0], tokens) if isinstance(mask, Tensor) and tokens > 1 else None
-    own = layer.mask(tokens, text)
+    allowed = layer.mask(tokens, text)
     layer.awaits = True
-    if own is None or implementation == "sdpa":
-        return own
+    if allowed is None or implementation == "sdpa":
+        return allowed
     if "flash" in str(implementation) and layer.valid is not None:
-        new = layer.valid.new_ones(own.shape[0], tokens) if text is None else text
+        new = layer.valid.new_ones(allowed.shape[0], tokens) if text is None else text
         return torch.cat([layer.valid, new], dim=1)
     lowest = torch.finfo(layer.keys.dtype).min
-    return torch.zeros(own.shape, dtype=layer.keys.dtype, device=own.device).masked_fill(~own, lowest)
+    return torch.zeros(allowed.shape, dtype=layer.keys.dtype, device=allowed.device).masked_fill(
+        ~allowed, lowest
+    )
 
 
 def _without_empty_places(mask: Any, layer: ShorterStaticLayer) -> Any:

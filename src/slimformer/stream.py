@@ -11,17 +11,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.output_capturing import _active_collector
 
 from slimformer.anatomy import Structure
-from slimformer.attention_masks import key_ranges, keys_seen, own_key
+from slimformer.attention_masks import ANY_WINDOW, MaskReading, keys_seen, own_key, read_mask
 from slimformer.cache import has_foreign_cache, layer_cache
 from slimformer.call_context import call_variable
+from slimformer.errors import PlanError
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
+from slimformer.stack_calls import callers_masks
 
 _TAG = "_slimformer_stream"
-_RECORDING = "transformers.utils.output_capturing"
 _leaving_under_gradients: ContextVar[bool] = call_variable("leaving_under_gradients", False)
 
 
@@ -34,6 +34,10 @@ class ExaminedLayer(Protocol):
         norms: The norms among its children.
         attention: Runs its attention for chosen rows; None where that is not possible.
     """
+
+    def looked_into(self) -> bool:
+        """Whether somebody has touched a module of any layer of the model."""
+        ...
 
     layer: nn.Module
     structure: Structure
@@ -141,13 +145,19 @@ class Stream:
         """The rows `x` `[held, hidden]` among those that left, as these were, `[batch * tokens, hidden]`."""
         if self.held is None or self.full is None:
             return x
-        return self.full.index_copy(0, self.held.index, x)
+        return self.full.to(x.dtype).index_copy(0, self.held.index, x)
 
     def padded(self, x: Tensor) -> Tensor:
         """`x` `[held, ...]` at its places in `[batch * tokens, ...]`, zeros elsewhere."""
         if self.held is None:
             return x
         return x.new_zeros((self.batch * self.tokens, *x.shape[1:])).index_copy_(0, self.held.index, x)
+
+    def in_the_batch(self, module: nn.Module, x: Tensor) -> Tensor:
+        """A module's output for the rows `x` `[held, hidden]`, which it gets among all tokens of the batch."""
+        y: Tensor = module(self.padded(x).view(self.batch, self.tokens, -1))
+        y = y.reshape(self.batch * self.tokens, -1)
+        return y if self.held is None else y.index_select(0, self.held.index)
 
     def token_of(self, index: Tensor | None) -> Tensor | None:
         """Which of the `batch * tokens` tokens each row is; None for every token in order."""
@@ -233,14 +243,14 @@ class Stream:
             ids = torch.arange(self.tokens, device=self.device)[None] + self.past
             mask = self.arguments.get("attention_mask")
             if isinstance(mask, Tensor) and mask.dim() in (2, 4):
-                ids = ids - keys_seen(mask)[1].int().argmax(1, keepdim=True)
+                ids = ids - keys_seen(mask).int().argmax(1, keepdim=True)
         ids = ids.expand(self.batch, self.tokens).reshape(-1)
         return ids if self.held is None else ids.index_select(0, self.held.index)
 
     def real(self) -> Rows | None:
-        """The tokens that are not padding, by the layer's attention mask; None if nothing more can leave.
+        """The tokens that are not padding, by the attention masks; None if nothing more can leave.
 
-        A token that may not attend to itself is padding, in the masks of every attention implementation.
+        Where a mask does more than padding, windows and packing explain, every token stays.
         """
         mask = self.arguments.get("attention_mask")
         if (
@@ -255,24 +265,49 @@ class Stream:
             # In a static cache keys do not end with this call's tokens, and shapes are to stay as they are.
             return None
         if "real" not in self.known:
-            own = own_key(mask, self.batch, self.tokens)
-            everything = own is None or bool(own.all())
+            text = self._text_of_all_masks(mask)
+            everything = text is None or bool(text.all())
             self.known["real"] = (
-                None if everything or own is None else Rows(own.numel(), given_mask=own.flatten())
+                None if everything or text is None else Rows(text.numel(), given_mask=text.flatten())
             )
         found: Rows | None = self.known["real"]
         return found
 
     def padding_mask(self) -> Tensor:
-        """Which tokens of the batch are text, bool `[batch, tokens]`."""
+        """Which tokens of the batch are text, bool `[batch, tokens]`.
+
+        Raises:
+            PlanError: If the mask does not say which tokens make up one text per row.
+        """
         mask, cache = self.arguments.get("attention_mask"), layer_cache(self.arguments)
-        if isinstance(mask, Tensor) and cache is not None and getattr(cache, "is_compileable", False):
-            # Its keys go on behind this call's tokens.
-            mask = mask[..., : int(self.earlier) + self.tokens]
-        own = own_key(mask, self.batch, self.tokens) if isinstance(mask, Tensor) else None
-        if own is None:
+        if mask is None:
             return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)
-        return own
+        # The keys of a static cache go on behind this call's tokens.
+        static = cache is not None and getattr(cache, "is_compileable", False)
+        keys = int(self.earlier) + self.tokens if static else None
+        if isinstance(mask, Tensor) and in_a_graph(self.device):
+            text = own_key(mask if keys is None else mask[..., :keys], self.batch, self.tokens)
+        else:
+            text = self._text_of_all_masks(mask, packed=False, keys=keys)
+        if text is None:
+            raise PlanError(
+                "Tokens are chosen by comparing those of a text, and the attention mask of this call does not say "
+                "which make up one: it is one of your own (biases, trees, hidden keys), holds several texts per row, "
+                f"or is a {type(mask).__name__} that cannot be read. Give one text per row and a mask "
+                "[batch, tokens] of ones and zeros, with attn_implementation='sdpa' or 'eager'."
+            )
+        return text
+
+    def reading(self, mask: Any, window: int | None = ANY_WINDOW) -> MaskReading:
+        """What a mask says of this call's tokens, read once for all layers that share it."""
+        key = (id(mask), window)
+        if key not in self.known:
+            own = any(mask is given for given in callers_masks())
+            found = read_mask(mask, self.batch, self.tokens, self.causal, window, own=own)
+            # The mask is kept beside the answer, so that its identity stays its own.
+            self.known[key] = (mask, found)
+        known: MaskReading = self.known[key][1]
+        return known
 
     def key_ranges(self, mask: Any, window: int | None) -> Tensor | None:
         """First and last key (exclusive) of every sequence, int64 `[batch, 2]`.
@@ -281,14 +316,30 @@ class Stream:
             None if the mask does more than causality, the window and padding explain: a mask of the user's own, or
             of several texts packed into one row.
         """
-        if in_a_graph(self.device):
-            return None
-        key = (id(mask), window)
-        if key not in self.known:
-            # The mask is kept beside the answer, so that its identity stays its own.
-            self.known[key] = (mask, key_ranges(mask, self.batch, self.tokens, self.causal, window))
-        found: Tensor | None = self.known[key][1]
-        return found
+        return None if in_a_graph(self.device) else self.reading(mask, window).ranges
+
+    def _text_of_all_masks(self, mask: Any, packed: bool = True, keys: int | None = None) -> Tensor | None:
+        """Which tokens are text by a layer's mask and those that the caller made for other layers.
+
+        Args:
+            mask: The layer's.
+            packed: Whether texts may lie behind each other in one row.
+            keys: How many keys there are up to this call's last token; None if they end there.
+
+        Returns:
+            bool `[batch, tokens]`; None where masks say something else.
+        """
+        masks = [mask, *(given for given in callers_masks() if given is not mask)]
+        if keys is not None:
+            masks = [given[..., :keys] if isinstance(given, Tensor) else given for given in masks]
+        readings = [self.reading(given) for given in masks]
+        text = readings[0].text
+        for reading in readings:
+            if reading.text is None or text is None or (reading.kind == "packed" and not packed):
+                return None
+            if reading.text is not text and not torch.equal(reading.text, text):
+                return None
+        return text
 
     def rotary(
         self, position_embeddings: tuple[Tensor, Tensor], spread: bool = False
@@ -331,28 +382,3 @@ def in_a_graph(device: torch.device) -> bool:
     if torch.compiler.is_compiling():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def is_observed(layers: nn.ModuleList, by_the_stack: bool) -> bool:
-    """Whether something reads or changes what runs between the layers: hooks, or outputs that are being recorded.
-
-    Hooks with which transformers records outputs stay on the layers for good, and are asleep until it does.
-
-    Args:
-        layers: The model's layers.
-        by_the_stack: Whether the loop over the layers may do it.
-    """
-    if by_the_stack or _active_collector.get():
-        return True
-    return any(is_hooked(layer) for layer in layers)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its `forward`: hooks that are not asleep."""
-    if hasattr(module, "_hf_hook"):
-        return True
-    if not (module._forward_hooks or module._forward_pre_hooks):
-        return False
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    asleep = not _active_collector.get()
-    return not all(asleep and getattr(hook, "__module__", None) == _RECORDING for hook in hooks)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from slimformer.anatomy import KINDS, Anatomy, Kind, positional_names
-from slimformer.cache import Content, layer_cache, leave_slot_empty
+from slimformer.cache import CACHE_NAMES, Content, layer_cache, leave_slot_empty
 from slimformer.errors import UnsupportedModelError
 from slimformer.executor import SublayerPlan
 from slimformer.ledger import Ledger
 from slimformer.replacements import Mean
 from slimformer.row_selection import RowSelector
 from slimformer.sublayer_modules import SublayerModules, Zeros
+from slimformer.touched_modules import has_own_forward
 
 
 @dataclass
@@ -87,6 +88,10 @@ class SwitchedLayer:
         index = slot
         self._check(index)
         dropped = [kind for kind in KINDS if not self.sublayers[kind].compute]
+        if dropped and has_own_forward(self.layer):
+            raise self._impossible(
+                "part", index, "its forward was replaced by somebody else's, whose parts are not known"
+            )
         bare = all(self.sublayers[kind].replacement is None for kind in KINDS)
         if len(dropped) == len(KINDS) and bare:
             if "block" in self.modules.reasons:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from slimformer.attention_masks import keys_seen
 from slimformer.cache import has_foreign_cache, layer_cache
 from slimformer.call_context import call_variable
 from slimformer.errors import DataError
@@ -200,7 +201,6 @@ def _text_mask(mask: Any, batch: int, keys: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
     if mask.dim() == 4:
-        allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-        mask = allowed.any(1)
+        mask = keys_seen(mask)
     # A static cache's mask has places for tokens that are still to come.
     return mask[:, :keys].bool().expand(batch, -1) if mask.shape[1] >= keys else None

@@ -26,6 +26,7 @@ from slimformer.method_fields import (
 from slimformer.rows import Rows
 from slimformer.stream import Stream, in_a_graph
 from slimformer.token_selection import Owner, protected_tokens, protecting
+from slimformer.touched_modules import takes_rows
 
 _ALLOWED = {
     "routing": ("threshold", "top_k"),
@@ -278,6 +279,9 @@ class Router:
             self.weight, self.bias = weight, bias
         if layer is None or norm is None:
             return (x.float() * weight.float()).sum(-1) + bias.float()
+        module = getattr(layer.layer, norm)
+        if not takes_rows(module):
+            return (stream.in_the_batch(module, x).float() * weight.float()).sum(-1) + bias.float()
         return layer.norms.scores(norm, x, weight, bias)
 
     @staticmethod

@@ -17,7 +17,10 @@ from slimformer.stream import Stream
 class Unpadding:
     """The lossless plan: every layer runs under the executor, with its kernels, and padding is not computed.
 
-    Outputs at real tokens are those of the unpatched model up to rounding; at padding they are the embeddings.
+    Outputs at real tokens are those of the unpatched model up to rounding; at padding they are the embeddings. Nothing
+    leaves, and every module runs as it is, where a mask is one of the caller's own that does more than padding, sliding
+    windows and packing explain; where somebody has put hooks or a forward on a module of a layer; and where the stack
+    puts something between its layers.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -48,4 +51,6 @@ class _Text:
         if x.is_cuda and (stream.layer is None or not uses_kernels(x, stream.layer.layer)):
             # What waits for the CPU gains nothing from fewer rows.
             return None
-        return stream.real()
+        found = stream.real()
+        # Asked last: a batch without padding needs no answer.
+        return None if found is None or stream.layer is None or stream.layer.looked_into() else found
