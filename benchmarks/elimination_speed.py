@@ -20,11 +20,12 @@ from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort
 from slimformer import TokenElimination
-from slimformer.anatomy import Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.block_predictor import BlockPredictor
 from slimformer.executor import SublayerPlan
 from slimformer.rows import Rows
 from slimformer.stream import Stream
+from slimformer.structures import Kind
 
 DENSE, LOSSLESS = "unpatched", "all tokens, patched"
 

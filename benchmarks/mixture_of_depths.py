@@ -22,12 +22,13 @@ from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.repair import repaired_plan, training_text
 from benchmarks.results import Measurement, reason
 from slimformer import MixtureOfDepths
-from slimformer.anatomy import KINDS, Kind, find_anatomy
+from slimformer.anatomy import find_anatomy
 from slimformer.calibration.arank import LayerOrder, calibrate_arank
 from slimformer.calibration.data import load_texts
 from slimformer.calibration.routers import train_routers
 from slimformer.evaluation.perplexity import perplexity, wikitext_blocks
 from slimformer.patching import keep_ratios
+from slimformer.structures import KINDS, Kind
 from slimformer.training.loop import TrainingSettings
 
 KEEP = 0.5

@@ -20,11 +20,12 @@ from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort, Regime
 from slimformer import MixtureOfDepths
-from slimformer.anatomy import KINDS, Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.executor import SublayerPlan
 from slimformer.methods.mixture_of_depths import Router
 from slimformer.rows import Rows
 from slimformer.stream import Stream
+from slimformer.structures import KINDS, Kind
 
 DENSE, LOSSLESS = "unpatched", "all tokens, patched"
 KEEP = 0.5

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimformer import LayerDrop
-from slimformer.anatomy import KINDS, Kind, Parts, Structure, find_anatomy, positional_names
+from slimformer.anatomy import find_anatomy, positional_names
 from slimformer.ledger import Ledger
 from slimformer.methods.random_keep import RandomKeep, chances
+from slimformer.structures import KINDS, Kind, Parts, Structure
 from tiny_models import DECODERS, tiny_model
 
 TOKENS = 24

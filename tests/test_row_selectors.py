@@ -11,13 +11,14 @@ from torch import Tensor
 
 import slimformer
 from slimformer import LayerDrop
-from slimformer.anatomy import KINDS, Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
 from slimformer.methods.random_keep import RandomKeep, chances
 from slimformer.row_selection import intersection
 from slimformer.rows import Rows
 from slimformer.stream import Stream
+from slimformer.structures import KINDS, Kind
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, slowly, small  # noqa: F401
 
 # Rounding of float32; a wrong row or key is off by more than a tenth.

@@ -9,9 +9,10 @@ from transformers import DynamicCache, StaticCache
 
 import slimformer
 from slimformer import LayerDrop
-from slimformer.anatomy import KINDS, Kind, find_anatomy
+from slimformer.anatomy import find_anatomy
 from slimformer.errors import PlanError
 from slimformer.methods.random_keep import RandomKeep
+from slimformer.structures import KINDS, Kind
 from slow_rows import (  # noqa: F401
     LAYOUTS,
     arguments,

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    FlavaTextConfig,
+    FlavaTextModel,
+    PreTrainedModel,
+)
 
 import slimformer
 from slimformer import EarlyExit, LayerDrop, TempScale, TokenElimination
@@ -16,27 +23,29 @@ from slimformer.anatomy import find_anatomy
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.layer_calls import cache_argument
 from slimformer.methods.random_keep import RandomKeep
-from slow_rows import arguments, error, outputs
+from slow_rows import arguments, error, outputs, small
 from tiny_models import COMMON
 
 TEXTS = [(5, 19), (0, 24), (21, 3)]
-# Linear attention beside attention; parallel sublayers that add in place; an MLP in two parts of the layer; and a layer
-# that adds its residual inside its attention.
+# A layer that adds its residual inside its modules; an MLP that takes the residual; recurrent layers beside attention.
 OWN: dict[str, dict[str, Any]] = {
-    "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-    "falcon": {"new_decoder_architecture": False},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "bloom": {"n_head": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 4},
+    "recurrent_gemma": {
+        "head_dim": 8,
+        "lru_width": 32,
+        "attention_window_size": 32,
+        "block_types": ["attention", "recurrent", "recurrent"],
+    },
 }
 # The modules of the sublayers of layer 2.
 MODULES = {
-    "qwen3_next": ({"linear_attn"}, {"mlp"}),
-    "falcon": ({"self_attention"}, {"mlp"}),
-    "opt": ({"self_attn"}, {"fc1", "fc2"}),
     "bloom": (
         {"self_attention.query_key_value", "self_attention.dense"},
         {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
     ),
+    "mpt": ({"attn"}, {"ffn.up_proj", "ffn.down_proj"}),
+    "recurrent_gemma": ({"temporal_block"}, {"mlp_block"}),
 }
 
 
@@ -151,11 +160,11 @@ def outputs_before_the_head(model: PreTrainedModel, given: dict[str, Tensor], me
 
 
 def test_a_mean_stands_for_a_dropped_sublayer() -> None:
-    model, given = opaque("opt"), arguments("bert", TEXTS)
+    model, given = opaque("mpt"), arguments("bert", TEXTS)
     mean = torch.linspace(-1.0, 1.0, 32)
     method = LayerDrop(mlp=[2], replace="mean", weights={"mlp.2.bias": mean})
     layer = find_anatomy(model).layers[2]
-    hook = layer.fc2.register_forward_hook(lambda module, args, output: output * 0 + mean)
+    hook = layer.ffn.down_proj.register_forward_hook(lambda module, args, output: output * 0 + mean)
     expected = outputs(model, given)
     hook.remove()
     with slimformer.patched(model, method):
@@ -172,8 +181,8 @@ def test_a_mean_stands_for_a_dropped_sublayer() -> None:
     ids=["rows", "elimination", "depths"],
 )
 def test_methods_that_choose_tokens_are_refused_by_name(method: Callable[[], Any]) -> None:
-    model = opaque("opt")
-    with pytest.raises(UnsupportedModelError, match=r"Tokens cannot be left out.*OPTDecoderLayer.*LayerDrop"):
+    model = opaque("mpt")
+    with pytest.raises(UnsupportedModelError, match=r"Tokens cannot be left out.*MptBlock.*LayerDrop"):
         slimformer.patch(model, method())
     assert slimformer.status(model) == {}
 
@@ -184,25 +193,28 @@ def test_an_attention_in_whose_cache_positions_are_counted_stays() -> None:
 
 
 def test_modules_that_layers_share_are_not_switched_off() -> None:
-    model = opaque("opt")
+    model = opaque("mpt")
     layers = find_anatomy(model).layers
-    layers[3].fc2 = layers[2].fc2
+    layers[3].ffn.down_proj = layers[2].ffn.down_proj
     with pytest.raises(UnsupportedModelError, match="other layers share"):
         slimformer.patch(model, LayerDrop(mlp=[2]))
     slimformer.patch(model, LayerDrop(mlp=[1]))
 
 
 def test_a_temperature_applies_where_scores_have_a_scale() -> None:
-    model, given = opaque("opt"), arguments("bert", TEXTS)
-    dense = outputs(model, given)
+    model, given = small("llama"), arguments("bert", TEXTS)
     with slimformer.patched(model, TempScale(0.5)):
-        assert error(outputs(model, given), dense, given["attention_mask"]) > 1e-3
+        expected = outputs(model, given)
+    for layer in model.model.layers:
+        layer.extra = nn.Identity()
+    assert slimformer.support(model).tier == "sublayers"
+    with slimformer.patched(model, TempScale(0.5)):
+        assert error(outputs(model, given), expected, given["attention_mask"]) <= 1e-6
 
 
 def test_an_encoder_without_a_row_in_the_table_loses_layers() -> None:
     torch.manual_seed(0)
-    config = AutoConfig.for_model("megatron-bert", **COMMON)
-    model, given = AutoModel.from_config(config).eval(), arguments("bert", TEXTS)
+    model, given = FlavaTextModel(FlavaTextConfig(**COMMON)).eval(), arguments("bert", TEXTS)
     assert slimformer.support(model).tier == "sublayers"
     dense = outputs(model, given)
     with slimformer.patched(model, LayerDrop(mlp=[1], block=[2])):

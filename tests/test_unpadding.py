@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import slimformer
-from slimformer.anatomy import KINDS, Kind, find_anatomy
+from slimformer.anatomy import find_anatomy
+from slimformer.structures import KINDS, Kind
 from slow_rows import (  # noqa: F401
     LAYOUTS,
     LINEARS,

@@ -6,147 +6,14 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from slimformer.errors import UnsupportedModelError
+from slimformer.structures import BY_MODULES, Structure, fitting_structures
 from slimformer.unfit_models import no_model_in, refuse_compiled
-
-Kind = Literal["attention", "mlp"]
-KINDS: tuple[Kind, Kind] = ("attention", "mlp")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Attribute names, inside a layer, of what one sublayer consists of.
-
-    A sublayer adds `dropout(norm_after(module(norm_before(x))))` to the residual stream `x`. With `outer_norm` it
-    is a post-norm sublayer: `outer_norm(x + module(x))`. With `projection` the module needs a second call that
-    takes the residual itself and contains the norm, as BERT's `output(intermediate(x), x)`; with `whole` the
-    module does all of it, as BERT's `attention(x)`.
-    """
-
-    module: str
-    norm_before: str | None = None
-    norm_after: str | None = None
-    dropout: str | None = None
-    outer_norm: str | None = None
-    projection: str | None = None
-    whole: bool = False
-
-    def children(self) -> set[str]:
-        """Names of the layer's children that this sublayer owns."""
-        fields = (
-            self.module,
-            self.norm_before,
-            self.norm_after,
-            self.dropout,
-            self.outer_norm,
-            self.projection,
-        )
-        return {name for name in fields if name is not None}
-
-    @property
-    def post_norm(self) -> bool:
-        """Whether the sublayer normalises after the residual addition."""
-        return self.outer_norm is not None or self.projection is not None or self.whole
-
-
-@dataclass(frozen=True)
-class Structure:
-    """One row of the structure table: how the layers of some families are built.
-
-    With `apart` False the sublayers of a layer hand each other more than the residual, so that none can be computed
-    for chosen rows: attention transforms apply, token policies do not.
-    """
-
-    name: str
-    attention: Parts
-    mlp: Parts
-    parallel: bool = False
-    apart: bool = True
-    examples: str = ""
-
-    def parts(self, kind: Kind) -> Parts:
-        """The parts of one of the two sublayers."""
-        return self.attention if kind == "attention" else self.mlp
-
-    def is_parallel(self, layer: nn.Module) -> bool:
-        """Whether attention and MLP of `layer` read the same residual. GPT-NeoX decides it per checkpoint."""
-        return bool(getattr(layer, "use_parallel_residual", self.parallel))
-
-
-STRUCTURES: tuple[Structure, ...] = (
-    Structure(
-        "pre-norm",
-        Parts("self_attn", norm_before="input_layernorm"),
-        Parts("mlp", norm_before="post_attention_layernorm"),
-        examples="Llama, Mistral, Qwen2, Qwen3, Mixtral, LLaVA's and Qwen2-VL's decoders",
-    ),
-    Structure(
-        "pre-norm with dropout",
-        Parts("self_attn", norm_before="input_layernorm", dropout="resid_attn_dropout"),
-        Parts("mlp", norm_before="post_attention_layernorm", dropout="resid_mlp_dropout"),
-        examples="Phi-3",
-    ),
-    Structure(
-        "sandwich norms",
-        Parts("self_attn", norm_before="input_layernorm", norm_after="post_attention_layernorm"),
-        Parts("mlp", norm_before="pre_feedforward_layernorm", norm_after="post_feedforward_layernorm"),
-        examples="Gemma 2, Gemma 3",
-    ),
-    Structure(
-        "norms after",
-        Parts("self_attn", norm_after="post_attention_layernorm"),
-        Parts("mlp", norm_after="post_feedforward_layernorm"),
-        examples="OLMo 2",
-    ),
-    Structure("GPT-2", Parts("attn", norm_before="ln_1"), Parts("mlp", norm_before="ln_2"), examples="GPT-2"),
-    Structure(
-        "parallel, two norms",
-        Parts("attention", norm_before="input_layernorm", dropout="post_attention_dropout"),
-        Parts("mlp", norm_before="post_attention_layernorm", dropout="post_mlp_dropout"),
-        parallel=True,
-        examples="GPT-NeoX, Pythia",
-    ),
-    Structure(
-        "parallel, one norm",
-        Parts("self_attn", norm_before="input_layernorm", dropout="resid_dropout"),
-        Parts("mlp", norm_before="input_layernorm", dropout="resid_dropout"),
-        parallel=True,
-        examples="Phi",
-    ),
-    Structure(
-        "parallel, one norm, no dropout",
-        Parts("self_attn", norm_before="input_layernorm"),
-        Parts("mlp", norm_before="input_layernorm"),
-        parallel=True,
-        examples="Cohere",
-    ),
-    Structure(
-        "post-norm",
-        Parts("attention", whole=True),
-        Parts("intermediate", projection="output"),
-        examples="BERT, RoBERTa, MPNet",
-    ),
-    Structure(
-        "post-norm, norms outside",
-        Parts("attention", outer_norm="sa_layer_norm"),
-        Parts("ffn", outer_norm="output_layer_norm"),
-        examples="DistilBERT",
-    ),
-    Structure(
-        "pre-norm encoder",
-        Parts("attn", norm_before="attn_norm"),
-        Parts("mlp", norm_before="mlp_norm"),
-        examples="ModernBERT",
-    ),
-)
-
-# Of layers that no row describes: what they compute is theirs, and only modules and whole layers can be left out.
-BY_MODULES = Structure("by its modules", Parts(""), Parts(""), apart=False)
 
 
 @dataclass(frozen=True)
@@ -160,6 +27,7 @@ class Anatomy:
         layer_types: The cache and mask type of every layer, such as `"full_attention"`.
         unknown: Why no row of the table describes the layers, in words; empty where one does.
         caches: Whether the stack was seen to keep a key-value cache; None where attributes of the layers tell.
+        fitting: The rows that the names of the layers' parts fit; `structure` is one of them.
     """
 
     stack: PreTrainedModel
@@ -168,6 +36,7 @@ class Anatomy:
     layer_types: tuple[str, ...]
     unknown: str = ""
     caches: bool | None = None
+    fitting: tuple[Structure, ...] = ()
 
     @property
     def causal(self) -> bool:
@@ -197,7 +66,7 @@ def attention_core(layer: nn.Module, structure: Structure) -> nn.Module:
     if structure is BY_MODULES:
         found = [m for _, m in layer.named_modules() if m is not layer and _attends(m)]
         return found[0] if found else layer
-    module = layer.get_submodule(structure.attention.module)
+    module = structure.attention.of(layer)
     for inner in ("self", "attn", "SelfAttention"):
         if isinstance(getattr(module, inner, None), nn.Module):
             return getattr(module, inner)
@@ -216,18 +85,6 @@ def _attends(module: nn.Module) -> bool:
         "key_value_proj_dim",
     )
     return any(name in vars(module) for name in names) and any(p.dim() == 2 for p in module.parameters())
-
-
-def match_structure(layer: nn.Module) -> Structure | None:
-    """The row whose names are exactly the layer's children, or `None`.
-
-    An extra child means something the row does not describe, so it must not match.
-    """
-    children = {name for name, _ in layer.named_children()}
-    for structure in STRUCTURES:
-        if structure.attention.children() | structure.mlp.children() == children:
-            return structure
-    return None
 
 
 def transformer_of(model: Any) -> Any:
@@ -291,10 +148,9 @@ def find_anatomy(model: Any) -> Anatomy:
         if isinstance(module, nn.ModuleList) and len(module) and any(True for _ in module[0].parameters())
     ]
     for name, module in lists:
-        structures = [match_structure(layer) for layer in module]
-        structure = structures[0]
-        if structure is not None and all(other is structure for other in structures):
-            return _anatomy(root, name, module, structure)
+        structures = fitting_structures(module)
+        if structures:
+            return _anatomy(root, name, module, structures)
     fitting = [entry for entry in lists if len(entry[1]) == getattr(root.config, "num_hidden_layers", None)]
     if not fitting:
         seen = "; ".join(f"{name} with {len(module)} entries" for name, module in lists[:3]) or "none"
@@ -306,15 +162,15 @@ def find_anatomy(model: Any) -> Anatomy:
     name, module = max(fitting, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
     children = ", ".join(sorted(child for child, _ in module[0].named_children()))
     why = f"no row of the structure table has the parts of {type(module[0]).__name__}: {children or 'none'}"
-    return _anatomy(root, name, module, BY_MODULES, why)
+    return _anatomy(root, name, module, (BY_MODULES,), why)
 
 
 def _anatomy(
-    root: PreTrainedModel, name: str, layers: nn.ModuleList, structure: Structure, unknown: str = ""
+    root: PreTrainedModel, name: str, layers: nn.ModuleList, fitting: tuple[Structure, ...], unknown: str = ""
 ) -> Anatomy:
     parent = root.get_submodule(name.rpartition(".")[0])
     stack = parent if isinstance(parent, PreTrainedModel) else root
-    return Anatomy(stack, layers, structure, _layer_types(stack, len(layers)), unknown)
+    return Anatomy(stack, layers, fitting[0], _layer_types(stack, len(layers)), unknown, fitting=fitting)
 
 
 @contextlib.contextmanager

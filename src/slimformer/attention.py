@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -380,9 +382,23 @@ class RowAttention:
         return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def for_attention(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The layer's arguments without those of cross-attention, which no supported structure has."""
-    return {name: value for name, value in kwargs.items() if name not in _NOT_FOR_ATTENTION}
+def for_attention(kwargs: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """The layer's arguments that its attention takes, without those of cross-attention, which no structure here has."""
+    takes = _takes(type(module).forward)
+    return {
+        name: value
+        for name, value in kwargs.items()
+        if name not in _NOT_FOR_ATTENTION and (takes is None or name in takes)
+    }
+
+
+@cache
+def _takes(forward: Callable[..., Any]) -> frozenset[str] | None:
+    """The names of a forward's parameters; None where it takes any."""
+    parameters = inspect.signature(inspect.unwrap(forward)).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return frozenset(parameters)
 
 
 def _count(q: Tensor, stream: Stream) -> Tensor:

@@ -22,6 +22,7 @@ from slimformer.scored_attention import ScoredAttention, computes_scores_itself
 from slimformer.texts import TextReader, Texts
 
 # Far enough apart that any attention gives different results with the one and with the other.
+_WITHOUT_SCORES = ("linear", "mamba", "recurrent", "conv")
 _PROBES = (2.0**-10, 2.0**10)
 
 
@@ -73,9 +74,10 @@ class Attentions:
     angles: tuple[str, int] | None = None
 
     @property
-    def layers(self) -> range:
-        """The indices of all layers."""
-        return range(len(self.anatomy.layers))
+    def layers(self) -> list[int]:
+        """The indices of the layers that have attention scores: not linear attentions, recurrences or convolutions."""
+        types = self.anatomy.layer_types
+        return [index for index, kind in enumerate(types) if not any(word in kind for word in _WITHOUT_SCORES)]
 
     def full_layers(self, owner: str) -> list[int]:
         """The layers that see all of a text; those with a sliding window never see more than they were trained for.
@@ -146,7 +148,7 @@ class Attentions:
         if self._calls_function[kind]:
             _redirect(core, found, self.ledger)
         elif self.call is not None and computes_scores_itself(
-            core, self.call[0], for_attention(self.call[1])
+            core, self.call[0], for_attention(self.call[1], core)
         ):
             self.ledger.set(core, SCORES, found)
             self.ledger.set_forward(core, ScoredAttention(core, found).forward)
@@ -226,7 +228,7 @@ class Attentions:
         device = next((p.device for p in core.parameters()), None)
         if self.call is None or device is None or device.type == "meta":
             return None
-        hidden, kwargs = self.call[0].to(device), for_attention(self.call[1])
+        hidden, kwargs = self.call[0].to(device), for_attention(self.call[1], core)
         if "mask" in positional_names(core):
             # T5's name for it.
             kwargs["mask"] = kwargs.pop("attention_mask", None)

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import KINDS, Anatomy, Kind, Structure, attention_core, positional_names
+from slimformer.anatomy import Anatomy, attention_core, positional_names
 from slimformer.attention_scores import own_implementation
 from slimformer.cache import Content, layer_cache, leave_slot_empty
 from slimformer.errors import PlanError, UnsupportedModelError
@@ -26,6 +26,7 @@ from slimformer.rows import Rows
 from slimformer.shorter_cache import mask_of_slot
 from slimformer.stack_calls import Observed
 from slimformer.stream import Stream, in_a_graph, leaving_under_gradients
+from slimformer.structures import KINDS, Kind, Structure
 from slimformer.touched_modules import has_own_forward
 from slimformer.whole_sublayers import residual_after, whole_sublayer
 
@@ -268,7 +269,7 @@ class LayerExecutor:
             hidden_states = self.residual("attention", hidden_states, attention)
             mlp, _ = self.addition("mlp", hidden_states, kwargs)
             output = self.residual("mlp", hidden_states, mlp)
-        return self._returned(output, weights, kwargs)
+        return self._returned(self.structure.finished(self.layer, output), weights, kwargs)
 
     def addition(self, kind: Kind, x: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """What the sublayer adds to the residual `x` `[batch, tokens, hidden]`, and attention weights if any.
@@ -393,6 +394,7 @@ class LayerExecutor:
             fuse = plan.compute and len(plan.rows) == 0 and not run.touched("mlp")
             x, h = run.added_and_normed(x, attention, "mlp") if fuse else (run.added(x, attention), None)
             x = run.added(x, self._update(run, "mlp", x, h))
+        x = self.structure.finished(self.layer, x)
         if self.last:
             output = stream.restored(x).view(stream.batch, stream.tokens, -1)
         else:
@@ -420,7 +422,7 @@ class LayerExecutor:
         else:
             x = self._masked_residual("attention", x, attention, rows)
             mlp_rows, (mlp, _) = self._choose("mlp", x, stream), self.addition("mlp", x, kwargs)
-        output = self._masked_residual("mlp", x, mlp, mlp_rows)
+        output = self.structure.finished(self.layer, self._masked_residual("mlp", x, mlp, mlp_rows))
         return self._returned(output if self.last else stream.attach(output), weights, kwargs)
 
     def _choose(self, kind: Kind, x: Tensor, stream: Stream) -> Rows | None:

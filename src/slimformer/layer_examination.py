@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import KINDS, Anatomy, Structure, attention_core, in_eval_mode, positional_names
+from slimformer.anatomy import Anatomy, attention_core, in_eval_mode, positional_names
 from slimformer.attention_examination import AttentionCall, AttentionFinding
 from slimformer.attention_examination import examine as examine_attention
 from slimformer.executor import LayerExecutor
@@ -23,6 +23,7 @@ from slimformer.gated_mlp import examine as examine_mlp
 from slimformer.layer_calls import LayerCalls, layer_calls, mirrored
 from slimformer.probes import configuration, error, float32_copy, in_dtype, noise, tolerance
 from slimformer.row_sublayers import RowSublayers
+from slimformer.structures import KINDS, Structure, first_of
 from slimformer.sublayer_modules import SublayerModules, find_sublayer_modules
 from slimformer.touched_modules import CalledModules, as_it_was_built
 
@@ -49,7 +50,9 @@ class LayerFinding:
     returns: int | None = None
 
 
-_found: WeakKeyDictionary[nn.Module, tuple[Hashable, tuple[LayerFinding, ...]]] = WeakKeyDictionary()
+_Findings: TypeAlias = dict[Structure, tuple[LayerFinding, ...]]
+# By stack: the state of its layers when they were examined, and what was found, by the row of the structure table.
+_found: WeakKeyDictionary[nn.Module, tuple[Hashable, _Findings]] = WeakKeyDictionary()
 
 
 def examine_layers(anatomy: Anatomy) -> tuple[LayerFinding, ...]:
@@ -59,17 +62,19 @@ def examine_layers(anatomy: Anatomy) -> tuple[LayerFinding, ...]:
         UnsupportedModelError: If the stack cannot be called on a few tokens.
     """
     configurations = [configuration(anatomy, index) for index in range(len(anatomy.layers))]
-    state = hash((tuple(configurations), anatomy.structure, _state(anatomy)))
+    state = hash((tuple(configurations), _state(anatomy)))
     known = _found.get(anatomy.stack)
-    if known is not None and known[0] == state:
-        return known[1]
+    if known is None or known[0] != state:
+        known = _found[anatomy.stack] = (state, {})
+    if anatomy.structure in known[1]:
+        return known[1][anatomy.structure]
     calls = _calls(anatomy)
     findings: dict[Hashable, LayerFinding] = {}
     for index, own in enumerate(configurations):
         if own not in findings:
             findings[own] = _examined(anatomy, index, calls)
     found = tuple(findings[own] for own in configurations)
-    _found[anatomy.stack] = (state, found)
+    known[1][anatomy.structure] = found
     return found
 
 
@@ -102,7 +107,7 @@ def _shared_modules(anatomy: Anatomy) -> set[int]:
 def row_sublayers(anatomy: Anatomy, index: int, finding: LayerFinding) -> RowSublayers:
     """How a layer's sublayers are run for chosen rows."""
     layer, structure = anatomy.layers[index], anatomy.structure
-    core, mlp = attention_core(layer, structure), layer.get_submodule(structure.mlp.module)
+    core, mlp = attention_core(layer, structure), structure.mlp.of(layer)
     attention = finding.attention.on(core)
     causal = anatomy.causal if attention is None else finding.attention.causal
     gated = None if finding.gated is None else finding.gated.on(mlp)
@@ -161,7 +166,7 @@ def _examined(anatomy: Anatomy, index: int, calls: list[tuple[str, LayerCalls]])
     attention = examine_attention(
         core, _attention_calls(layer, structure, core, index, calls), anatomy.causal
     )
-    gated = examine_mlp(layer.get_submodule(structure.mlp.module))
+    gated = examine_mlp(structure.mlp.of(layer)) if structure.mlp.alone(layer) else None
     return LayerFinding(attention, gated, returns=calls[0][1].returns)
 
 
@@ -176,10 +181,14 @@ def _layer_differs(
         like = call.hidden if weight is None else weight
         x = noise(tuple(call.hidden.shape), like, seed=number)
         given = {name: in_dtype(value, like) for name, value in call.arguments[index].items()}
-        with in_eval_mode(trial):
-            expected = _residual(trial(x, **given))
-            actual = _residual(LayerExecutor(trial, structure).forward(x, **given))
-            mlp = _mlp_by_rows(trial, structure, x)
+        try:
+            with in_eval_mode(trial):
+                expected = first_of(trial(x, **given))
+                actual = first_of(LayerExecutor(trial, structure).forward(x, **given))
+                mlp = _mlp_by_rows(trial, structure, x)
+        # Parts that take or give something else than their names suggest raise whatever they do.
+        except Exception as failure:
+            return f"its parts could not be run one after the other: {type(failure).__name__}: {failure}"
         rows = call.text.flatten().to(x.device)
         off = error(actual.flatten(0, 1)[rows], expected.flatten(0, 1)[rows])
         if not off <= tolerance(x):
@@ -191,15 +200,8 @@ def _layer_differs(
 
 def _mlp_by_rows(layer: nn.Module, structure: Structure, x: Tensor) -> float:
     """How far the MLP of some tokens is from the same tokens' of all."""
-    module, flat = layer.get_submodule(structure.mlp.module), x.flatten(0, 1)
-    some = flat[1::3]
-    whole, alone = _residual(module(x)).flatten(0, 1)[1::3], _residual(module(some[None]))[0]
-    return error(alone, whole)
-
-
-def _residual(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    some, whole = x.flatten(0, 1)[1::3], structure.mlp.by_token(layer, x).flatten(0, 1)[1::3]
+    return error(structure.mlp.by_token(layer, some[None])[0], whole)
 
 
 class _Reached(Exception):

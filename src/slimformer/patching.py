@@ -12,14 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
-from slimformer.anatomy import (
-    KINDS,
-    Anatomy,
-    Kind,
-    attention_core,
-    find_anatomy,
-    transformer_of,
-)
+from slimformer.anatomy import Anatomy, attention_core, find_anatomy, transformer_of
 from slimformer.attention_transforms import Attentions, AttentionTransform, transformed_by
 from slimformer.cache_layout import CacheLayout, CacheOwner
 from slimformer.continuous_batching import refuse_continuous_batching
@@ -34,6 +27,7 @@ from slimformer.plan import Plan
 from slimformer.running_calls import PATCH, Block, Calls, calls_of
 from slimformer.stack_calls import Observed, hands_on, read_stack_calls
 from slimformer.stored_plan import plan_beside, save_with_plan, stored_plan
+from slimformer.structures import KINDS, Kind
 from slimformer.switched_layer import SwitchedLayer
 from slimformer.tiers import Support, examine_support
 from slimformer.versions import warn_if_untried

@@ -24,7 +24,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy, Kind, find_anatomy
+from slimformer.anatomy import Anatomy, find_anatomy
 from slimformer.attention_transforms import Attentions, transformed_by
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.executor import SublayerPlan, TokenPolicy
@@ -39,6 +39,7 @@ from slimformer.methods.temperature import LogNScale, TempScale
 from slimformer.methods.token_elimination import TokenElimination
 from slimformer.methods.weight_delta import WeightDelta
 from slimformer.plan_files import mapping, read_json, read_weights
+from slimformer.structures import Kind
 
 FORMAT = 1
 FILE = "slimformer.json"

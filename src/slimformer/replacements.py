@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimformer.anatomy import Kind
 from slimformer.attention_masks import is_hidden
 from slimformer.cache import FilterState, filter_state, has_foreign_cache, layer_cache
 from slimformer.errors import PlanError, UnsupportedModelError
+from slimformer.structures import Kind
 
 Replace = Literal["nothing", "mean", "filter"]
 REPLACE: tuple[Replace, ...] = ("nothing", "mean", "filter")

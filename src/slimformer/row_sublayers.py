@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import KINDS, Kind, Structure, attention_core
+from slimformer.anatomy import attention_core
 from slimformer.attention import RowAttention, for_attention
 from slimformer.cache import has_foreign_cache, layer_cache
 from slimformer.errors import PlanError
@@ -17,6 +17,7 @@ from slimformer.gated_mlp import GatedMlp
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.stream import Stream, in_a_graph
+from slimformer.structures import KINDS, Kind, Structure
 from slimformer.touched_modules import CalledModules, is_untouched, takes_rows
 from slimformer.whole_sublayers import residual_after, whole_sublayer
 from slimformer_kernels import add_rows_
@@ -88,8 +89,7 @@ class RowSublayers:
         self.output_norms = {}
         outputs: list[tuple[Kind, nn.Module | None]] = []
         if self.structure.attention.whole:
-            module = getattr(self.layer, self.structure.attention.module)
-            outputs.append(("attention", getattr(module, "output", None)))
+            outputs.append(("attention", getattr(self.structure.attention.of(self.layer), "output", None)))
         if self.structure.mlp.projection is not None:
             outputs.append(("mlp", getattr(self.layer, self.structure.mlp.projection)))
         for kind, output in outputs:
@@ -207,16 +207,15 @@ class Run:
         rows, masked = self._worth_choosing(rows)
         index = None if rows is None or masked else rows.index
         h = self._normed("mlp", x, index) if normed is None else normed
-        module = getattr(layer, parts.module)
+        module = parts.of(layer)
         step = masked and self.of.gated is not None and self.of.gated.may_be_skipped(h)
         if (self.kernels or step) and self.of.gated is not None and is_untouched(module):
-            alone = rows is None and self._writes() and parts.norm_after is None and not parts.post_norm
+            alone = rows is None and self._writes() and parts.adds_as_it_is
             if alone and self.of.gated.add_to(x, h):
                 return Update(x, replaces=True)
             y = self.of.gated(h, rows.mask if step and rows is not None else None)
         else:
-            y = module(h[None])
-            y = (y[0] if isinstance(y, tuple) else y)[0]
+            y = parts.by_token(layer, h[None])[0]
         if parts.projection is not None:
             y = self._projected("mlp", getattr(layer, parts.projection), y, self._picked(x, index))
         return self._finished("mlp", x, y, rows, masked)
@@ -237,7 +236,7 @@ class Run:
             step = rows is not None and by_rows is not None and by_rows.may_be_skipped(x)
             if by_rows is None or not (self.kernels or step):
                 return self._by_module(x, rows, masked)
-            h, wanted = self._normed("attention", x, None), rows.mask if step and rows is not None else None
+            h, wanted = self._heads_input(x, None), rows.mask if step and rows is not None else None
             y, self.weights = by_rows.whole(h, stream, kwargs, self.kernels, wanted)
         elif by_rows is None or not by_rows.can_choose_rows(stream, kwargs):
             if stream.shorter:
@@ -246,7 +245,7 @@ class Run:
         else:
             index = None if chosen is None else chosen.index
             compact = compact_keys and chosen is not None
-            h_key = self._normed("attention", x, index if compact else None)
+            h_key = self._heads_input(x, index if compact else None)
             y = by_rows.chosen(
                 h_key if compact else self._picked(h_key, index),
                 h_key,
@@ -259,7 +258,7 @@ class Run:
         if self.of.structure.attention.whole:
             # What BERT's attention module does behind the heads: output layer, residual and norm.
             before = self._picked(x, None if chosen is None else chosen.index)
-            output = getattr(self.of.layer, self.of.structure.attention.module).output
+            output = self.of.structure.attention.of(self.of.layer).get_submodule("output")
             y = self._projected("attention", output, y, before)
         return self._finished("attention", x, y, rows, masked)
 
@@ -328,7 +327,8 @@ class Run:
         stream, parts, layer = self.stream, self.of.structure.attention, self.of.layer
         # The layer's own modules see the stream as it was, with zeros for tokens that have left.
         h = stream.padded(self._normed("attention", x, None)).view(stream.batch, stream.tokens, -1)
-        output = getattr(layer, parts.module)(h, **for_attention(self.kwargs))
+        module = parts.of(layer)
+        output = module(h, **for_attention(self.kwargs, module))
         y = output[0] if isinstance(output, tuple) else output
         if isinstance(output, tuple) and len(output) > 1:
             self.weights = output[1]
@@ -343,6 +343,7 @@ class Run:
             y = self.of.norms(parts.norm_after, y, None, self.kernels)
         if parts.dropout is not None:
             y = getattr(layer, parts.dropout)(y)
+        y = parts.scaled(layer, y)
         if parts.outer_norm is not None:
             before = self._picked(x, None if rows is None or masked else rows.index)
             if self.kernels:
@@ -359,6 +360,16 @@ class Run:
         if takes_rows(module):
             return self.of.norms(norm, x, index, self.kernels)
         return self._picked(self.stream.in_the_batch(module, x), index)
+
+    def _heads_input(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """What queries, keys and values are made of: behind the norm, wherever it stands."""
+        inner = self.of.structure.attention.inner_norm
+        if inner is None:
+            return self._normed("attention", x, index)
+        normed: Tensor = self.of.structure.attention.of(self.of.layer).get_submodule(inner)(
+            self._picked(x, index)
+        )
+        return normed
 
     @staticmethod
     def _picked(x: Tensor, index: Tensor | None) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import Structure
 from slimformer.attention_masks import ANY_WINDOW, MaskReading, keys_seen, own_key, read_mask
 from slimformer.cache import has_foreign_cache, layer_cache
 from slimformer.call_context import call_variable
@@ -20,6 +19,7 @@ from slimformer.errors import PlanError
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.stack_calls import callers_masks
+from slimformer.structures import Structure
 
 _TAG = "_slimformer_stream"
 _leaving_under_gradients: ContextVar[bool] = call_variable("leaving_under_gradients", False)

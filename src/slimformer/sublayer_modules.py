@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import KINDS, Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.layer_calls import LayerCalls, mirrored
 from slimformer.probes import error, float32_copy, in_dtype, noise, tolerance
+from slimformer.structures import KINDS, Kind
 
 # A residual that goes on past the sublayers stays this much like itself, norms and scales aside; one that ends in a
 # module, as BERT's do, is lost where that module puts out zeros.
@@ -162,10 +163,15 @@ class _Probe:
             and _per_token(record.vectors, self.x, tokens)
             and _has_matrix(self.layer, path)
         }
+        matrices = [path for path in whole if _is_matrix(self.layer.get_submodule(path))]
         chosen: list[str] = []
         for path in sorted(whole, key=lambda path: path.count(".")):
             inside_one = any(path.startswith(f"{outer}.") for outer in chosen)
-            if not inside_one and _alike(self.residual((path,)), self.x) >= _LIKE_ITSELF:
+            if inside_one:
+                continue
+            # What other modules add is left out, so that it hides nothing.
+            others = tuple(p for p in matrices if not (p == path or p.startswith(f"{path}.")))
+            if _alike(self.residual((path, *others)), self.x) >= _LIKE_ITSELF:
                 chosen.append(path)
         mixers = [path for path in chosen if self._mixes(path, records)]
         # A layer behind a mixer, as BERT's output layer, is that sublayer's too: without the mixer it knows no token.
@@ -353,6 +359,10 @@ def _per_token(vectors: Tensor | None, x: Tensor, tokens: int) -> bool:
 
 def _has_matrix(layer: nn.Module, path: str) -> bool:
     return any(p.dim() >= 2 for p in layer.get_submodule(path).parameters())
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return any(p is not None and p.dim() >= 2 for p in module._parameters.values())
 
 
 def _size(layer: nn.Module, path: str) -> int:

@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from slimformer.anatomy import KINDS, Anatomy, Kind, positional_names
+from slimformer.anatomy import Anatomy, positional_names
 from slimformer.cache import CACHE_NAMES, Content, layer_cache, leave_slot_empty
 from slimformer.errors import UnsupportedModelError
 from slimformer.executor import SublayerPlan
 from slimformer.ledger import Ledger
 from slimformer.replacements import Mean
 from slimformer.row_selection import RowSelector
+from slimformer.structures import KINDS, Kind
 from slimformer.sublayer_modules import SublayerModules, Zeros
 from slimformer.touched_modules import has_own_forward
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from slimformer.anatomy import KINDS, Anatomy, find_anatomy
+from slimformer.anatomy import Anatomy, find_anatomy
 from slimformer.cache import check_first_slots, compact_slots
+from slimformer.errors import UnsupportedModelError
 from slimformer.executor import LayerExecutor
 from slimformer.layer_calls import check_cache_arguments, keeps_cache, layer_calls
 from slimformer.layer_examination import LayerFinding, examine_layers, examine_modules, row_sublayers
+from slimformer.structures import KINDS
 from slimformer.sublayer_modules import SublayerModules
 from slimformer.switched_layer import SwitchedLayer
 
@@ -96,6 +98,21 @@ def support(model: Any) -> Support:
     return examine_support(find_anatomy(model))
 
 
+def known_anatomy(model: Any) -> Anatomy:
+    """The layers of a model whose arithmetic is known, with the row of the structure table that they follow.
+
+    Raises:
+        UnsupportedModelError: If it is not known: what is chosen or trained layer by layer needs it.
+    """
+    found = support(model)
+    if found.tier != "rows":
+        raise UnsupportedModelError(
+            f"The layers of {type(found.anatomy.stack).__name__} cannot be run sublayer by sublayer: {found.reason}. "
+            "LayerDrop, EarlyExit and TempScale apply to it with settings of your own."
+        )
+    return found.anatomy
+
+
 def examine_support(anatomy: Anatomy) -> Support:
     """The same by anatomy.
 
@@ -104,15 +121,19 @@ def examine_support(anatomy: Anatomy) -> Support:
     """
     check_cache_arguments(anatomy)
     if anatomy.structure.apart:
-        findings = examine_layers(anatomy)
-        differs = next(((i, found.differs) for i, found in enumerate(findings) if found.differs), None)
-        if differs is None:
-            return Support("rows", "", anatomy, findings)
-        index, how = differs
-        anatomy = anatomy.by_modules(
-            f"layer {index}, {type(anatomy.layers[index]).__name__}, has the parts of the structure "
-            f"{anatomy.structure.name!r} ({anatomy.structure.examples}), but {how}"
-        )
+        why = ""
+        for structure in anatomy.fitting:
+            built = dataclasses.replace(anatomy, structure=structure)
+            findings = examine_layers(built)
+            differs = next(((i, found.differs) for i, found in enumerate(findings) if found.differs), None)
+            if differs is None:
+                return Support("rows", "", built, findings)
+            index, how = differs
+            why = why or (
+                f"layer {index}, {type(anatomy.layers[index]).__name__}, has the parts of the structure "
+                f"{structure.name!r} ({structure.examples}), but {how}"
+            )
+        anatomy = anatomy.by_modules(why)
     anatomy = dataclasses.replace(anatomy, caches=keeps_cache(anatomy))
     return Support(
         "sublayers", anatomy.unknown, anatomy, modules=examine_modules(anatomy, layer_calls(anatomy))

@@ -135,8 +135,7 @@ def _attention_and_input(stream: Stream, x: Tensor, scorer: str) -> tuple[RowAtt
 def _layer_input(stream: Stream, x: Tensor) -> Tensor:
     """The normed residual `[batch, tokens, hidden]`, zeros at tokens that left."""
     layer = stream.layer
-    norm = None if layer is None else layer.structure.attention.norm_before
-    h = x if layer is None or norm is None else layer.norms(norm, x, None, False)
+    h = x if layer is None else layer.structure.heads_input(layer.layer, x)
     return stream.padded(h).view(stream.batch, stream.tokens, -1)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimformer.anatomy import Kind, Structure
 from slimformer.attention import for_attention
+from slimformer.structures import Kind, Structure, first_of
 
 
 def whole_sublayer(
@@ -32,18 +32,21 @@ def whole_sublayer(
         normed: Gives the sublayer's input, the residual behind the norm in front of it.
     """
     parts, weights = structure.parts(kind), None
-    module, h = getattr(layer, parts.module), normed(kind, x)
-    output = module(h, **for_attention(kwargs)) if kind == "attention" else module(h)
-    y: Tensor = output[0] if isinstance(output, tuple) else output
-    if kind == "attention" and isinstance(output, tuple) and len(output) > 1:
-        weights = output[1]
+    h = normed(kind, x)
+    if kind == "mlp":
+        y = parts.by_token(layer, h)
+    else:
+        module = parts.of(layer)
+        output = module(h, **for_attention(kwargs, module))
+        y = first_of(output)
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
     if parts.projection is not None:
         y = getattr(layer, parts.projection)(y, x)
     if parts.norm_after is not None:
         y = getattr(layer, parts.norm_after)(y)
     if parts.dropout is not None:
         y = getattr(layer, parts.dropout)(y)
-    return y, weights
+    return parts.scaled(layer, y), weights
 
 
 def residual_after(layer: nn.Module, structure: Structure, kind: Kind, x: Tensor, y: Tensor) -> Tensor:

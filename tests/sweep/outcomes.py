@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 import slimformer
 from slimformer import LayerDrop
-from slimformer.anatomy import KINDS, Kind, find_anatomy
+from slimformer.anatomy import find_anatomy
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.methods.random_keep import RandomKeep
+from slimformer.structures import KINDS, Kind
 from slow_rows import kept, positions, slowly
 from sweep.classes import Family
 from sweep.models import build

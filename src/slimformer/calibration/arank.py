@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.anatomy import Anatomy, Kind, find_anatomy, transformer_of
+from slimformer.anatomy import Anatomy, transformer_of
 from slimformer.attention import RowAttention
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
@@ -28,6 +28,8 @@ from slimformer.methods.mixture_of_depths import MixtureOfDepths
 from slimformer.patching import status
 from slimformer.plan import Plan, fingerprint
 from slimformer.stream import Stream
+from slimformer.structures import Kind
+from slimformer.tiers import known_anatomy
 from slimformer.training.loop import frozen
 
 Metric = Literal["effective_rank", "rank"]
@@ -187,7 +189,7 @@ def calibrate_arank(
         raise CalibrationError(
             "The model is patched; plans are made for the dense model. Call unpatch first."
         )
-    inner, anatomy = transformer_of(model), find_anatomy(model)
+    inner, anatomy = transformer_of(model), known_anatomy(model)
     most = len(anatomy.layers) - FIRST_LAYERS - LAST_LAYERS
     if most < 1:
         raise CalibrationError(
@@ -267,8 +269,7 @@ def _weights(
     anatomy: Anatomy, attention: RowAttention, index: int, call: Call, hidden: Tensor, asking: Tensor
 ) -> Tensor:
     structure, layer = anatomy.structure, anatomy.layers[index]
-    norm = structure.attention.norm_before
-    h = hidden if norm is None else getattr(layer, norm)(hidden)
+    h = structure.heads_input(layer, hidden)
     stream = Stream.of(hidden, anatomy.causal, call.arguments[index])
     batch, tokens = hidden.shape[:2]
     real = call.real

@@ -12,7 +12,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from slimformer import __version__
-from slimformer.anatomy import Anatomy, find_anatomy, transformer_of
+from slimformer.anatomy import Anatomy, transformer_of
 from slimformer.calibration.budgets import BUDGETS, BudgetName
 from slimformer.calibration.calibration_text import CalibrationText, read_text
 from slimformer.calibration.fitting import fit_together
@@ -30,6 +30,7 @@ from slimformer.methods.layer_drop import LayerDrop
 from slimformer.patching import status
 from slimformer.plan import Plan, fingerprint
 from slimformer.replacements import REPLACE, Replace
+from slimformer.tiers import known_anatomy
 
 _WHEN_TO_STOP = ("drop", "max_divergence", "speedup")
 
@@ -112,7 +113,7 @@ def calibrate(
         raise CalibrationError(
             "The model is patched; plans are made for the dense model. Call unpatch first."
         )
-    inner, anatomy = transformer_of(model), find_anatomy(model)
+    inner, anatomy = transformer_of(model), known_anatomy(model)
     task = objective.split()[0] if objective is not None and hold_out else objective
     if task is not None:
         arguments["objective"] = task.source

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from slimformer.anatomy import find_anatomy, transformer_of
+from slimformer.anatomy import transformer_of
 from slimformer.calibration.calibrate import versions
 from slimformer.calibration.exit_heads import fit_exits, pooling_of
 from slimformer.calibration.partial_results import PartialResults
@@ -20,6 +20,7 @@ from slimformer.evaluation.perplexity import evaluating
 from slimformer.methods.early_exit import EarlyExit
 from slimformer.patching import patched, status
 from slimformer.plan import Plan, fingerprint
+from slimformer.tiers import known_anatomy
 
 _NARROWEST = 16
 
@@ -82,7 +83,7 @@ def calibrate_elastic(
         raise CalibrationError(
             "The model is patched; plans are made for the dense model. Call unpatch first."
         )
-    anatomy, inner = find_anatomy(model), transformer_of(model)
+    anatomy, inner = known_anatomy(model), transformer_of(model)
     task: EmbeddingTask = read_task(data) if data is None or isinstance(data, (str, os.PathLike)) else data
     if hold_out:
         task = task.split()[0]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.anatomy import Anatomy, find_anatomy, transformer_of
+from slimformer.anatomy import Anatomy, transformer_of
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest, predicts_tokens
 from slimformer.calibration.data import characters_for, check_token_ids, load_texts, token_blocks
@@ -25,6 +25,7 @@ from slimformer.layer_calls import cache_argument
 from slimformer.methods.token_elimination import TokenElimination
 from slimformer.patching import patched, status
 from slimformer.plan import Plan, fingerprint
+from slimformer.tiers import known_anatomy
 
 # Tokens of a passage that stand before the answer when it is to be recalled.
 _CUE = 32
@@ -112,7 +113,7 @@ def calibrate_elimination(
         raise CalibrationError(
             "The model is patched; plans are made for the dense model. Call unpatch first."
         )
-    inner, anatomy = transformer_of(model), find_anatomy(model)
+    inner, anatomy = transformer_of(model), known_anatomy(model)
     if not isinstance(inner, PreTrainedModel) or not predicts_tokens(inner, anatomy):
         raise CalibrationError(
             f"{type(inner).__name__} predicts no tokens, and the budget is one of predictions. For encoders choose a "

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimformer.anatomy import Anatomy, find_anatomy
+from slimformer.anatomy import Anatomy
 from slimformer.calibration.fitting import RidgeSums
 from slimformer.errors import CalibrationError, DataError
 from slimformer.executor import LayerExecutor
 from slimformer.methods.early_exit import HEAD, EarlyExit
 from slimformer.patching import status
+from slimformer.tiers import known_anatomy
 
 # These weight the tokens of a text so that the weights sum to one, so a linear head may act on tokens or on the pooled.
 POOLINGS = ("mean", "cls", "lasttoken", "weightedmean")
@@ -57,7 +58,7 @@ def fit_exits(
         raise CalibrationError(
             "The model is patched; heads are fitted to the dense model. Call unpatch first."
         )
-    anatomy = find_anatomy(model)
+    anatomy = known_anatomy(model)
     exits = list(range(len(anatomy.layers))) if layers is None else list(layers)
     for layer in exits:
         if layer not in range(len(anatomy.layers)):

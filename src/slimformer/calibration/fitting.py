@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from slimformer.anatomy import KINDS, Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.calibration.replay import (
     Call,
     Dropped,
@@ -19,6 +19,7 @@ from slimformer.calibration.replay import (
 )
 from slimformer.executor import LayerExecutor
 from slimformer.replacements import Replace, taps_of
+from slimformer.structures import KINDS, Kind
 
 # Half towards what the sublayer itself would add, half towards the dense model's residual, which also takes back what
 # earlier removals have shifted. SmolLM2-135M, WikiText-2 perplexity with 8 and 12 of 30 attentions removed, 4 taps:

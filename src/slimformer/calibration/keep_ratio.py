@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimformer.anatomy import Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.executor import SublayerPlan
 from slimformer.methods.mixture_of_depths import MixtureOfDepths, Router
 from slimformer.patching import patched
 from slimformer.plan import Plan
 from slimformer.rows import Rows
 from slimformer.stream import Stream
+from slimformer.structures import Kind
 
 # Rounds in which thresholds settle: what is skipped changes what later routers read.
 _ROUNDS = 4

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy, find_anatomy, transformer_of
+from slimformer.anatomy import Anatomy, transformer_of
 from slimformer.calibration.calibrate import versions
 from slimformer.calibration.exit_heads import RIDGE as HEAD_RIDGE
 from slimformer.calibration.exit_heads import check_texts, pooling_of
@@ -32,6 +32,7 @@ from slimformer.executor import LayerExecutor
 from slimformer.methods.narrow_mlp import HEAD, PARTS, NarrowMlp, check_narrows
 from slimformer.patching import patched, status
 from slimformer.plan import Plan, fingerprint
+from slimformer.tiers import known_anatomy
 
 # The fractions of hidden units that are tried, one after the other.
 KEEPS = (1 / 2, 1 / 3, 1 / 4, 1 / 6)
@@ -353,14 +354,14 @@ def _checked(model: Any) -> Anatomy:
         raise CalibrationError(
             "The model is patched; plans are made for the dense model. Call unpatch first."
         )
-    anatomy = find_anatomy(model)
+    anatomy = known_anatomy(model)
     check_narrows(anatomy)
     return anatomy
 
 
 def units_of(model: Any, keep: float) -> dict[int, int]:
     """How many hidden units stay in every layer of a model, if this fraction does and the last MLP becomes linear."""
-    anatomy = find_anatomy(model)
+    anatomy = known_anatomy(model)
     layers: list[Any] = list(anatomy.layers)
     narrow = {index: int(keep * layer.intermediate.dense.out_features) for index, layer in enumerate(layers)}
     return {**narrow, len(layers) - 1: 0}

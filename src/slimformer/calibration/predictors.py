@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from slimformer.anatomy import Anatomy, find_anatomy, transformer_of
+from slimformer.anatomy import Anatomy, transformer_of
 from slimformer.block_predictor import BLOCK, BlockPredictor
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
@@ -28,6 +28,7 @@ from slimformer.patching import status
 from slimformer.plan import Plan, fingerprint
 from slimformer.row_sublayers import RowSublayers
 from slimformer.stream import Stream
+from slimformer.tiers import known_anatomy
 from slimformer.training.loop import TrainingSettings, fit
 from slimformer_kernels import pooled_scores
 
@@ -85,7 +86,7 @@ def train_predictors(
         raise CalibrationError(
             "The model is patched; predictors learn from the dense model. Call unpatch first."
         )
-    inner, anatomy = transformer_of(model), find_anatomy(model)
+    inner, anatomy = transformer_of(model), known_anatomy(model)
     # Refuses what cannot be patched before anything is trained.
     TokenElimination(schedule, scorer="attention", **elimination).sublayer_plans(anatomy)
     tokens = min(length, longest(anatomy, tokenizer or tokenizer_of(model)))
@@ -207,8 +208,7 @@ class _Teacher:
         for index in range(max(self.layers) + 1):
             if index in self.sublayers:
                 sublayers = self.sublayers[index]
-                norm = sublayers.structure.attention.norm_before
-                h = hidden if norm is None else sublayers.norms(norm, hidden, None, False)
+                h = sublayers.structure.heads_input(sublayers.layer, hidden)
                 inputs[index] = h
                 stream = Stream.of(hidden, self.anatomy.causal, call.arguments[index])
                 if sublayers.attention is not None:

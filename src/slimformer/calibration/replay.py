@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimformer.anatomy import Anatomy, Kind, positional_names
+from slimformer.anatomy import Anatomy, positional_names
 from slimformer.executor import LayerExecutor, SublayerPlan
 from slimformer.ledger import Ledger
 from slimformer.replacements import apply_taps, filter_reach, zero_padding
+from slimformer.structures import Kind
 
 Sublayer = tuple[Kind, int]
 

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimformer.anatomy import KINDS, Anatomy
+from slimformer.anatomy import Anatomy
 from slimformer.calibration.calibration_text import predicts_tokens
 from slimformer.calibration.keep_ratio import threshold
 from slimformer.calibration.replay import Call, executors, finish, record_call, run_layer, run_layers
 from slimformer.errors import DataError
 from slimformer.image_tokens import where_images_are
 from slimformer.methods.mixture_of_depths import MixtureOfDepths, router_name
+from slimformer.structures import KINDS
 from slimformer_kernels import chunked_cross_entropy, chunked_kl
 
 # Scores start around the mean cost with this spread.

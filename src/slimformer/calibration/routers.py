@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from slimformer.anatomy import find_anatomy, transformer_of
+from slimformer.anatomy import transformer_of
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
 from slimformer.calibration.data import check_token_ids
@@ -23,6 +23,7 @@ from slimformer.evaluation.perplexity import evaluating
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
 from slimformer.patching import status
 from slimformer.plan import Plan, fingerprint
+from slimformer.tiers import known_anatomy
 from slimformer.training.loop import TrainingSettings, fit, frozen
 
 _HELD_OUT_ROWS = 8
@@ -77,7 +78,7 @@ def train_routers(
         raise CalibrationError(
             "The model is patched; routers learn from the dense model. Call unpatch first."
         )
-    inner, anatomy = transformer_of(model), find_anatomy(model)
+    inner, anatomy = transformer_of(model), known_anatomy(model)
     method.sublayer_plans(anatomy)
     batches = examples(data)
     if batches is not None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from slimformer.anatomy import KINDS, Anatomy
+from slimformer.anatomy import Anatomy
 from slimformer.cache import compact_slots
 from slimformer.calibration.divergence_to_dense import Divergence
 from slimformer.calibration.fitting import fit_each, fit_together
@@ -21,6 +21,7 @@ from slimformer.calibration.replay import Call, Dropped, Sublayer, executors, ru
 from slimformer.calibration.similarity import Unit
 from slimformer.errors import CalibrationError, PlanError
 from slimformer.replacements import Replace
+from slimformer.structures import KINDS
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from slimformer.anatomy import KINDS, Kind, find_anatomy
 from slimformer.errors import CalibrationError, DataError
 from slimformer.executor import LayerExecutor
 from slimformer.ledger import Ledger
 from slimformer.patching import status
+from slimformer.structures import KINDS, Kind
+from slimformer.tiers import known_anatomy
 
 Unit = Literal["attention", "mlp", "block"]
 UNITS: tuple[Unit, ...] = ("attention", "mlp", "block")
@@ -108,7 +109,7 @@ def measure_similarity(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -
         raise CalibrationError(
             "The model is patched; similarity is measured on the dense model. Call unpatch first."
         )
-    anatomy = find_anatomy(model)
+    anatomy = known_anatomy(model)
     without_cache = {"use_cache": False} if anatomy.causal else {}
     totals, ledger, tokens = _Totals(len(anatomy.layers)), Ledger(), 0
     try:

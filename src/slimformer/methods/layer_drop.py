@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
 from slimformer.executor import Replacement, SublayerPlan
 from slimformer.method_fields import as_tuple, checked_weights, checked_width, is_whole
 from slimformer.replacements import REPLACE, LinearFilter, Mean, Replace, taps_of, weight_names
+from slimformer.structures import Kind
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from slimformer.anatomy import KINDS, Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
 from slimformer.image_tokens import image_tokens, read_images
@@ -25,6 +25,7 @@ from slimformer.method_fields import (
 )
 from slimformer.rows import Rows
 from slimformer.stream import Stream, in_a_graph
+from slimformer.structures import KINDS, Kind
 from slimformer.token_selection import Owner, protected_tokens, protecting
 from slimformer.touched_modules import takes_rows
 

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.executor import SublayerPlan
 from slimformer.method_fields import checked_weights, checked_width, is_whole
+from slimformer.structures import Kind
 
 # Of every layer: the input of the units that stayed, their output, and what a linear layer beside them does.
 PARTS = ("up.weight", "up.bias", "down.weight", "linear.weight", "linear.bias")

@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from slimformer.anatomy import KINDS, Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
 from slimformer.rows import Rows
 from slimformer.stream import Stream
+from slimformer.structures import KINDS, Kind
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from slimformer.anatomy import KINDS, Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.block_predictor import BlockPredictor
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
@@ -23,6 +23,7 @@ from slimformer.method_fields import (
     is_whole,
     layer_number,
 )
+from slimformer.structures import KINDS, Kind
 from slimformer.token_scores import ByAttention, ByChance, ByPredictor, TokenScore, by_key_norm
 from slimformer.token_selection import Owner, SharedSelection, TokenSelection, protecting
 

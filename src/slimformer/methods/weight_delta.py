@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimformer.anatomy import KINDS, Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
 from slimformer.executor import SublayerPlan
 from slimformer.method_fields import checked_weights, layer_number
+from slimformer.structures import KINDS, Kind
 
 LEFT, RIGHT, ADDED = "left", "right", "added"
 

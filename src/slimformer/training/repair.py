@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from slimformer.anatomy import KINDS, find_anatomy, transformer_of
+from slimformer.anatomy import find_anatomy, transformer_of
 from slimformer.calibration.calibrate import tokenizer_of, versions
 from slimformer.calibration.calibration_text import longest
 from slimformer.calibration.data import check_token_ids
@@ -30,6 +30,7 @@ from slimformer.evaluation.perplexity import evaluating
 from slimformer.methods.weight_delta import WeightDelta
 from slimformer.patching import patched, status
 from slimformer.plan import Plan, PlannedMethod, fingerprint
+from slimformer.structures import KINDS
 from slimformer.training.checkpoint import History
 from slimformer.training.distillation import Distillation
 from slimformer.training.loop import EarlyStop, TrainingSettings, fit, frozen

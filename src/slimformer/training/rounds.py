@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from slimformer.anatomy import KINDS
 from slimformer.calibration.similarity import UNITS
 from slimformer.errors import CalibrationError
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.plan import Plan, PlannedMethod
 from slimformer.report.summary import Summary
+from slimformer.structures import KINDS
 
 
 def in_rounds(plan: Plan, rounds: int) -> list[Plan]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from slimformer.anatomy import KINDS, Anatomy, Kind
+from slimformer.anatomy import Anatomy
 from slimformer.errors import CalibrationError
 from slimformer.executor import SublayerPlan
 from slimformer.methods.weight_delta import ADDED, LEFT, RIGHT, WeightDelta
 from slimformer.plan import Plan, PlannedMethod
+from slimformer.structures import KINDS, Kind
 from slimformer.training.adapters import Adapters
 
 What = Literal["added", "norms", "lora"]
@@ -161,8 +162,9 @@ def _parts(
     for index in layers:
         for kind in KINDS:
             if decisions.get((index, kind), SublayerPlan()).compute:
-                for child in sorted(anatomy.structure.parts(kind).children()):
-                    found[f"{index}.{child}"] = anatomy.layers[index].get_submodule(child)
+                layer = anatomy.layers[index]
+                for child in sorted(anatomy.structure.parts(kind).children_of(layer)):
+                    found[f"{index}.{child}"] = layer.get_submodule(child)
     return list(found.items())
 
 
