@@ -55,4 +55,3 @@ def in_fast_dtype(model: Any, name: str) -> Any:
         stored.split()[0],
     )
     return model.float()
-

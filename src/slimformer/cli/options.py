@@ -52,7 +52,7 @@ DtypeOption = Annotated[
     Dtype,
     typer.Option(
         "--dtype",
-        help="What to hold the weights in; auto is the checkpoint's own, or float32 on a CPU that multiplies it slowly.",
+        help="What to hold the weights in; auto is the checkpoint's own, or float32 on a CPU that is slow in it.",
     ),
 ]
 AsJson = Annotated[
