@@ -110,6 +110,7 @@ def one_by_one(query, key, value, positions, query_offsets, key_ranges, causal, 
     return out
 
 
+@pytest.mark.full(2)
 @layouts
 @kinds
 @rules
@@ -128,6 +129,7 @@ def test_one_graph_without_values_on_the_host_gives_the_same(rule):
         torch.testing.assert_close(compiled(**given), attention_rows(**given))
 
 
+@pytest.mark.full(2)
 @rules
 @kinds
 @layouts
@@ -171,6 +173,7 @@ def test_reference_is_the_same_in_small_pieces(layout, rule, monkeypatch):
         torch.testing.assert_close(attention_rows(**given), expected)
 
 
+@pytest.mark.full(2)
 @layouts
 @kinds
 @rules
@@ -181,6 +184,7 @@ def test_kernel_matches_the_reference(layout, kind, rule, device, poisoned, chec
     check_close(got, attention_rows_reference(**given))
 
 
+@pytest.mark.full(2)
 @pytest.mark.parametrize("rule", ["causal", "bidirectional", "everything"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "keys"), [(1, 1, 64, 1), (6, 2, 24, 150), (2, 1, 80, 130), (3, 3, 128, 65)]
