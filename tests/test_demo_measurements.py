@@ -17,6 +17,7 @@ from slimformer.calibration.data import load_texts, token_blocks
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.arrivals import measure_arrivals
 from slimformer.evaluation.long_prompts import _fact, _run, _summary, _Trial, measure_long_prompts
+from slimformer.evaluation.padded_prompts import measure_padded_prompts
 from slimformer.methods.random_keep import RandomKeep
 from tiny_checkpoints import tiny_checkpoint, tiny_tokenizer
 from tiny_models import tiny_model
@@ -85,6 +86,17 @@ def test_long_prompts_refuse_what_they_cannot_measure() -> None:
         measure_long_prompts(model, tokenizer, LayerDrop(mlp=[1]), texts=["a" * 200], prompt_tokens=96)
     with slimformer.patched(model, LayerDrop(mlp=[1])), pytest.raises(CalibrationError, match="patched"):
         measure_long_prompts(model, tokenizer, LayerDrop(mlp=[1]), texts=TEXTS, prompt_tokens=96)
+
+
+def test_a_padded_batch_gives_the_logits_of_every_prompt_alone() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    found = measure_padded_prompts(model, tokenizer, texts=TEXTS, longest=40, count=4)
+    assert (found.prompts, found.longest) == (4, 40)
+    assert found.difference < 1e-5
+    assert found.speedup == found.dense_seconds / found.patched_seconds > 0
+    assert slimformer.status(model) == {}
+    with pytest.raises(DataError, match="Give more text"):
+        measure_padded_prompts(model, tokenizer, texts=["a" * 50], longest=40)
 
 
 def test_texts_that_arrive_in_batches_keep_their_embeddings(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_windows_around_the_tile_size(window, causal, device, poisoned, check_cl
     check_close(got, self_extend_reference(*given))
 
 
-@pytest.mark.full(2)
+@pytest.mark.full(1)
 @cases
 def test_decode_kernel_matches_the_reference(layout, kind, rule, device, poisoned, check_close):
     given = setting(layout, kind, 4, 2, 24, 300, device, rotary=20)
