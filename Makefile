@@ -1,11 +1,23 @@
-# `make test` sets up an environment in .venv and runs lint, types and tests.
-# `make demo` sets up the same and runs the main job on a real model; MODEL=folder-or-Hub-id takes another one.
+# `make test` sets up an environment in .venv and runs lint, types and tests; FULL=--full runs every combination.
+# `make test-repository` runs what checks the repository itself: benchmarks at tiny sizes, tables in the documents.
+# `make test-oldest` and `make test-newest` run the sweep over all models and the core tests at both ends of the
+# supported versions, each in an environment of its own.
+# `make demo` sets up .venv and shows what is gained on real models; MODEL=folder-or-Hub-id takes another one.
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.10
 MODEL ?=
+FULL ?=
+# Tests run in so many processes, each on one thread.
+WORKERS ?= 2
 VENV ?= .venv
 BIN = $(VENV)/bin
+OLDEST = torch==2.9.* transformers==5.16.*
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal $(FULL)
+# What patches models.
+CORE = $(addprefix tests/test_, $(addsuffix .py, anatomy plan rows unpadding layer_drop \
+	replacements early_exit mixture_of_depths token_elimination temperature self_extend integration embeddings))
 
-.PHONY: setup test lint demo
+.PHONY: setup test test-repository test-oldest test-newest lint demo
 setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,13 +26,34 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e . --group dev
 	touch $@
 
+$(VENV)-oldest/ready: pyproject.toml
+	$(OLDEST_PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install -q --upgrade "pip>=25.1"
+	$(VENV)-oldest/bin/pip install -q $(addsuffix ", $(addprefix ", $(OLDEST))) -e . --group dev
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check src kernels tests benchmarks
 	$(BIN)/ruff format --check src kernels tests benchmarks
 	$(BIN)/mypy src kernels benchmarks
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
+
+test-repository: setup
+	$(BIN)/python -m pytest --repository tests/test_benchmarks.py
+
+test-oldest: $(VENV)-oldest/ready
+	$(VENV)-oldest/bin/python $(PYTEST) $(CORE)
+	$(VENV)-oldest/bin/python $(PYTEST) --full tests/sweep
+
+# Always what is newest today, so never taken as ready.
+test-newest:
+	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/pip install -q --upgrade "pip>=25.1"
+	$(VENV)-newest/bin/pip install -q --upgrade --upgrade-strategy eager -e . --group dev
+	$(VENV)-newest/bin/python $(PYTEST) $(CORE)
+	$(VENV)-newest/bin/python $(PYTEST) --full tests/sweep
 
 demo: setup
 	$(BIN)/slimformer demo $(MODEL) --output demo-output --force

@@ -1,9 +1,12 @@
-"""The benchmarks run through their real command, no time passes without a check, and the tables are current."""
+"""The benchmarks run through their command, no time passes without a check, and the tables are current."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import registry, results, tables
+from benchmarks.__main__ import main
 from benchmarks.accuracy import Question, _likelihoods, accuracy
 from benchmarks.compare import Case, Unsupported, compare
 from benchmarks.registry import Settings
@@ -25,51 +29,67 @@ SMOKE = Settings(CPU, smoke=True)
 registry.load()
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "kernels"))
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+# Of the repository, not of the library: it runs with --repository alone.
+pytestmark = pytest.mark.repository
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    """The exit code of `python -m benchmarks`, and what it prints."""
+    printed = io.StringIO()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.redirect_stdout(printed):
+            code = main([str(argument) for argument in arguments])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return code, printed.getvalue()
+
+
+class Smoke:
+    """The results of benchmarks that run as they are asked for, each once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.printed: dict[str, str] = {}
+
+    def of(self, name: str) -> Path:
+        """The file of one benchmark."""
+        if name not in self.printed:
+            _, self.printed[name] = command("run", name, "--smoke", "--out", self.folder)
+        return self.folder / f"{name}.json"
+
+    def all(self) -> str:
+        """What all of them print."""
+        for name in registry.BENCHMARKS:
+            self.of(name)
+        return "".join(self.printed.values())
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    folder = tmp_path_factory.mktemp("results")
-    return folder, command("run", "--smoke", "--out", folder)
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
+    return Smoke(tmp_path_factory.mktemp("results"))
 
 
 @pytest.mark.parametrize("name", registry.BENCHMARKS)
-def test_every_benchmark_runs_on_the_cpu_and_passes_its_checks(
-    smoke: tuple[Path, subprocess.CompletedProcess[str]], name: str
-) -> None:
-    folder, done = smoke
-    content = results.read(folder / f"{name}.json")
+def test_every_benchmark_runs_on_the_cpu_and_passes_its_checks(smoke: Smoke, name: str) -> None:
+    content = results.read(smoke.of(name))
     assert content["benchmark"] == name
-    assert content["complete"], done.stderr
+    assert content["complete"], smoke.printed[name]
     assert content["smoke"]
     states = {m["status"]: m["note"] for m in content["measurements"]}
     assert set(states) <= {"ok", "unsupported"}, states
 
 
-def test_smoke_output_names_no_folder_of_this_machine(
-    smoke: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
-    folder, done = smoke
-    written = done.stdout + "".join(path.read_text() for path in folder.iterdir())
+def test_smoke_output_names_no_folder_of_this_machine(smoke: Smoke) -> None:
+    written = smoke.all() + "".join(path.read_text() for path in smoke.folder.iterdir())
     assert str(ROOT) not in written
-    assert str(folder) not in written
+    assert str(smoke.folder) not in written
     assert str(Path.home()) + "/" not in written
 
 
-def test_every_table_is_made_from_its_results(
-    smoke: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    folder, _ = smoke
+def test_every_table_is_made_from_its_results(smoke: Smoke, tmp_path: Path) -> None:
+    smoke.all()
+    folder = smoke.folder
     marked = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in registry.TABLES)
     filled = tables.updated(marked, folder)
     assert filled.count("| :-- |") == len(registry.TABLES)
@@ -81,8 +101,8 @@ def test_every_table_is_made_from_its_results(
 
 
 def test_tables_in_the_documents_are_current() -> None:
-    done = command("tables", "--check")
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, printed = command("tables", "--check")
+    assert code == 0, printed
 
 
 def test_committed_results_are_whole_and_real() -> None:
@@ -93,12 +113,25 @@ def test_committed_results_are_whole_and_real() -> None:
 
 
 def test_list_and_unknown_names() -> None:
-    listed = command("list")
-    assert listed.returncode == 0
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(registry.BENCHMARKS)
-    unknown = command("run", "nothing")
-    assert unknown.returncode == 2
-    assert "No benchmark is named nothing" in unknown.stdout
+    code, printed = command("list")
+    assert code == 0
+    assert [line.split()[0] for line in printed.splitlines()] == list(registry.BENCHMARKS)
+    code, printed = command("run", "nothing")
+    assert code == 2
+    assert "No benchmark is named nothing" in printed
+
+
+def test_the_package_is_a_command() -> None:
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "kernels"))
+    listed = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "list"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert listed.stdout.splitlines()
 
 
 def case(error: float, run: object = None) -> Case:

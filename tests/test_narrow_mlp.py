@@ -192,6 +192,7 @@ def test_the_unit_that_goes_is_the_one_whose_loss_costs_least_when_the_others_ar
     torch.testing.assert_close(linear, cost([6, 7, 8, 9])[1], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_the_real_model_keeps_its_vectors_with_a_linear_last_mlp() -> None:
     model = SentenceTransformer(str(minilm()), device="cpu")
     texts = Path(__file__).read_text(encoding="utf-8").splitlines()

@@ -192,6 +192,7 @@ def test_buffers_leave_with_the_patch_and_move_with_the_model() -> None:
     assert torch.equal(logits(model, ids()), before)
 
 
+@pytest.mark.full(1)
 @pytest.mark.parametrize("cached", ["whole", "dynamic", "static"])
 @pytest.mark.parametrize("replace", ["nothing", "mean", "filter"])
 def test_compiles_without_graph_breaks_with_every_cache(replace: str, cached: str) -> None:

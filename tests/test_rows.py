@@ -37,6 +37,7 @@ ALL = [*DECODERS, *ENCODERS]
 CLOSE = 1e-5
 
 
+@pytest.mark.full(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ALL)
 def test_keeping_every_token_equals_the_dense_model(name: str, layout: str) -> None:
@@ -46,6 +47,7 @@ def test_keeping_every_token_equals_the_dense_model(name: str, layout: str) -> N
     assert error(outputs(model, given), dense, given["attention_mask"]) <= CLOSE
 
 
+@pytest.mark.full(1)
 @pytest.mark.parametrize("kinds", [("mlp",), ("attention",), ("attention", "mlp")], ids="+".join)
 @pytest.mark.parametrize("name", ALL)
 def test_a_choice_equals_all_tokens_of_which_the_chosen_count(name: str, kinds: tuple[Kind, ...]) -> None:
@@ -61,6 +63,7 @@ def test_a_choice_equals_all_tokens_of_which_the_chosen_count(name: str, kinds: 
         assert error(actual, outputs(model, given), mask) > 0.1
 
 
+@pytest.mark.full(1)
 @pytest.mark.parametrize("kinds", [("mlp",), ("attention",), ("attention", "mlp")], ids="+".join)
 @pytest.mark.parametrize("name", ALL)
 def test_equal_counts_are_the_tokens_with_the_best_chances(name: str, kinds: tuple[Kind, ...]) -> None:
@@ -75,6 +78,7 @@ def test_equal_counts_are_the_tokens_with_the_best_chances(name: str, kinds: tup
 
 
 # So few rows, or so many of all, that all are computed; one row; and rows of one token.
+@pytest.mark.full(1)
 @pytest.mark.parametrize(("keep", "texts", "tokens"), [
     (0.97, LAYOUTS["left"], 24), (0.5, [(1, 4), (0, 5)], 5), (0.5, [(0, 20)], 20), (0.5, [(0, 1)] * 20, 1),
     (0.02, LAYOUTS["left"], 24), (0.5, [(3, 1), (2, 2)], 4),
@@ -122,6 +126,7 @@ def test_only_the_named_layers_choose() -> None:
     assert error(outputs(model, given), expected, mask) <= CLOSE
 
 
+@pytest.mark.full(1)
 @pytest.mark.parametrize("kinds", [("attention",), ("attention", "mlp")], ids="+".join)
 @pytest.mark.parametrize("name", [
     "llama", "qwen2", "qwen3", "olmo2", "phi3", "phi", "gpt2", "gpt_neox", "bert", "roberta", "distilbert",
@@ -169,6 +174,7 @@ def steps(model: nn.Module, given: dict[str, Tensor], cache: object, length: int
 CACHED = [(5, 19), (0, 24), (11, 13)] * 6
 
 
+@pytest.mark.full(1)
 @pytest.mark.parametrize("keep", [0.5, 0.97])
 @pytest.mark.parametrize("name", DECODERS)
 def test_cached_steps_equal_one_uncached_pass(name: str, keep: float) -> None:
@@ -246,6 +252,7 @@ def replaced(model: nn.Module, replace: str) -> LayerDrop:
     return LayerDrop(attention=[1, 3], mlp=[2], replace=replace, taps=3, weights=weights)
 
 
+@pytest.mark.full(1)
 @pytest.mark.parametrize("replace", ["mean", "filter"])
 @pytest.mark.parametrize("name", ALL)
 def test_what_stands_in_for_a_sublayer_does_not_see_that_padding_left(name: str, replace: str) -> None:
@@ -258,6 +265,7 @@ def test_what_stands_in_for_a_sublayer_does_not_see_that_padding_left(name: str,
         assert error(found[row][mask], outputs(model, alone)[0]) <= CLOSE
 
 
+@pytest.mark.full(1)
 @pytest.mark.parametrize("replace", ["mean", "filter"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_cached_steps_beside_replacements_equal_one_uncached_pass(name: str, replace: str) -> None:
@@ -307,6 +315,7 @@ def gradients(model: nn.Module, given: dict[str, Tensor]) -> tuple[Tensor, dict[
     return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.full(1)
 @pytest.mark.parametrize("layout", ["none", "left"])
 @pytest.mark.parametrize("name", ALL)
 def test_gradients_are_those_of_the_slow_way(name: str, layout: str) -> None:
@@ -326,6 +335,7 @@ def test_gradients_are_those_of_the_slow_way(name: str, layout: str) -> None:
         assert (found[parameter] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6 * largest, parameter
 
 
+@pytest.mark.full(1)
 @pytest.mark.parametrize(("counts", "layout"), [
     ("equal", "no-mask"), ("equal", "none"), ("ragged", "left"),
 ])  # fmt: skip

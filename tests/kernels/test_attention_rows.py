@@ -32,6 +32,8 @@ RULES = {
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 kinds = pytest.mark.parametrize("kind", KINDS)
 rules = pytest.mark.parametrize("rule", RULES)
+# To compile takes seconds.
+COMPILED = ("causal", "bidirectional window", "everything")
 # NumPy says so in the interpreter; the infinities are meant, they stand for keys that are not seen.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 
@@ -110,6 +112,7 @@ def one_by_one(query, key, value, positions, query_offsets, key_ranges, causal, 
     return out
 
 
+@pytest.mark.full(2)
 @layouts
 @kinds
 @rules
@@ -119,7 +122,9 @@ def test_reference_is_the_definition(layout, kind, rule):
     torch.testing.assert_close(attention_rows(**given).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@rules
+@pytest.mark.parametrize(
+    "rule", [r if r in COMPILED else pytest.param(r, marks=pytest.mark.full) for r in RULES]
+)
 def test_one_graph_without_values_on_the_host_gives_the_same(rule):
     torch.compiler.reset()
     compiled = torch.compile(attention_rows, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -128,6 +133,7 @@ def test_one_graph_without_values_on_the_host_gives_the_same(rule):
         torch.testing.assert_close(compiled(**given), attention_rows(**given))
 
 
+@pytest.mark.full(2)
 @rules
 @kinds
 @layouts
@@ -171,6 +177,7 @@ def test_reference_is_the_same_in_small_pieces(layout, rule, monkeypatch):
         torch.testing.assert_close(attention_rows(**given), expected)
 
 
+@pytest.mark.full(2)
 @layouts
 @kinds
 @rules
@@ -181,6 +188,7 @@ def test_kernel_matches_the_reference(layout, kind, rule, device, poisoned, chec
     check_close(got, attention_rows_reference(**given))
 
 
+@pytest.mark.full(2)
 @pytest.mark.parametrize("rule", ["causal", "bidirectional", "everything"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "keys"), [(1, 1, 64, 1), (6, 2, 24, 150), (2, 1, 80, 130), (3, 3, 128, 65)]

@@ -47,6 +47,7 @@ def same_gradients(got, expected, inputs):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.full(2)
 @CHUNKS
 @HEADS
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -70,6 +71,7 @@ def test_cross_entropy_reference_is_that_of_torch():
     torch.testing.assert_close(chunked_cross_entropy(hidden, weight, labels, bias=shift), expected)
 
 
+@pytest.mark.full(2)
 @CHUNKS
 @HEADS
 @pytest.mark.parametrize("teacher", ["logits", "hidden", "same head"])

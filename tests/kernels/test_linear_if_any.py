@@ -9,6 +9,7 @@ import slimformer_kernels as kernels
 from slimformer_kernels.linear_if_any import linear_if_any_op, linear_if_any_reference
 
 
+@pytest.mark.full(2)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("wanted", ["none", "some", "all"])
 @pytest.mark.parametrize("shape", [(1, 40, 20), (2, 576, 33), (3, 700, 16), (4, 1, 1)], ids=str)

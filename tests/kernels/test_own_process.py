@@ -38,7 +38,7 @@ compiled(x, rows, torch.ones(8), 1e-6)
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | environment
-    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=580)
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
 
 
 def test_everything_runs_silently_without_triton():
@@ -49,11 +49,13 @@ def test_everything_runs_silently_without_triton():
     assert "Traceback" not in done.stderr
 
 
-def test_kernels_in_the_interpreter_where_triton_was_imported_first(interpreted):
+@pytest.mark.parametrize(
+    "file", [file.name for file in sorted(HERE.glob("test_*.py")) if file != Path(__file__)]
+)
+def test_kernels_in_the_interpreter_where_triton_was_imported_first(file, interpreted):
     if not HAS_TRITON or torch.cuda.is_available() or interpreted:
         pytest.skip("the kernel tests of this folder run in this process, or Triton is not installed")
-    files = [str(file) for file in sorted(HERE.glob("test_*.py")) if file != Path(__file__)]
-    done = run("-m", "pytest", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
+    done = run("-m", "pytest", "-p", "no:cacheprovider", str(HERE / file), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout
 
 

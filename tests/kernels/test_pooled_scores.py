@@ -47,6 +47,7 @@ def padding(side, batch, tokens):
     return position >= lost if side == "left" else position < tokens - lost
 
 
+@pytest.mark.full(2)
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)])
@@ -59,6 +60,7 @@ def test_reference_is_the_definition(heads, kv_heads, causal, side):
     torch.testing.assert_close(tokens.double(), expected.sum(1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full(2)
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(

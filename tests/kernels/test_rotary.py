@@ -63,6 +63,7 @@ def test_neighbours_are_those_of_gptj():
     torch.testing.assert_close(x, expected)
 
 
+@pytest.mark.full(2)
 @PAIRS
 @pytest.mark.parametrize("kind", ["none", "int64", "int32", "repeated"])
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def setting(shape, kind, device, dtype, *, strided=False):
     return x, rows, y, weight, bias
 
 
+@pytest.mark.full(2)
 @shapes
 @kinds
 def test_norms_match_their_references(shape, kind, device, dtype, poisoned, check_close):
@@ -69,6 +70,7 @@ def test_norms_match_their_references(shape, kind, device, dtype, poisoned, chec
         check_close(got, layer_norm_rows_reference(x, rows, weight, shift, EPS))
 
 
+@pytest.mark.full(2)
 @shapes
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 def test_router_scores_are_the_norm_times_a_vector(shape, strided, device, dtype, poisoned, check_close):
@@ -82,6 +84,7 @@ def test_router_scores_are_the_norm_times_a_vector(shape, strided, device, dtype
             check_close(got, expected, tolerance=1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.full(2)
 @shapes
 @kinds
 def test_add_rows_matches_its_reference_and_leaves_other_rows(shape, kind, device, dtype, check_close):
@@ -96,6 +99,7 @@ def test_add_rows_matches_its_reference_and_leaves_other_rows(shape, kind, devic
         assert torch.equal(x[others], before[others])
 
 
+@pytest.mark.full(2)
 @shapes
 @kinds
 def test_fused_add_and_norm_matches_the_two_steps(shape, kind, device, dtype, poisoned, check_close):
@@ -115,6 +119,7 @@ def test_fused_add_and_norm_matches_the_two_steps(shape, kind, device, dtype, po
         check_close(got, layer_norm_rows_reference(expected, rows, weight, shift, EPS))
 
 
+@pytest.mark.full(2)
 @shapes
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 @pytest.mark.parametrize("empty", [False, True], ids=["full", "empty"])
@@ -160,6 +165,7 @@ def test_strided_rows_and_strided_indices_are_read_in_place(device, dtype, poiso
     assert torch.equal(x._base[:, 27:], backing[:, 27:])
 
 
+@pytest.mark.full(2)
 @exp_overflows
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize("shape", [(0, 8), (1, 17), *SHAPES[1:]], ids=lambda s: f"{s[0]}x{s[1]}")

@@ -173,6 +173,7 @@ def test_the_published_example(causal):
         assert bool((found[0, 1:] < 0).all())
 
 
+@pytest.mark.full(2)
 @cases
 @directions
 def test_reference_is_the_definition(layout, kind, causal, rule):
@@ -207,6 +208,7 @@ def test_gradients_flow_through_the_reference():
     assert torch.autograd.gradcheck(lambda q, k, v: self_extend(q, k, v, **given), inputs)
 
 
+@pytest.mark.full(2)
 @cases
 @directions
 def test_kernel_matches_the_reference(layout, kind, causal, rule, device, poisoned, check_close):
@@ -216,6 +218,7 @@ def test_kernel_matches_the_reference(layout, kind, causal, rule, device, poison
     check_close(got, self_extend_reference(*given))
 
 
+@pytest.mark.full(2)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "keys"), [(1, 1, 64, 1), (6, 2, 24, 150), (2, 1, 80, 130), (3, 3, 128, 65)]
 )
@@ -239,6 +242,7 @@ def test_windows_around_the_tile_size(window, causal, device, poisoned, check_cl
     check_close(got, self_extend_reference(*given))
 
 
+@pytest.mark.full(1)
 @cases
 def test_decode_kernel_matches_the_reference(layout, kind, rule, device, poisoned, check_close):
     given = setting(layout, kind, 4, 2, 24, 300, device, rotary=20)

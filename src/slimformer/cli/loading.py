@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from slimformer.anatomy import find_anatomy
+from slimformer.cli.cpu_dtype import in_fast_dtype
 from slimformer.errors import SlimformerError
 
 _LONGEST_REASON = 300
@@ -41,7 +42,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> PreTrain
     Args:
         name: A folder or Hub id.
         device: `auto` takes a GPU where there is one.
-        dtype: Name of a torch dtype; `auto` keeps the checkpoint's.
+        dtype: Name of a torch dtype; `auto` keeps the checkpoint's, or takes float32 on a CPU that multiplies that
+            slowly.
 
     Raises:
         SlimformerError: If it cannot be loaded or moved there; the message names what was tried.
@@ -56,11 +58,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> PreTrain
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     model = _attempt(what, name, lambda: factory.from_pretrained(name, config=config, dtype=wanted))
     try:
-        return model.to(place).eval()
+        model = model.to(place).eval()
     except RuntimeError as error:
         raise SlimformerError(
             f"Cannot move {name} to the device {place}: {_reason(error)}. Give another --device."
         ) from error
+    return in_fast_dtype(model, name) if dtype == "auto" else model
 
 
 def load_embedder(name: str, device: str = "auto", dtype: str = "auto") -> Any:
@@ -69,7 +72,8 @@ def load_embedder(name: str, device: str = "auto", dtype: str = "auto") -> Any:
     Args:
         name: A folder or Hub id.
         device: `auto` takes a GPU where there is one.
-        dtype: Name of a torch dtype; `auto` keeps the checkpoint's.
+        dtype: Name of a torch dtype; `auto` keeps the checkpoint's, or takes float32 on a CPU that multiplies that
+            slowly.
 
     Raises:
         SlimformerError: If it cannot be loaded, or sentence-transformers is not installed.
@@ -93,7 +97,7 @@ def load_embedder(name: str, device: str = "auto", dtype: str = "auto") -> Any:
     if model.tokenizer.pad_token_id is None:
         # Texts of different lengths need one; which token it is does not matter, since it is masked.
         model.tokenizer.pad_token = model.tokenizer.eos_token
-    return model
+    return in_fast_dtype(model, name) if dtype == "auto" else model
 
 
 def load_for_plan(name: str, device: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:

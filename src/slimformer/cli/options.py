@@ -49,7 +49,11 @@ Device = Annotated[
     str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.")
 ]
 DtypeOption = Annotated[
-    Dtype, typer.Option("--dtype", help="What to hold the weights in; auto is the checkpoint's own.")
+    Dtype,
+    typer.Option(
+        "--dtype",
+        help="What to hold the weights in; auto is the checkpoint's own, or float32 on a CPU that is slow in it.",
+    ),
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON document to standard output instead of tables.")
