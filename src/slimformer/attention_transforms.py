@@ -21,8 +21,9 @@ from slimformer.method_fields import is_whole
 from slimformer.scored_attention import ScoredAttention, computes_scores_itself
 from slimformer.texts import TextReader, Texts
 
-# Far enough apart that any attention gives different results with the one and with the other.
+# Words in the types of layers that mix tokens without attention scores.
 _WITHOUT_SCORES = ("linear", "mamba", "recurrent", "conv")
+# Far enough apart that any attention gives different results with the one and with the other.
 _PROBES = (2.0**-10, 2.0**10)
 
 

@@ -181,7 +181,11 @@ def keeps_cache(anatomy: Anatomy) -> bool:
     """Whether a stack that is asked for a key-value cache hands one to its layers."""
     if "use_cache" not in positional_names(anatomy.stack):
         return False
-    calls = layer_calls(anatomy, cached=True)
+    try:
+        calls = layer_calls(anatomy, cached=True)
+    except UnsupportedModelError:
+        # Such as T5's encoder, whose parameter is there for the decoder that shares its class.
+        return False
     return calls is not None and any(
         isinstance(v, Cache) for given in calls.arguments for v in given.values()
     )
