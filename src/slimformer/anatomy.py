@@ -27,6 +27,7 @@ class Anatomy:
         layer_types: The cache and mask type of every layer, such as `"full_attention"`.
         unknown: Why no row of the table describes the layers, in words; empty where one does.
         caches: Whether the stack was seen to keep a key-value cache; None where attributes of the layers tell.
+        reads_padding: Whether what stands at padding was seen to change what layers give for text.
         fitting: The rows that the names of the layers' parts fit; `structure` is one of them.
     """
 
@@ -36,6 +37,7 @@ class Anatomy:
     layer_types: tuple[str, ...]
     unknown: str = ""
     caches: bool | None = None
+    reads_padding: bool = False
     fitting: tuple[Structure, ...] = ()
 
     @property
@@ -43,8 +45,9 @@ class Anatomy:
         """Whether tokens see only the past, so that a key-value cache exists."""
         if self.caches is not None:
             return self.caches
-        module = attention_core(self.layers[0], self.structure)
-        return bool(getattr(module, "is_causal", False)) or bool(
+        # Linear attentions, which a stack may begin with, do not say so.
+        cores = (attention_core(layer, self.structure) for layer in self.layers)
+        return any(bool(getattr(core, "is_causal", False)) for core in cores) or bool(
             getattr(self.stack.config, "is_decoder", False)
         )
 

@@ -37,8 +37,8 @@ from slimformer_kernels.attention_rows_reference import attention_rows_reference
 from slimformer_kernels.dispatch import runs_kernel
 from slimformer_kernels.rotary import rotary_op, rotary_reference
 
-# Arguments of cross-attention; an attention must not see them.
-_NOT_FOR_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask", "hidden_states")
+# Arguments of cross-attention and of other parts of a layer; an attention must not see them.
+_NOT_FOR_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask", "hidden_states", "per_layer_input")
 
 
 @dataclass

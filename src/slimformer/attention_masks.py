@@ -78,7 +78,9 @@ def _seen(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def is_hidden(mask: Tensor) -> Tensor:
     """Which keys a mask hides, of booleans or of additions: as good as minus infinity is what hides a key."""
-    return ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+    if mask.dtype == torch.bool or not mask.is_floating_point():
+        return ~mask.bool()
+    return mask <= torch.finfo(mask.dtype).min / 2
 
 
 def _read_keys(seen: Tensor, batch: int, tokens: int, agrees: Tensor) -> MaskReading:

@@ -78,7 +78,9 @@ class Attentions:
     def layers(self) -> list[int]:
         """The indices of the layers that have attention scores: not linear attentions, recurrences or convolutions."""
         types = self.anatomy.layer_types
-        return [index for index, kind in enumerate(types) if not any(word in kind for word in _WITHOUT_SCORES)]
+        return [
+            index for index, kind in enumerate(types) if not any(word in kind for word in _WITHOUT_SCORES)
+        ]
 
     def full_layers(self, owner: str) -> list[int]:
         """The layers that see all of a text; those with a sliding window never see more than they were trained for.

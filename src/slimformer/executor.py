@@ -132,6 +132,7 @@ class LayerExecutor:
         names: The layer's positional parameters behind the residual.
         returns: How many values the layer returns, the residual first; 0 for the residual alone, None for what its
             signature suggests.
+        pads: Whether padding is computed, since it changes what layers give for text.
     """
 
     layer: nn.Module
@@ -152,6 +153,7 @@ class LayerExecutor:
     chosen: dict[Kind, tuple[int, Tensor | int]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     returns: int | None = None
+    pads: bool = False
 
     def __post_init__(self) -> None:
         if not self.structure.apart:
@@ -178,6 +180,7 @@ class LayerExecutor:
         self.shortens = index >= shorter_from
         self.all_layers = LayerList.of(anatomy)
         self.last = index == len(anatomy.layers) - 1
+        self.pads = anatomy.reads_padding
 
     def install(self, ledger: Ledger, slot: int, counting: bool, causal: bool) -> None:
         """Put this in place of the layer's `forward`, with what replacements read.
@@ -249,7 +252,7 @@ class LayerExecutor:
                 stream.arguments = given
             stream, x = self._entered(stream, hidden_states)
             if self.chooses:
-                stream.past = self.by_rows.cached_tokens(given)
+                stream.past = self.by_rows.cached_tokens(given, stream.earlier)
             kernels = uses_kernels(x, self.layer)
             if self.chooses and x.is_cuda and not kernels and self._may_mask(stream, x):
                 return self._masked(x, stream, given)
@@ -269,7 +272,7 @@ class LayerExecutor:
             hidden_states = self.residual("attention", hidden_states, attention)
             mlp, _ = self.addition("mlp", hidden_states, kwargs)
             output = self.residual("mlp", hidden_states, mlp)
-        return self._returned(self.structure.finished(self.layer, output), weights, kwargs)
+        return self._returned(self.structure.finished(self.layer, output, kwargs), weights, kwargs)
 
     def addition(self, kind: Kind, x: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """What the sublayer adds to the residual `x` `[batch, tokens, hidden]`, and attention weights if any.
@@ -318,7 +321,8 @@ class LayerExecutor:
             ratio = self.keep_ratio(kind)
             return "chosen rows" if ratio is None else f"chosen rows, {ratio:.1%} in the last call"
         attends = self.by_rows is not None and self.by_rows.attention is not None
-        return "text rows" if not self.returns_tuple and (kind == "mlp" or attends) else "all rows"
+        by_text = not self.returns_tuple and not self.pads
+        return "text rows" if by_text and (kind == "mlp" or attends) else "all rows"
 
     def keep_ratio(self, kind: Kind) -> float | None:
         """The part of the rows that policies named in the last call; None before the first, and where none chooses."""
@@ -394,7 +398,7 @@ class LayerExecutor:
             fuse = plan.compute and len(plan.rows) == 0 and not run.touched("mlp")
             x, h = run.added_and_normed(x, attention, "mlp") if fuse else (run.added(x, attention), None)
             x = run.added(x, self._update(run, "mlp", x, h))
-        x = self.structure.finished(self.layer, x)
+        x = self.structure.finished(self.layer, x, kwargs, stream.token_of(None))
         if self.last:
             output = stream.restored(x).view(stream.batch, stream.tokens, -1)
         else:
@@ -422,7 +426,7 @@ class LayerExecutor:
         else:
             x = self._masked_residual("attention", x, attention, rows)
             mlp_rows, (mlp, _) = self._choose("mlp", x, stream), self.addition("mlp", x, kwargs)
-        output = self.structure.finished(self.layer, self._masked_residual("mlp", x, mlp, mlp_rows))
+        output = self.structure.finished(self.layer, self._masked_residual("mlp", x, mlp, mlp_rows), kwargs)
         return self._returned(output if self.last else stream.attach(output), weights, kwargs)
 
     def _choose(self, kind: Kind, x: Tensor, stream: Stream) -> Rows | None:

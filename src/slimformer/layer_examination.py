@@ -21,7 +21,7 @@ from slimformer.executor import LayerExecutor
 from slimformer.gated_mlp import GatedFinding
 from slimformer.gated_mlp import examine as examine_mlp
 from slimformer.layer_calls import LayerCalls, layer_calls, mirrored
-from slimformer.probes import configuration, error, float32_copy, in_dtype, noise, tolerance
+from slimformer.probes import LOUD, configuration, error, float32_copy, in_dtype, noise, tolerance
 from slimformer.row_sublayers import RowSublayers
 from slimformer.structures import KINDS, Structure, first_of
 from slimformer.sublayer_modules import SublayerModules, find_sublayer_modules
@@ -41,6 +41,7 @@ class LayerFinding:
         attention: How its attention can be run for chosen rows.
         gated: How its MLP can be run in a fused form, if it can.
         returns: How many values the stack takes from the layer, the residual first; 0 for the residual alone.
+        reads_padding: Whether what stands at padding changes what the layer gives for text.
         differs: How the layer differs from what its parts suggest, in words; empty where it does not.
     """
 
@@ -48,6 +49,7 @@ class LayerFinding:
     gated: GatedFinding | None = None
     differs: str = ""
     returns: int | None = None
+    reads_padding: bool = False
 
 
 _Findings: TypeAlias = dict[Structure, tuple[LayerFinding, ...]]
@@ -130,11 +132,9 @@ def _calls(anatomy: Anatomy) -> list[tuple[str, LayerCalls]]:
         ("texts without padding", layer_calls(anatomy, tokens=_TOKENS, batch=_BATCH)),
         ("texts with padding in front", layer_calls(anatomy, tokens=_TOKENS, batch=_BATCH, padding="left")),
     ]
-    first = calls[0][1]
-    far = 0
-    if first is not None and any(given.get("position_embeddings") is not None for given in first.arguments):
-        # Only where positions are angles: a table of positions ends.
-        far = _FAR * _longest(anatomy.stack.config)
+    # Only where positions are angles: a table of positions ends.
+    angles = any(name.endswith("inv_freq") for name, _ in anatomy.stack.named_buffers())
+    far = _FAR * _longest(anatomy.stack.config) if angles else 0
     behind = layer_calls(anatomy, tokens=_TOKENS, batch=_BATCH, padding="right", start=far)
     calls.append((f"texts with padding behind, from position {far} on", behind))
     return [(what, call) for what, call in calls if call is not None]
@@ -163,11 +163,13 @@ def _examined(anatomy: Anatomy, index: int, calls: list[tuple[str, LayerCalls]])
     differs = _layer_differs(layer, structure, index, calls)
     if differs:
         return LayerFinding(AttentionFinding(reason=differs), differs=differs)
-    attention = examine_attention(
-        core, _attention_calls(layer, structure, core, index, calls), anatomy.causal
-    )
+    heads = _attention_calls(layer, structure, core, index, calls)
+    if isinstance(heads, str):
+        return LayerFinding(AttentionFinding(reason=heads), differs=heads)
+    attention = examine_attention(core, heads, anatomy.causal)
     gated = examine_mlp(structure.mlp.of(layer)) if structure.mlp.alone(layer) else None
-    return LayerFinding(attention, gated, returns=calls[0][1].returns)
+    reads_padding = _reads_padding(layer, index, calls)
+    return LayerFinding(attention, gated, returns=calls[0][1].returns, reads_padding=reads_padding)
 
 
 def _layer_differs(
@@ -198,6 +200,26 @@ def _layer_differs(
     return ""
 
 
+def _reads_padding(layer: nn.Module, index: int, calls: list[tuple[str, LayerCalls]]) -> bool:
+    """Whether a layer's outputs for text change with what stands at padding, as behind a convolution without a mask."""
+    trial = float32_copy(layer)
+    trial = layer if trial is None else trial
+    weight = next((p for p in trial.parameters() if p.is_floating_point()), None)
+    for _, call in calls:
+        like = call.hidden if weight is None else weight
+        text = call.text.to(like.device)
+        if bool(text.all()):
+            continue
+        given = {name: in_dtype(value, like) for name, value in call.arguments[index].items()}
+        x, other = (noise(tuple(call.hidden.shape), like, seed=seed) for seed in (0, 1))
+        changed = torch.where(text[..., None], x, LOUD * other)
+        with in_eval_mode(trial):
+            outputs = [first_of(trial(t, **given))[text] for t in (x, changed)]
+        if not error(*outputs) <= tolerance(x):
+            return True
+    return False
+
+
 def _mlp_by_rows(layer: nn.Module, structure: Structure, x: Tensor) -> float:
     """How far the MLP of some tokens is from the same tokens' of all."""
     some, whole = x.flatten(0, 1)[1::3], structure.mlp.by_token(layer, x).flatten(0, 1)[1::3]
@@ -210,8 +232,8 @@ class _Reached(Exception):
 
 def _attention_calls(
     layer: nn.Module, structure: Structure, core: nn.Module, index: int, calls: list[tuple[str, LayerCalls]]
-) -> list[AttentionCall]:
-    """What the attention of a layer gets in calls of the stack."""
+) -> list[AttentionCall] | str:
+    """What the attention of a layer gets in calls of the stack; in words how its input is not the one expected."""
     found: list[AttentionCall] = []
     for what, call in calls:
         stub = nn.Module()
@@ -226,6 +248,19 @@ def _attention_calls(
         try:
             mirror(call.hidden, **call.arguments[index])
         except _Reached:
-            given.pop("hidden_states", None)
+            came = given.pop(positional_names(core)[0], None)
+            if not isinstance(came, Tensor) or not _is_heads_input(layer, structure, call.hidden, came):
+                return "its attention reads something else than the residual behind the norm in front of it"
             found.append(AttentionCall(given, call.text, what))
     return found
+
+
+def _is_heads_input(layer: nn.Module, structure: Structure, hidden: Tensor, came: Tensor) -> bool:
+    """Whether what an attention got is what queries, keys and values are to be made of."""
+    try:
+        expected = structure.heads_input(layer, hidden)
+    except AttributeError:
+        return False
+    return came.shape == expected.shape and error(came.flatten(0, -2), expected.flatten(0, -2)) <= tolerance(
+        came
+    )

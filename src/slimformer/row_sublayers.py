@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from slimformer.anatomy import attention_core
 from slimformer.attention import RowAttention, for_attention
@@ -106,13 +107,20 @@ class RowSublayers:
         attention = None if self.attention is None else replace(self.attention)
         return replace(self, attention=attention, counted=counted)
 
-    def cached_tokens(self, kwargs: dict[str, Any]) -> int | Tensor:
-        """How many tokens this layer's slot of the cache holds."""
-        cache, slot = (
-            layer_cache(kwargs),
-            getattr(attention_core(self.layer, self.structure), "layer_idx", None),
-        )
-        return 0 if cache is None or slot is None else cache.get_seq_length(slot)
+    def cached_tokens(self, kwargs: dict[str, Any], earlier: int | Tensor) -> int | Tensor:
+        """How many tokens this layer's slot of the cache holds.
+
+        Args:
+            kwargs: The layer's arguments.
+            earlier: How many came in earlier calls, for slots that hold no keys of their own.
+        """
+        cache = layer_cache(kwargs)
+        slot = getattr(attention_core(self.layer, self.structure), "layer_idx", None)
+        if cache is None or slot is None:
+            return 0
+        if slot < len(cache.layers) and not isinstance(cache.layers[slot], (DynamicLayer, StaticLayer)):
+            return earlier
+        return cache.get_seq_length(slot)
 
     def earlier_tokens(self, kwargs: dict[str, Any], tokens: int) -> int | Tensor:
         """How many tokens came in earlier calls, by the first slot of the cache, from which no token leaves."""

@@ -239,6 +239,9 @@ class Stream:
     def positions(self) -> Tensor:
         """The position of every row's token in its text, int64 `[rows]`: the model's position ids, if it has any."""
         ids = self.arguments.get("position_ids")
+        if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > self.tokens and self.causal:
+            # A stack that goes on with the last tokens alone, where upper layers read the keys of lower ones (Gemma 4).
+            ids = ids[:, -self.tokens :]
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != self.tokens:
             ids = torch.arange(self.tokens, device=self.device)[None] + self.past
             mask = self.arguments.get("attention_mask")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -121,6 +121,49 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class PerLayerInput:
+    """What some layers add behind their MLP, from an input that every token has for every layer (Gemma 3n and 4).
+
+    Attribute names, inside the layer: `x + norm(projection(activation(gate(x)) * input))`.
+
+    Attributes:
+        gate: The layer that makes a gate of the residual.
+        activation: The activation of the gate.
+        projection: The layer back to the residual's size.
+        norm: The norm behind it.
+        argument: The layer's argument that holds the inputs, `[batch, tokens, size]`.
+    """
+
+    gate: str
+    activation: str
+    projection: str
+    norm: str
+    argument: str
+
+    def children(self) -> set[str]:
+        """Names of the layer's children that belong to it."""
+        return {self.gate, self.activation, self.projection, self.norm}
+
+    def added(self, layer: nn.Module, x: Tensor, kwargs: Mapping[str, Any], token: Tensor | None) -> Tensor:
+        """The residual `x` `[..., hidden]` behind it.
+
+        Args:
+            layer: The layer.
+            x: Rows of the residual, or all of it.
+            kwargs: The layer's arguments.
+            token: Which of the `batch * tokens` tokens the rows are, int64; None for all in order.
+        """
+        given = kwargs[self.argument].flatten(0, 1)
+        given = given if token is None else given.index_select(0, token)
+        gate, activation, projection, norm = (
+            layer.get_submodule(name) for name in (self.gate, self.activation, self.projection, self.norm)
+        )
+        gated = activation(gate(x)) * given.view(*x.shape[:-1], -1)
+        behind: Tensor = x + norm(projection(gated))
+        return behind
+
+
+@dataclass(frozen=True)
 class Structure:
     """One row of the structure table: how the layers of some families are built.
 
@@ -133,6 +176,7 @@ class Structure:
     mlp: Parts
     parallel: bool = False
     apart: bool = True
+    per_layer_input: PerLayerInput | None = None
     scalar: str | None = None
     examples: str = ""
 
@@ -147,6 +191,11 @@ class Structure:
     def fits(self, children: set[str]) -> bool:
         """Whether a layer with these children, and no other, may be built like this."""
         known = self.attention.children() | self.mlp.children()
+        if self.per_layer_input is not None:
+            own = self.per_layer_input.children()
+            if not own <= children:
+                return False
+            known |= own
         return children <= known and self.attention.fits(children) and self.mlp.fits(children)
 
     def heads_input(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -156,8 +205,12 @@ class Structure:
             return first_of(parts.of(layer).get_submodule(parts.inner_norm)(x))
         return x if parts.norm_before is None else first_of(layer.get_submodule(parts.norm_before)(x))
 
-    def finished(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """What leaves the layer, of the residual behind both sublayers."""
+    def finished(
+        self, layer: nn.Module, x: Tensor, kwargs: Mapping[str, Any], token: Tensor | None = None
+    ) -> Tensor:
+        """What leaves the layer, of the residual `x` behind both sublayers; arguments as in `PerLayerInput.added`."""
+        if self.per_layer_input is not None:
+            x = self.per_layer_input.added(layer, x, kwargs, token)
         return x if self.scalar is None else x * getattr(layer, self.scalar)
 
 
@@ -273,6 +326,20 @@ STRUCTURES: tuple[Structure, ...] = (
         examples="Gemma 4",
     ),
     Structure(
+        "sandwich norms, per-layer inputs, scaled",
+        Parts("self_attn", norm_before="input_layernorm", norm_after="post_attention_layernorm"),
+        Parts("mlp", norm_before="pre_feedforward_layernorm", norm_after="post_feedforward_layernorm"),
+        per_layer_input=PerLayerInput(
+            "per_layer_input_gate",
+            "act_fn",
+            "per_layer_projection",
+            "post_per_layer_input_norm",
+            "per_layer_input",
+        ),
+        scalar="layer_scalar",
+        examples="Gemma 4 E2B, E4B",
+    ),
+    Structure(
         "sandwich norms, named after the MLP",
         Parts("self_attn", norm_before="input_layernorm", norm_after="post_attention_layernorm"),
         Parts("mlp", norm_before="pre_mlp_layernorm", norm_after="post_mlp_layernorm"),
@@ -372,7 +439,19 @@ STRUCTURES: tuple[Structure, ...] = (
         "pre-norm, BERT",
         Parts("attention", whole=True, inner_norm="LayerNorm"),
         Parts("intermediate", norm_before="LayerNorm", projection="output"),
-        examples="ESM, XLM-RoBERTa-XL",
+        examples="ESM",
+    ),
+    Structure(
+        "pre-norm, large XLM-RoBERTa",
+        Parts("attention", whole=True, inner_norm="self_attn_layer_norm"),
+        Parts("intermediate", norm_before="LayerNorm", projection="output"),
+        examples="XLM-RoBERTa-XL",
+    ),
+    Structure(
+        "pre-norm, norms inside",
+        Parts("attention", whole=True, inner_norm="LayerNorm"),
+        Parts("intermediate", projection="output"),
+        examples="RoBERTa-PreLayerNorm",
     ),
     Structure(
         "pre-norm, Megatron's BERT",

@@ -127,7 +127,8 @@ def examine_support(anatomy: Anatomy) -> Support:
             findings = examine_layers(built)
             differs = next(((i, found.differs) for i, found in enumerate(findings) if found.differs), None)
             if differs is None:
-                return Support("rows", "", built, findings)
+                reads_padding = any(found.reads_padding for found in findings)
+                return Support("rows", "", dataclasses.replace(built, reads_padding=reads_padding), findings)
             index, how = differs
             why = why or (
                 f"layer {index}, {type(anatomy.layers[index]).__name__}, has the parts of the structure "

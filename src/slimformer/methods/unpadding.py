@@ -32,13 +32,17 @@ class Unpadding:
     """
 
     def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
-        """All rows that are text, in every layer whose sublayers can be computed apart."""
+        """All rows that are text, in every layer whose sublayers can be computed apart.
+
+        Where padding changes what layers give for text, as behind a convolution without a mask, it stays.
+        """
         if not anatomy.structure.apart:
             return {}
         plans: dict[tuple[int, Kind], SublayerPlan] = {
             (index, "attention"): SublayerPlan() for index in range(len(anatomy.layers))
         }
-        plans[0, "attention"] = SublayerPlan(staying=(_Text(),))
+        if not anatomy.reads_padding:
+            plans[0, "attention"] = SublayerPlan(staying=(_Text(),))
         return plans
 
 
