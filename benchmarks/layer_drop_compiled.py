@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from benchmarks.compare import Case, compare, relative_error
-from benchmarks.layer_drop import BATCHES, PROMPT, layer_drop_table
-from benchmarks.llamas import DENSE, SLIM, SUBLAYERS, DenseAndSlim, held, saved
+from benchmarks.compare import compare
+from benchmarks.layer_drop import BATCHES, PROMPT, judged, layer_drop_table
+from benchmarks.llamas import DENSE, SLIM, SUBLAYERS, DenseAndSlim, held, saved, sublayers_in_float32
 from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort, Regime
@@ -20,9 +19,6 @@ from slimformer.evaluation.speed import cache_bytes
 
 # Room in the static cache behind the prompt.
 _ROOM = 128
-# Fused operations keep float32 where eager ones round, in every one of 32 layers, so the unpatched model's own error
-# between compiled and eager is the yardstick: 6e-2, where an attention too few makes 7e-1.
-_TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 
 
 @benchmark(
@@ -68,24 +64,17 @@ def _decode(settings: Settings, models: DenseAndSlim, batch: int, prompt: int) -
         out: Tensor = sublayers(newest, rotary, mask, caches[SUBLAYERS])
         return out
 
-    references: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
-        DENSE: (dense_step, models.step_by_hand(ids, token, ())),
-        SLIM: (slim_step, models.step_by_hand(ids, token, models.dropped)),
-        SUBLAYERS: (
-            sublayers_step,
-            models.sublayers(h, models.rotary(0, prompt + 1), None, None)[:, -1:],
-        ),
-    }
-    cases = {
-        name: _case(
-            step,
-            expected,
-            # The unpatched model is measured, not judged; NaN passes nowhere.
-            math.inf if name == DENSE else _TOLERANCE[settings.dtype],
-            _rewinder(caches[name], prompt),
-        )
-        for name, (step, expected) in references.items()
-    }
+    both = torch.cat([ids, token], dim=1)
+    expected = sublayers_in_float32(models.sublayers, h, models.rotary(0, prompt + 1))[:, -1:].clone()
+    cases = judged(
+        settings,
+        {
+            DENSE: (dense_step, models.in_float32(both, ())),
+            SLIM: (slim_step, models.in_float32(both, models.dropped)),
+            SUBLAYERS: (sublayers_step, expected),
+        },
+        {name: _rewinder(cache, prompt) for name, cache in caches.items()},
+    )
     parameters: Parameters = {"phase": "decode, compiled", "batch": batch, "tokens": prompt}
     regimes: tuple[Regime, ...] = ("queued", "wall")
     for regime in regimes:
@@ -108,14 +97,6 @@ def _compiled(settings: Settings, call: Callable[..., Any]) -> Callable[..., Any
         return torch.compile(call, mode="reduce-overhead", fullgraph=True, dynamic=False)
     # Where only the code is tried out, tracing is what can fail.
     return torch.compile(call, backend="eager", fullgraph=True, dynamic=False)
-
-
-def _case(step: Callable[[], Tensor], expected: Tensor, tolerance: float, rewind: Callable[[], None]) -> Case:
-    def check() -> float:
-        rewind()
-        return relative_error(step(), expected)
-
-    return Case(step, check, tolerance, rewind, yardstick=DENSE)
 
 
 def _rewinder(cache: StaticCache, tokens: int) -> Callable[[], None]:

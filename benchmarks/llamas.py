@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -77,6 +78,17 @@ def with_shared_weights(model: Model) -> Model:
     # The memo makes the copy share every tensor and have modules of its own.
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+@contextlib.contextmanager
+def fast_float32(device: torch.device) -> Iterator[None]:
+    """Float32 whose products a GPU rounds to TF32: three more bits than bfloat16 has, at an eighth of the time."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def logits_in_float32(
@@ -161,22 +173,15 @@ class DenseAndSlim:
         cos, sin = self.dense.model.rotary_emb(self.hidden(1, 1), position_ids=positions)
         return cos, sin
 
-    def by_hand(self, ids: Tensor, cache: DynamicCache, start: int, dropped: Collection[int]) -> Tensor:
-        """Logits of the last token, layer by layer without the executor: what the models are checked against."""
-        stack = self.dense.model
-        h, rotary = stack.embed_tokens(ids), self.rotary(start, ids.shape[1])
-        for index, layer in enumerate(stack.layers):
-            if index not in dropped:
-                h = _attention(layer, h, rotary, None, cache)
-            h = h + layer.mlp(layer.post_attention_layernorm(h))
-        logits: Tensor = self.dense.lm_head(stack.norm(h[:, -1:]))
-        return logits
+    def in_float32(self, ids: Tensor, dropped: Collection[int]) -> Tensor:
+        """Logits of the last token in float32 without some attentions: what the models are judged by."""
+        none = torch.zeros(1, 1, 1, dtype=torch.bool, device=ids.device)
 
-    def step_by_hand(self, prompt: Tensor, token: Tensor, dropped: Collection[int]) -> Tensor:
-        """Logits after one cached step of one token behind the prompt."""
-        cache = DynamicCache(config=self.dense.config)
-        self.by_hand(prompt, cache, 0, dropped)
-        return self.by_hand(token, cache, prompt.shape[1], dropped)
+        def keeps(layer: int, kind: str) -> Tensor | None:
+            return none if kind == "attention" and layer in dropped else None
+
+        with fast_float32(ids.device):
+            return logits_in_float32(self.dense, ids, keeps)
 
 
 class Sublayers(nn.Module):
@@ -191,6 +196,17 @@ class Sublayers(nn.Module):
         for layer in self.layers:
             h = _attention(layer, h, rotary, mask, cache)
         return h
+
+
+def sublayers_in_float32(sublayers: Sublayers, h: Tensor, rotary: Rotary) -> Tensor:
+    """What the layers make of the whole residual `[batch, tokens, hidden]` without a cache, in float32."""
+    h, rotary = h.float(), (rotary[0].float(), rotary[1].float())
+    with torch.no_grad(), fast_float32(h.device):
+        for layer in sublayers.layers:
+            wide = copy.deepcopy(layer.get_submodule("self_attn")).float()
+            norm = copy.deepcopy(layer.get_submodule("input_layernorm")).float()
+            h = h + _attention_in_float32(wide, norm(h), rotary)
+    return h
 
 
 def saved(medians: Medians) -> dict[str, dict[str, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import slimformer
 from benchmarks import tables
 from benchmarks.compare import Case, Medians, compare, relative_error
-from benchmarks.llamas import llama_8b, logits_in_float32, with_shared_weights
+from benchmarks.llamas import fast_float32, llama_8b, logits_in_float32, with_shared_weights
 from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort, Regime
@@ -54,9 +54,7 @@ def run(settings: Settings) -> Iterator[Measurement]:
         logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits
 
-    # Three more bits than bfloat16 has are enough to judge it by, at an eighth of float32's time.
-    torch.set_float32_matmul_precision("high" if settings.device.type == "cuda" else "highest")
-    expected = logits_in_float32(dense, ids)
+    expected = in_float32(dense, ids)
     lossless = slimformer.patch(with_shared_weights(dense))
     cases = {
         DENSE: Case(partial(call, dense), lambda: relative_error(call(dense), expected), math.inf),
@@ -79,7 +77,7 @@ def run(settings: Settings) -> Iterator[Measurement]:
             actual = call(model)
             masks = dict(recording.masks)
             return relative_error(
-                actual, logits_in_float32(dense, ids, lambda layer, kind: masks.get((layer, kind)))
+                actual, in_float32(dense, ids, lambda layer, kind: masks.get((layer, kind)))
             )
 
         cases[name] = Case(partial(call, slim), check, settings.tolerance, yardstick=DENSE)
@@ -99,7 +97,16 @@ def run(settings: Settings) -> Iterator[Measurement]:
         yield from compare(
             settings, parameters, cases, regime=regime, baseline=DENSE, values=values, effort=effort
         )
-    torch.set_float32_matmul_precision("highest")
+
+
+def in_float32(
+    model: LlamaForCausalLM,
+    ids: Tensor,
+    keeps: Callable[[int, str], Tensor | None] = lambda layer, kind: None,
+) -> Tensor:
+    """Logits of the last token with the tokens that every sublayer keeps."""
+    with fast_float32(ids.device):
+        return logits_in_float32(model, ids, keeps)
 
 
 def random_routers(hidden: int, kinds: tuple[Kind, ...], layers: list[int]) -> MixtureOfDepths:
