@@ -18,4 +18,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = "a CUDA device" if HAS_TRITON else "Triton"
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason=f"needs {missing}; SLIMFORMER_GPU_TESTS=cpu tries the logic out"))
+            item.add_marker(
+                pytest.mark.skip(reason=f"needs {missing}; SLIMFORMER_GPU_TESTS=cpu tries the logic out")
+            )

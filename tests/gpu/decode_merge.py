@@ -40,7 +40,11 @@ def error(
         "inv_freq": 1.0 / 100.0 ** (torch.arange(width // 2) / (width // 2)),
     }
     rules = {"longest": count, "causal": True, "scale": width**-0.5, "group": 4, "window": 30, "trained": 40}
-    tensors = (random(3 * count, heads, width), random(3, keys, kv_heads, width), random(3, keys, kv_heads, width))
+    tensors = (
+        random(3 * count, heads, width),
+        random(3, keys, kv_heads, width),
+        random(3, keys, kv_heads, width),
+    )
     expected = self_extend(*(t.float() for t in tensors), **given, **rules, softcap=softcap)
     on_gpu = {name: t.to(device) for name, t in given.items()}
     actual = self_extend(*(t.to(device) for t in tensors), **on_gpu, **rules, softcap=softcap).cpu().float()

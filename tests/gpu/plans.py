@@ -56,7 +56,9 @@ def noise(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
 
 def head() -> dict[str, Tensor]:
     """A linear head behind the last layer."""
-    return dict(zip(HEAD, (noise(HIDDEN, HIDDEN, scale=0.5 * HIDDEN**-0.5), noise(HIDDEN, scale=0.1)), strict=True))
+    return dict(
+        zip(HEAD, (noise(HIDDEN, HIDDEN, scale=0.5 * HIDDEN**-0.5), noise(HIDDEN, scale=0.1)), strict=True)
+    )
 
 
 def left_behind(replace: str, taps: int = 3) -> LayerDrop:

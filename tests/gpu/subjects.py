@@ -174,11 +174,15 @@ def typical(actual: Tensor, expected: Tensor, mask: Tensor, part: float = 0.5) -
 
 
 @cache
-def _float32(name: str, method: Any, texts: tuple[tuple[int, int], ...], more: tuple[tuple[str, Any], ...]) -> Tensor:
+def _float32(
+    name: str, method: Any, texts: tuple[tuple[int, int], ...], more: tuple[tuple[str, Any], ...]
+) -> Tensor:
     model = build(name)
     if method is not None:
         slimformer.patch(model, *method.plan())
-    return outputs(model, arguments(name, texts, max(begin + length for begin, length in texts)), **dict(more))
+    return outputs(
+        model, arguments(name, texts, max(begin + length for begin, length in texts)), **dict(more)
+    )
 
 
 def in_float32(name: str, method: Any, texts: tuple[tuple[int, int], ...], **more: Any) -> Tensor:

@@ -74,7 +74,10 @@ def compare(name: str, method: Method, dtype: torch.dtype) -> None:
         expected = in_float32(name, method, texts, **more)
         assert measure(actual, expected, mask) <= TOLERANCE[dtype]
         # Without the method the test fails.
-        assert method.name == "plain" or off(in_float32(name, None, texts), expected, mask) > 2 * TOLERANCE[dtype]
+        assert (
+            method.name == "plain"
+            or off(in_float32(name, None, texts), expected, mask) > 2 * TOLERANCE[dtype]
+        )
     # Of a LayerNorm's scores there is no kernel.
     assert launched(ran, *(k for k in method.kernels if k != "router_scores" or name == "llama")), ran
 
@@ -107,7 +110,10 @@ def test_what_is_counted_as_launched_is_on_the_gpu(name: str) -> None:
             outputs(model, given)
     names = " ".join(event.key for event in profile.key_averages())
     assert launches
-    assert all(f"{name}_kernel" in names or f"_{name}kernel" in names for name in map(bare, launches)), (launches, names)
+    assert all(f"{name}_kernel" in names or f"_{name}kernel" in names for name in map(bare, launches)), (
+        launches,
+        names,
+    )
 
 
 def bare(operator: str) -> str:

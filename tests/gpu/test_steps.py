@@ -80,7 +80,12 @@ def check(name: str, plan: str, dtype: torch.dtype, cache_for: Callable[[Any], C
 
 
 def test_a_routed_step_of_one_token_leaves_out_weights_that_no_token_wants() -> None:
-    sizes = {"hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 2}
+    sizes = {
+        "hidden_size": 2048,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 2,
+    }
     texts, dtype = ((0, 24),), torch.bfloat16
 
     def patched(model: Any) -> Any:
@@ -126,7 +131,9 @@ def test_one_graph_decodes_token_by_token(name: str, plan: str) -> None:
     token, place = ids[:, 40:41].clone(), torch.full_like(ids[:, :1], 40)
 
     def step() -> Tensor:
-        return outputs(model, {"input_ids": token, "position_ids": place}, past_key_values=past, use_cache=True)
+        return outputs(
+            model, {"input_ids": token, "position_ids": place}, past_key_values=past, use_cache=True
+        )
 
     def rewind() -> None:
         past.reset()
@@ -170,7 +177,9 @@ def test_compiled_prompt_and_steps() -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager" if DRY else "inductor")
     past = StaticCache(config=model.config, max_cache_len=ROOM)
-    found = [outputs(compiled, {"input_ids": given["input_ids"][:, :40]}, past_key_values=past, use_cache=True)]
+    found = [
+        outputs(compiled, {"input_ids": given["input_ids"][:, :40]}, past_key_values=past, use_cache=True)
+    ]
     for index in range(40, 44):
         step = {"input_ids": given["input_ids"][:, index : index + 1]}
         found.append(outputs(compiled, step, past_key_values=past, use_cache=True).clone())
