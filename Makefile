@@ -1,5 +1,6 @@
 # `make test` sets up an environment in .venv and runs lint, types and tests; FULL=--full runs every combination.
 # `make test-repository` runs what checks the repository itself: benchmarks at tiny sizes, tables in the documents.
+# `make test-gpu` runs the library on a GPU, `make test-kernels` its kernels alone, both with PYTHON's own PyTorch.
 # `make test-oldest` and `make test-newest` run the sweep over all models and the core tests at both ends of the
 # supported versions, each in an environment of its own.
 # `make demo` sets up .venv and shows what is gained on real models; MODEL=folder-or-Hub-id takes another one.
@@ -13,11 +14,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OLDEST = torch==2.9.* transformers==5.16.*
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal $(FULL)
+# Triton compiles for most of the time, in as many processes as share the GPU.
+GPU_WORKERS ?= 4
+ON_GPU = PYTHONPATH=src:kernels:tests OMP_NUM_THREADS=2 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist worksteal $(FULL)
 # What patches models.
 CORE = $(addprefix tests/test_, $(addsuffix .py, anatomy plan rows unpadding layer_drop \
 	replacements early_exit mixture_of_depths token_elimination temperature self_extend integration embeddings))
 
-.PHONY: setup test test-repository test-oldest test-newest lint demo
+.PHONY: setup test test-gpu test-kernels test-repository test-oldest test-newest lint demo
 setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +43,12 @@ lint: setup
 
 test: lint
 	$(BIN)/python $(PYTEST)
+
+test-gpu:
+	$(ON_GPU) tests/gpu
+
+test-kernels:
+	$(ON_GPU) tests/kernels
 
 test-repository: setup
 	$(BIN)/python -m pytest --repository tests/test_benchmarks.py

@@ -1,8 +1,8 @@
 """The two ways to merge a decode step's parts on a few small shapes, to be run under `compute-sanitizer`.
 
-Run it as `compute-sanitizer --tool memcheck python -m gpu.decode_merge` with tests, src and kernels on the path, and once
-more with `--tool racecheck`. Queries times query heads per key head decide who merges what the programs found: up to 16
-rows the last program of each key head, beyond that a second launch.
+Run it as `compute-sanitizer --tool memcheck python -m gpu.decode_merge` with tests, src and kernels on the path, and
+once more with `--tool racecheck`. Queries times query heads per key head decide who merges what the programs found: up
+to 16 rows the last program of each key head, beyond that a second launch.
 """
 
 from __future__ import annotations

@@ -146,7 +146,8 @@ METHODS = [
         (ATTENTION,), True,
     ),
     Method(
-        "leave-threshold", lambda: (TokenElimination({1: 1.0}, threshold=True, **SHORT),), ("llama",), (ATTENTION,), True
+        "leave-threshold", lambda: (TokenElimination({1: 1.0}, threshold=True, **SHORT),), ("llama",), (ATTENTION,),
+        chooses=True,
     ),
     Method("leave-norm", lambda: (TokenElimination({1: 0.5}, scorer="norm", **SHORT),), ("llama",), (ATTENTION,), True),
     Method("leave-predictor", lambda: (predicted(),), ("llama", "bert"), (ATTENTION,), True),
@@ -184,7 +185,8 @@ METHODS = [
     Method(
         "leave-and-drop-and-route",
         lambda: (
-            TokenElimination({2: 0.5}, scorer="random", **SHORT), LayerDrop(attention=[3]), routed(mlp=[1], attention=[2])
+            TokenElimination({2: 0.5}, scorer="random", **SHORT), LayerDrop(attention=[3]),
+            routed(mlp=[1], attention=[2]),
         ),
         ("llama",), ("router_scores", ATTENTION), True,
     ),

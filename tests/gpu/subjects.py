@@ -32,7 +32,8 @@ _SIZES = {
 }  # fmt: skip
 # One of every structure, and of every way to turn channels.
 DECODERS: dict[str, dict[str, Any]] = {
-    "llama": {}, "qwen3": {"head_dim": 64}, "olmo2": {}, "phi3": {}, "phi": {}, "gpt2": {"n_inner": 512}, "gpt_neox": {},
+    "llama": {}, "qwen3": {"head_dim": 64}, "olmo2": {}, "phi3": {}, "phi": {}, "gpt2": {"n_inner": 512},
+    "gpt_neox": {},
     "gemma2": {"head_dim": 64, "sliding_window": WINDOW}, "gemma3_text": {"head_dim": 64, "sliding_window": WINDOW},
     "cohere": {"logit_scale": 1.0}, "glm": {"head_dim": 64},
 }  # fmt: skip

@@ -105,9 +105,9 @@ def test_what_is_counted_as_launched_is_on_the_gpu(name: str) -> None:
     given = moved(arguments(name, LAYOUTS["right" if name not in DECODERS else "left"]))
     with with_kernels():
         outputs(model, given)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        with with_kernels() as launches:
-            outputs(model, given)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile, with_kernels() as launches:
+        outputs(model, given)
     names = " ".join(event.key for event in profile.key_averages())
     assert launches
     assert all(f"{name}_kernel" in names or f"_{name}kernel" in names for name in map(bare, launches)), (

@@ -151,6 +151,8 @@ def test_decoder_step_compiles_and_replays_in_a_cuda_graph(gpu, check_close):
         assert torch.equal(got, want)
 
 
+# Its reference takes seconds.
+@pytest.mark.full(2)
 @pytest.mark.parametrize("packed", [False, True], ids=["cache", "packed"])
 @pytest.mark.parametrize("width", [64, 80, 128, 256])
 @pytest.mark.parametrize(
