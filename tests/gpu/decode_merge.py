@@ -20,7 +20,7 @@ SHAPES = [
     (2, 2, 64, 130, 1), (32, 4, 128, 700, 1), (16, 4, 80, 333, 4), (8, 2, 64, 700, 5), (16, 2, 128, 333, 5),
     (32, 4, 64, 1500, 8), (9, 3, 24, 65, 7),
 ]  # fmt: skip
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def error(
@@ -55,14 +55,14 @@ def main() -> int:
     """Run them all; 1 where a result is wrong, 2 where there is no GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() and HAS_TRITON else "cpu")
     wrong = 0
-    for shape in SHAPES:
+    for number, shape in enumerate(SHAPES):
+        softcap = (None, 20.0)[number % 2]
         for dtype in TOLERANCE:
-            for softcap in (None, 20.0):
-                found = error(shape, dtype, device, softcap)
-                wrong += not found <= TOLERANCE[dtype]
-                rows = shape[4] * (shape[0] // shape[1])
-                way = "merged at once" if rows <= 16 else "merged apart"
-                print(f"{shape} {dtype} softcap {softcap}: {rows} rows, {way}, error {found:.2g}", flush=True)
+            found = error(shape, dtype, device, softcap)
+            wrong += not found <= TOLERANCE[dtype]
+            rows = shape[4] * (shape[0] // shape[1])
+            way = "merged at once" if rows <= 16 else "merged apart"
+            print(f"{shape} {dtype} softcap {softcap}: {rows} rows, {way}, error {found:.2g}", flush=True)
     print(f"{wrong} wrong, on {device.type}")
     return 2 if device.type == "cpu" else min(wrong, 1)
 
