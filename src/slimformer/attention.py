@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slimformer.anatomy import positional_names
@@ -378,8 +378,7 @@ class RowAttention:
     @staticmethod
     def cache_of(kwargs: dict[str, Any]) -> Cache | None:
         """The key-value cache among the layer's arguments."""
-        cache = layer_cache(kwargs)
-        return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        return layer_cache(kwargs)
 
 
 def for_attention(kwargs: dict[str, Any], module: nn.Module) -> dict[str, Any]:

@@ -7,15 +7,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    EncoderDecoderCache,
+)
 
 from slimformer.errors import PlanError
 
 # What layers, attentions and stacks call the cache: from 5.24 of transformers on, before it, and in GPT-NeoX.
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 # What one layer's slot holds: keys and values of all tokens or of those that stay, the last inputs of a filter with so
-# many taps, or nothing.
-Content = Literal["keys", "keys that stay", "nothing"] | int
+# many taps, nothing, or how many tokens have passed.
+Content = Literal["keys", "keys that stay", "nothing", "count"] | int
 # Inputs kept beyond what a filter reads, so that speculative decoding can take back what it guessed.
 _SPARE_INPUTS = 64
 
@@ -35,7 +41,7 @@ def compact_slots(layer_types: Sequence[str], dropped: Sequence[int]) -> list[in
         The slot of every layer.
 
     Raises:
-        PlanError: If nothing that survives can fill slot 0, from which positions are counted.
+        PlanError: If nothing that survives can fill the slot from which positions are counted.
 
     Example:
         >>> compact_slots(["full"] * 4, dropped=[0, 2])
@@ -50,33 +56,34 @@ def compact_slots(layer_types: Sequence[str], dropped: Sequence[int]) -> list[in
         order = [i for i in own if i not in gone] + [i for i in own if i in gone]
         for layer, slot in zip(order, own, strict=True):
             slots[layer] = slot
-    if gone and slots.index(0) in gone:
+    counted = counting_slot(layer_types)
+    if gone and slots.index(counted) in gone:
+        kind = layer_types[counted]
         raise PlanError(
-            f"The plan drops every attention of type {layer_types[0]!r} (layers "
-            f"{[i for i, t in enumerate(layer_types) if t == layer_types[0]]}), and positions are counted in "
+            f"The plan drops every attention of type {kind!r} (layers "
+            f"{[i for i, t in enumerate(layer_types) if t == kind]}), and positions are counted in "
             "the cache of the first of them. Keep at least one attention of this type."
         )
     return slots
 
 
-def check_first_slots(layer_types: Sequence[str], dropped: Sequence[int]) -> None:
-    """Check that layers which stay in their slots leave those filled by which positions and masks are made.
+def counting_slot(layer_types: Sequence[str]) -> int:
+    """The slot from which a cache reads how many tokens it holds: the first that is no linear attention's.
 
-    Args:
-        layer_types: The cache type of every layer.
-        dropped: Indices of layers whose token mixer does not run.
-
-    Raises:
-        PlanError: If the first slot, or the first of a type that is still used, would stay empty.
+    Example:
+        >>> counting_slot(["linear_attention", "full_attention"])
+        1
     """
-    gone = set(dropped)
-    for kind in dict.fromkeys(layer_types):
-        own = [i for i, t in enumerate(layer_types) if t == kind]
-        if own[0] in gone and (own[0] == 0 or any(i not in gone for i in own)):
-            raise PlanError(
-                f"The plan drops the attention of layer {own[0]}, the first of type {kind!r}, in whose cache positions "
-                "are counted, and the layers of this model stay in their cache slots. Keep this one."
-            )
+    for slot, kind in enumerate(layer_types):
+        held = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
+        if held is None or issubclass(held, CacheLayerMixin):
+            return slot
+    return 0
+
+
+def knows_tokens(cache: Cache, slot: int) -> bool:
+    """Whether a slot says how many tokens it holds, which linear attentions' slots don't."""
+    return slot >= len(cache.layers) or isinstance(cache.layers[slot], CacheLayerMixin)
 
 
 def extended(cache: Cache, slot: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,6 +289,9 @@ def leave_slot_empty(cache: Cache | None, slot: int) -> None:
     if slot >= len(cache.layers) and cache.layer_class_to_replicate is None:
         # Made for the first layers alone, as the draft of an early exit is: there is no slot to pass by.
         return
+    if not knows_tokens(cache, slot):
+        # Lengths are read from the first slot that does.
+        return
     filter_state(cache, slot, taps=1)
 
 
@@ -296,8 +306,6 @@ def filter_state(cache: Cache | None, slot: int, taps: int) -> FilterState | Non
     """The filter state in `slot` of `cache`, put there if need be; `None` without a cache."""
     if cache is None:
         return None
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
     while len(cache.layers) <= slot:
         cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
     layer = cache.layers[slot]
@@ -316,6 +324,9 @@ def layer_cache(kwargs: Mapping[str, Any]) -> Cache | None:
     """The cache among the arguments of a layer or a stack, whose names `check_cache_arguments` has accounted for."""
     for name in CACHE_NAMES:
         found = kwargs.get(name)
+        if isinstance(found, EncoderDecoderCache):
+            # Decoders that may attend to an encoder make one for themselves alone too.
+            return found.self_attention_cache
         if isinstance(found, Cache):
             return found
     return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from slimformer.anatomy import positional_names
 from slimformer.cache import Content, layer_cache, mark_empty_slots
@@ -89,8 +89,6 @@ class CacheOwner:
 
     def check(self, cache: Cache) -> None:
         """Refuse a cache that this layout cannot read, and let the others carry it."""
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
         if torch.compiler.is_compiling():
             # Only written: what is read would be compiled for, once without and once with a layout.
             setattr(cache, _STAMP, self.layout)

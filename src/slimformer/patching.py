@@ -14,6 +14,7 @@ from torch import nn
 
 from slimformer.anatomy import Anatomy, attention_core, find_anatomy, transformer_of
 from slimformer.attention_transforms import Attentions, AttentionTransform, transformed_by
+from slimformer.cache import counting_slot
 from slimformer.cache_layout import CacheLayout, CacheOwner
 from slimformer.continuous_batching import refuse_continuous_batching
 from slimformer.errors import PlanError
@@ -27,7 +28,7 @@ from slimformer.plan import Plan
 from slimformer.running_calls import PATCH, Block, Calls, calls_of
 from slimformer.stack_calls import Observed, hands_on, read_stack_calls
 from slimformer.stored_plan import plan_beside, save_with_plan, stored_plan
-from slimformer.structures import KINDS, Kind
+from slimformer.structures import KINDS, Kind, Structure
 from slimformer.switched_layer import SwitchedLayer
 from slimformer.tiers import Support, examine_support
 from slimformer.versions import warn_if_untried
@@ -261,7 +262,7 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
     slots = list(range(len(anatomy.layers)))
     if anatomy.causal:
         slots = support.slots(dropped)
-    counting = slots.index(0)
+    counting = slots.index(counting_slot(anatomy.layer_types))
     if counting in executors and executors[counting].shortens:
         raise PlanError(
             f"Positions are counted in the cache of layer {counting}, the first whose attention runs, and tokens are "
@@ -286,9 +287,9 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
             add_weights(executor, ledger)
             executor.install(ledger, slots[index], index <= counting, anatomy.causal)
         for layer, slot in zip(anatomy.layers, slots, strict=True):
-            core = attention_core(layer, anatomy.structure)
-            if getattr(core, "layer_idx", slot) != slot:
-                ledger.set(core, "layer_idx", slot)
+            for module in _in_slot(layer, anatomy.structure):
+                if module.layer_idx != slot:
+                    ledger.set(module, "layer_idx", slot)
         if anatomy.causal:
             contents = tuple(executors[i].in_cache if i in executors else "keys" for i in range(len(slots)))
             owner = CacheOwner(anatomy.layers[0], CacheLayout(tuple(slots), contents, attentions.angles))
@@ -308,6 +309,16 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
             type(anatomy.stack).__name__,
             support.reason,
         )
+
+
+def _in_slot(layer: nn.Module, structure: Structure) -> list[Any]:
+    """The modules that read and write a layer's cache slot: its attention, and what chooses keys for that."""
+    core = attention_core(layer, structure)
+    own = getattr(core, "layer_idx", None)
+    within = structure.attention.of(layer)
+    return [
+        module for module in within.modules() if own is not None and getattr(module, "layer_idx", None) == own
+    ]
 
 
 def _executors(support: Support, methods: tuple[Method, ...]) -> dict[int, Executor]:

@@ -24,7 +24,8 @@ from slimformer.structures import KINDS, Kind
 _LIKE_ITSELF = 0.5
 # A part with fewer weights than this, of the largest of its kind, is a side road, such as a low-rank residual.
 _SIDE_ROAD = 0.1
-_Failure = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+# What a foreign layer raises where it cannot be called as it is tried.
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class SublayerModules:
         }
         if id(layer) in shared:
             gone["block"] = "other layers share its modules"
+        return self.excluding(gone)
+
+    def excluding(self, gone: Mapping[str, str]) -> SublayerModules:
+        """The same without kinds, or `"block"`, that cannot be dropped, each for its reason."""
         silent = {kind: entries for kind, entries in self.silent.items() if kind not in gone}
         return SublayerModules(silent, self.returns, {**self.reasons, **gone})
 
@@ -91,7 +96,7 @@ def find_sublayer_modules(anatomy: Anatomy, index: int, calls: LayerCalls) -> Su
     probe = _Probe(trial, noise(tuple(calls.hidden.shape), weight), given)
     try:
         output = probe.run()
-    except _Failure as failure:
+    except FAILURES as failure:
         reason = f"it could not be called on a few tokens: {type(failure).__name__}: {failure}"
         return SublayerModules(reasons=dict.fromkeys((*KINDS, "block"), reason))
     returns = len(output) if isinstance(output, tuple) else 0
@@ -261,7 +266,7 @@ class _Probe:
             for entry in silent:
                 before[entry.path].__dict__["forward"] = Zeros(entry)
             output = self.layer(self.x.clone(), **self.given)
-        except _Failure as failure:
+        except FAILURES as failure:
             return f"{', '.join(paths)} cannot be left out: {type(failure).__name__}: {failure}"
         finally:
             for module in before.values():
@@ -287,13 +292,13 @@ class Zeros:
 
     silent: Silent
     vector: Callable[[], Tensor] | None = None
-    seen: Callable[[dict[str, Any]], None] | None = None
+    seen: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result, without reading a weight."""
         hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         if self.seen is not None:
-            self.seen(kwargs)
+            self.seen(args, kwargs)
         shape = (*hidden.shape[:-1], self.silent.width)
         out = hidden.new_zeros(shape) if self.vector is None else self.vector().to(hidden).expand(shape)
         return (out, *[None] * (self.silent.values - 1)) if self.silent.values else out

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
 
 from slimformer.anatomy import Anatomy, positional_names
-from slimformer.cache import CACHE_NAMES, Content, layer_cache, leave_slot_empty
+from slimformer.cache import CACHE_NAMES, Content
+from slimformer.counted_slot import Count
 from slimformer.errors import UnsupportedModelError
 from slimformer.executor import SublayerPlan
 from slimformer.ledger import Ledger
@@ -57,14 +56,17 @@ class SwitchedLayer:
     def in_cache(self) -> Content:
         """What the cache slot of the layer's token mixer holds."""
         dropped = [kind for kind in KINDS if not self.sublayers[kind].compute]
-        if "attention" not in dropped or (len(dropped) == 1 and not self._silences_cache()):
+        if "attention" not in dropped or (len(dropped) == 1 and self._caching() is None):
             return "keys"
-        return "nothing"
+        return "count"
 
-    def _silences_cache(self) -> bool:
-        """Whether the module that writes to the cache is silent where the attention is dropped, not one behind it."""
-        silent = [self.layer.get_submodule(entry.path) for entry in self.modules.silent.get("attention", ())]
-        return any(name in CACHE_NAMES for module in silent for name in positional_names(module))
+    def _caching(self) -> str | None:
+        """The path of the module that writes to the cache, if it is silent where the attention is dropped."""
+        for entry in self.modules.silent.get("attention", ()):
+            names = positional_names(self.layer.get_submodule(entry.path))
+            if any(name in CACHE_NAMES for name in names):
+                return entry.path
+        return None
 
     def selectors(self) -> list[RowSelector]:
         """Nothing names rows here."""
@@ -97,8 +99,9 @@ class SwitchedLayer:
         if len(dropped) == len(KINDS) and bare:
             if "block" in self.modules.reasons:
                 raise self._impossible("the whole", index, self.modules.reasons["block"])
-            name = positional_names(self.layer)[0]
-            ledger.set_forward(self.layer, _Bypass(self.modules.returns, name, partial(_leave_empty, index)))
+            ledger.set_forward(
+                self.layer, _Bypass(self.modules.returns, Count(slot, positional_names(self.layer)))
+            )
             return
         for kind in dropped:
             if kind not in self.modules.silent:
@@ -118,8 +121,11 @@ class SwitchedLayer:
             vector: Callable[[], Tensor] | None = None
             if made is not None and position == 0:
                 vector = made.vector
-            seen = partial(_leave_empty, index) if kind == "attention" else None
-            ledger.set_forward(self.layer.get_submodule(entry.path), Zeros(entry, vector, seen))
+            module = self.layer.get_submodule(entry.path)
+            # Once, where a layer has several mixers.
+            counts = kind == "attention" and entry.path == self._caching()
+            seen = Count(index, positional_names(module)) if counts else None
+            ledger.set_forward(module, Zeros(entry, vector, seen))
 
     def _check(self, index: int) -> None:
         for kind in KINDS:
@@ -141,18 +147,9 @@ class _Bypass:
     """Stands in for the `forward` of a dropped layer: its input, as the layer would return it."""
 
     returns: int
-    name: str
-    seen: Callable[[dict[str, Any]], None]
+    count: Count
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.seen(kwargs)
-        hidden = args[0] if args else kwargs[self.name]
+        self.count(args, kwargs)
+        hidden = args[0] if args else kwargs[self.count.names[0]]
         return (hidden, *[None] * (self.returns - 1)) if self.returns else hidden
-
-
-def _leave_empty(slot: int, kwargs: dict[str, Any]) -> None:
-    cache = layer_cache(kwargs)
-    held = None if cache is None or slot >= len(cache.layers) else cache.layers[slot]
-    # Slots of linear attentions know no tokens that could be taken back.
-    if held is None or isinstance(held, DynamicLayer):
-        leave_slot_empty(cache, slot)

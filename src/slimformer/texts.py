@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache
 
 from slimformer.attention_masks import keys_seen
 from slimformer.cache import has_foreign_cache, layer_cache
@@ -190,7 +190,7 @@ def _texts_of(given: dict[str, Any]) -> Texts | None:
         source.device,
         _text_mask(given.get("attention_mask"), batch, past + tokens),
         given.get("position_ids"),
-        cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache,
+        cache,
     )
 
 

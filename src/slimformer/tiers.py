@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from slimformer.anatomy import Anatomy, find_anatomy
-from slimformer.cache import check_first_slots, compact_slots
+from slimformer.cache import compact_slots
 from slimformer.errors import UnsupportedModelError
 from slimformer.executor import LayerExecutor
 from slimformer.layer_calls import check_cache_arguments, keeps_cache, layer_calls
@@ -57,7 +57,6 @@ class Support:
         types = self.anatomy.layer_types
         if self.tier == "rows":
             return compact_slots(types, dropped)
-        check_first_slots(types, dropped)
         return list(range(len(types)))
 
     def describe(self) -> str:
