@@ -20,7 +20,7 @@ from transformers import (
 import slimformer
 from slimformer import EarlyExit, LayerDrop, TempScale, TokenElimination
 from slimformer.anatomy import find_anatomy
-from slimformer.errors import PlanError, UnsupportedModelError
+from slimformer.errors import UnsupportedModelError
 from slimformer.layer_calls import cache_argument
 from slimformer.methods.random_keep import RandomKeep
 from slow_rows import arguments, error, outputs, small
@@ -185,11 +185,6 @@ def test_methods_that_choose_tokens_are_refused_by_name(method: Callable[[], Any
     with pytest.raises(UnsupportedModelError, match=r"Tokens cannot be left out.*MptBlock.*LayerDrop"):
         slimformer.patch(model, method())
     assert slimformer.status(model) == {}
-
-
-def test_an_attention_in_whose_cache_positions_are_counted_stays() -> None:
-    with pytest.raises(PlanError, match="positions are counted"):
-        slimformer.patch(opaque("bloom"), LayerDrop(attention=[0]))
 
 
 def test_modules_that_layers_share_are_not_switched_off() -> None:

@@ -59,6 +59,8 @@ class LayerCalls:
         passes_on: Whether every layer got the very tensor that the layer before it returned.
         returned: That tensor, of the last layer.
         beside: What stood for the other values that layers return.
+        silent: Whether layers returned zeros.
+        last: What the last layer got.
     """
 
     hidden: Tensor
@@ -69,6 +71,8 @@ class LayerCalls:
     passes_on: bool = True
     returned: Tensor | None = field(default=None, repr=False)
     beside: object = field(default=None, repr=False)
+    silent: bool = False
+    last: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
 
 def layer_calls(
@@ -79,6 +83,7 @@ def layer_calls(
     padding: Padding = "none",
     start: int = 0,
     cached: bool = False,
+    silent: bool = False,
 ) -> LayerCalls | None:
     """Call the stack of a model on a few tokens, with layers that hand their input on.
 
@@ -89,6 +94,7 @@ def layer_calls(
         padding: Where padding stands.
         start: The position of the first token, where the stack takes positions.
         cached: Whether the stack keeps a key-value cache.
+        silent: Whether layers return zeros instead.
 
     Returns:
         None where weights are not in memory (meta device), since there is nothing to compute with.
@@ -114,7 +120,7 @@ def layer_calls(
         given["use_cache"] = cached
     failure: Exception | None = None
     for returns, beside in _KINDS_OF_RESULT:
-        calls = LayerCalls(torch.empty(0), [], text, returns, beside=beside)
+        calls = LayerCalls(torch.empty(0), [], text, returns, beside=beside, silent=silent)
         stubs = [_stub(layer, calls) for layer in anatomy.layers]
         mirror = mirrored(anatomy.stack, {id(anatomy.layers): nn.ModuleList(stubs)})
         try:
@@ -133,6 +139,18 @@ def layer_calls(
         f"{type(anatomy.stack).__name__} could not be called on {tokens} tokens with layers that hand their input on: "
         f"{type(failure).__name__}: {failure}. The model was left as it was."
     )
+
+
+@torch.no_grad()
+def adds_between(anatomy: Anatomy) -> bool:
+    """Whether a stack adds what a layer returns to a residual of its own, as XLM's does: no layer is all there is then.
+
+    Where layers return zeros, such a stack still tells tokens apart.
+    """
+    calls = layer_calls(anatomy, silent=True)
+    if calls is None or len(calls.arguments) < 2:
+        return False
+    return bool((calls.last - calls.last[..., :1, :]).abs().max() > 0)
 
 
 def cache_argument(module: nn.Module) -> str:
@@ -230,7 +248,8 @@ class _Handed:
         if calls.beside is not None and any(value is calls.beside for value in given.values()):
             calls.hands_over = True
         calls.arguments.append(given)
-        calls.returned = hidden.clone()
+        calls.last = hidden
+        calls.returned = torch.zeros_like(hidden) if calls.silent else hidden.clone()
         return (calls.returned, *[calls.beside] * (calls.returns - 1)) if calls.returns else calls.returned
 
 

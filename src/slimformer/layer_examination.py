@@ -6,6 +6,7 @@ long as the stack lives and its layers stay as they are, so that patching again 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,11 +21,11 @@ from slimformer.attention_examination import examine as examine_attention
 from slimformer.executor import LayerExecutor
 from slimformer.gated_mlp import GatedFinding
 from slimformer.gated_mlp import examine as examine_mlp
-from slimformer.layer_calls import LayerCalls, layer_calls, mirrored
+from slimformer.layer_calls import LayerCalls, adds_between, layer_calls, mirrored
 from slimformer.probes import LOUD, configuration, error, float32_copy, in_dtype, noise, tolerance
 from slimformer.row_sublayers import RowSublayers
 from slimformer.structures import KINDS, Structure, first_of
-from slimformer.sublayer_modules import SublayerModules, find_sublayer_modules
+from slimformer.sublayer_modules import FAILURES, SublayerModules, find_sublayer_modules
 from slimformer.touched_modules import CalledModules, as_it_was_built
 
 # Texts of one call, and tokens of the longer one; longer than the first tokens that attentions treat in their own way.
@@ -87,13 +88,49 @@ def examine_modules(anatomy: Anatomy, calls: LayerCalls | None) -> tuple[Sublaye
         return tuple(SublayerModules(reasons=why) for _ in anatomy.layers)
     known: dict[Hashable, SublayerModules] = {}
     shared = _shared_modules(anatomy)
+    outside = not calls.passes_on and adds_between(anatomy)
+    cached = None
+    if calls.hands_over and "use_cache" in positional_names(anatomy.stack):
+        cached = layer_calls(anatomy, cached=True)
     found = []
     for index in range(len(anatomy.layers)):
         own = configuration(anatomy, index)
         if own not in known:
             known[own] = find_sublayer_modules(anatomy, index, calls)
+            if outside:
+                part = "it is no whole layer: its stack adds what it returns to a residual of its own"
+                known[own] = known[own].excluding({"block": part})
+            if cached is not None:
+                known[own] = known[own].excluding(_handed_on(anatomy, index, cached, known[own]))
         found.append(known[own].without(shared, anatomy.layers[index]))
     return tuple(found)
+
+
+@torch.no_grad()
+def _handed_on(anatomy: Anatomy, index: int, call: LayerCalls, found: SublayerModules) -> dict[str, str]:
+    """Which sublayers return a state for other layers where one is kept, as RWKV's do, and that they do, in words."""
+    trial = mirrored(anatomy.layers[index], {})
+    first = call.arguments[0]
+    given = {
+        name: copy.deepcopy(first.get(name) if value is call.beside else value)
+        for name, value in call.arguments[index].items()
+    }
+    results: dict[str, Any] = {}
+    for entry in (entry for entries in found.silent.values() for entry in entries):
+        trial.get_submodule(entry.path).register_forward_hook(
+            lambda module, args, output, path=entry.path: results.update({path: output})
+        )
+    failed = ""
+    try:
+        trial(call.hidden.clone(), **given)
+    except FAILURES as failure:
+        failed = f": {type(failure).__name__}: {failure}"
+    reasons: dict[str, str] = {}
+    for kind, entries in found.silent.items():
+        for path in (entry.path for entry in entries if entry.values > 1):
+            if failed or any(value is not None for value in results[path][1:]):
+                reasons[kind] = f"what {path} returns beside its output goes to the layers above{failed}"
+    return reasons
 
 
 def _shared_modules(anatomy: Anatomy) -> set[int]:
@@ -160,7 +197,10 @@ def _examined(anatomy: Anatomy, index: int, calls: list[tuple[str, LayerCalls]])
         return LayerFinding(AttentionFinding(reason="its sublayers cannot be computed apart"))
     if not calls or any(p.is_meta for p in layer.parameters()):
         return LayerFinding(AttentionFinding(reason="its weights are not in memory"))
-    differs = _layer_differs(layer, structure, index, calls)
+    if calls[0][1].hands_over:
+        differs = "it hands more than the residual to the layers above"
+    else:
+        differs = _layer_differs(layer, structure, index, calls)
     if differs:
         return LayerFinding(AttentionFinding(reason=differs), differs=differs)
     heads = _attention_calls(layer, structure, core, index, calls)
