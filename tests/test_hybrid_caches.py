@@ -178,6 +178,19 @@ def test_a_mixer_whose_state_goes_through_the_layers_above_is_not_dropped() -> N
         slimformer.patch(built("rwkv"), LayerDrop(attention=[1]))
 
 
+@pytest.mark.parametrize("drop", [LayerDrop(attention=[1]), LayerDrop(block=[1])], ids=["attention", "block"])
+def test_a_state_that_its_stack_takes_from_every_layer_is_not_dropped(drop: LayerDrop) -> None:
+    with pytest.raises(UnsupportedModelError, match="keeps states that layers return"):
+        slimformer.patch(built("xlstm"), drop)
+
+
+@pytest.mark.parametrize("name", FIRST_TIER)
+def test_a_linear_attention_gets_its_cache_under_its_own_name(name: str) -> None:
+    expected = steps(family(name), built(name))
+    with slimformer.patched(built(name)):
+        assert error(steps(family(name), built(name)), expected) <= LIMIT
+
+
 def test_a_part_that_its_stack_adds_to_a_residual_is_no_layer_to_drop() -> None:
     with pytest.raises(UnsupportedModelError, match="adds what it returns to a residual of its own"):
         slimformer.patch(built("xlm:decoder"), LayerDrop(block=[1]))

@@ -24,7 +24,7 @@ from slimformer.anatomy import positional_names
 from slimformer.attention_backend import fastest_backend
 from slimformer.attention_projections import Projections, Rotation
 from slimformer.attention_scores import Extension, own_eager_attention, own_implementation, scores_of
-from slimformer.cache import extended, layer_cache
+from slimformer.cache import CACHE_NAMES, extended, layer_cache
 from slimformer.linear_steps import linear_step, may_be_skipped
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
@@ -383,21 +383,23 @@ class RowAttention:
 
 def for_attention(kwargs: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """The layer's arguments that its attention takes, without those of cross-attention, which no structure here has."""
-    takes = _takes(type(module).forward)
-    return {
-        name: value
-        for name, value in kwargs.items()
-        if name not in _NOT_FOR_ATTENTION and (takes is None or name in takes)
-    }
+    takes, others = _takes(type(module).forward)
+    own = next((name for name in CACHE_NAMES if name in takes), None)
+    given = {}
+    for name, value in kwargs.items():
+        if own is not None and name in CACHE_NAMES:
+            # Layers hand it on under the name that their mixer has for it.
+            given[own] = value
+        elif name not in _NOT_FOR_ATTENTION and (others or name in takes):
+            given[name] = value
+    return given
 
 
 @cache
-def _takes(forward: Callable[..., Any]) -> frozenset[str] | None:
-    """The names of a forward's parameters; None where it takes any."""
+def _takes(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    """The names of a forward's parameters, and whether it takes others too."""
     parameters = inspect.signature(inspect.unwrap(forward)).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    return frozenset(parameters)
+    return frozenset(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _count(q: Tensor, stream: Stream) -> Tensor:

@@ -17,8 +17,9 @@ from transformers.cache_utils import (
 
 from slimformer.errors import PlanError
 
-# What layers, attentions and stacks call the cache: from 5.24 of transformers on, before it, and in GPT-NeoX.
-CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+# What layers, attentions and stacks call the cache: from 5.24 of transformers on, before it, in GPT-NeoX, and before
+# 5.24 in linear attentions.
+CACHE_NAMES = ("cache", "past_key_values", "layer_past", "cache_params")
 # What one layer's slot holds: keys and values of all tokens or of those that stay, the last inputs of a filter with so
 # many taps, nothing, or how many tokens have passed.
 Content = Literal["keys", "keys that stay", "nothing", "count"] | int

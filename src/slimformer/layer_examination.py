@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slimformer.anatomy import Anatomy, attention_core, in_eval_mode, positional_names
 from slimformer.attention_examination import AttentionCall, AttentionFinding
 from slimformer.attention_examination import examine as examine_attention
+from slimformer.errors import UnsupportedModelError
 from slimformer.executor import LayerExecutor
 from slimformer.gated_mlp import GatedFinding
 from slimformer.gated_mlp import examine as examine_mlp
@@ -89,9 +90,13 @@ def examine_modules(anatomy: Anatomy, calls: LayerCalls | None) -> tuple[Sublaye
     known: dict[Hashable, SublayerModules] = {}
     shared = _shared_modules(anatomy)
     outside = not calls.passes_on and adds_between(anatomy)
-    cached = None
-    if calls.hands_over and "use_cache" in positional_names(anatomy.stack):
-        cached = layer_calls(anatomy, cached=True)
+    cached, keeps_states = None, False
+    if calls.returns > 1 and "use_cache" in positional_names(anatomy.stack):
+        try:
+            kept = layer_calls(anatomy, cached=True)
+            cached = kept if calls.hands_over else None
+        except UnsupportedModelError:
+            keeps_states = True
     found = []
     for index in range(len(anatomy.layers)):
         own = configuration(anatomy, index)
@@ -100,6 +105,12 @@ def examine_modules(anatomy: Anatomy, calls: LayerCalls | None) -> tuple[Sublaye
             if outside:
                 part = "it is no whole layer: its stack adds what it returns to a residual of its own"
                 known[own] = known[own].excluding({"block": part})
+            if keeps_states:
+                why_not = "its stack keeps states that layers return beside the residual"
+                tuples = [
+                    kind for kind, entries in known[own].silent.items() if any(e.values > 1 for e in entries)
+                ]
+                known[own] = known[own].excluding(dict.fromkeys(["block", *tuples], why_not))
             if cached is not None:
                 known[own] = known[own].excluding(_handed_on(anatomy, index, cached, known[own]))
         found.append(known[own].without(shared, anatomy.layers[index]))
