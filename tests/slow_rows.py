@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from slimformer import LayerDrop
 from slimformer.anatomy import find_anatomy, positional_names
+from slimformer.layer_calls import layer_calls
 from slimformer.ledger import Ledger
 from slimformer.methods.random_keep import RandomKeep, chances
 from slimformer.structures import KINDS, Kind, Parts, Structure
@@ -177,9 +178,13 @@ def slowly(model: nn.Module, keep: Keep, compact: Tensor | None = None) -> Itera
         compact: The real tokens `[batch, tokens]`, if those that an attention passes by are to be no keys either.
     """
     anatomy, ledger = find_anatomy(model), Ledger()
+    calls = layer_calls(anatomy)
+    returns = 0 if calls is None else calls.returns
     for index, layer in enumerate(anatomy.layers):
         own = {kind: keep[index, kind] for kind in KINDS if (index, kind) in keep}
-        ledger.set_forward(layer, partial(_forward, layer, anatomy.structure, own, compact, anatomy.causal))
+        ledger.set_forward(
+            layer, partial(_forward, layer, anatomy.structure, own, compact, anatomy.causal, returns)
+        )
     try:
         yield
     finally:
@@ -192,6 +197,7 @@ def _forward(
     keep: Mapping[Kind, Tensor],
     compact: Tensor | None,
     causal: bool,
+    returns: int,
     x: Tensor,
     *args: Any,
     **kwargs: Any,
@@ -208,7 +214,7 @@ def _forward(
         after = _after(layer, structure.parts(kind), source, kwargs if kind == "attention" else {})
         after = after - source + x if parallel else after
         x = torch.where(keep[kind][..., None], after, x) if kind in keep else after
-    return (x,) if "output_attentions" in names else x
+    return (x, *[None] * (returns - 1)) if returns else x
 
 
 def _after(layer: nn.Module, parts: Parts, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -138,8 +139,7 @@ def find_anatomy(model: Any) -> Anatomy:
     model = transformer_of(model)
     if not isinstance(model, PreTrainedModel):
         raise no_model_in(model)
-    # The configuration of an encoder alone is still that of the whole model; it has no other encoder inside.
-    if getattr(model.config, "is_encoder_decoder", False) and model.get_encoder() is not model:
+    if "decoder_input_ids" in inspect.signature(type(model).forward).parameters:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model. Supported are decoders and encoders on their own; "
             "pass the encoder (`model.get_encoder()`) if that is what you use."
@@ -150,22 +150,42 @@ def find_anatomy(model: Any) -> Anatomy:
         for name, module in root.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and any(True for _ in module[0].parameters())
     ]
-    for name, module in lists:
+    fitting = [(name, module) for name, module in lists if len(module) == _count(_owner(root, name).config)]
+    # First those of the right length: CANINE has one like them before and behind its layers.
+    for name, module in (*fitting, *lists):
         structures = fitting_structures(module)
         if structures:
             return _anatomy(root, name, module, structures)
-    fitting = [entry for entry in lists if len(entry[1]) == getattr(root.config, "num_hidden_layers", None)]
     if not fitting:
         seen = "; ".join(f"{name} with {len(module)} entries" for name, module in lists[:3]) or "none"
+        count = _count(root.config)
         raise UnsupportedModelError(
             f"No list of modules in {type(model).__name__} has as many entries as its config says layers "
-            f"({getattr(root.config, 'num_hidden_layers', 'not said')}). Found: {seen}. The model was left as it was."
+            f"({'not said' if count is None else count}): "
+            "layers that are called several times, or lie in groups, are none that can be left out one by one. Found: "
+            f"{seen}. The model was left as it was."
         )
     # Beside the layers there may be lists of as many small parts.
     name, module = max(fitting, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
     children = ", ".join(sorted(child for child, _ in module[0].named_children()))
     why = f"no row of the structure table has the parts of {type(module[0]).__name__}: {children or 'none'}"
     return _anatomy(root, name, module, (BY_MODULES,), why)
+
+
+def _owner(root: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost model that a module is in: its config speaks of it."""
+    while name:
+        name = name.rpartition(".")[0]
+        module = root.get_submodule(name)
+        if isinstance(module, PreTrainedModel):
+            return module
+    return root
+
+
+def _count(config: Any) -> int | None:
+    """How many layers a config says there are."""
+    found = (getattr(config, name, None) for name in ("num_hidden_layers", "num_layers"))
+    return next((count for count in found if isinstance(count, int)), None)
 
 
 def _anatomy(

@@ -19,7 +19,7 @@ from slimformer.anatomy import positional_names
 from slimformer.attention import RowAttention
 from slimformer.attention_projections import ROTATIONS, Projections, Rotation, match_projections
 from slimformer.cache import CACHE_NAMES
-from slimformer.probes import LOUD, error, float32_copy, in_dtype, noise, tolerance
+from slimformer.probes import LOUD, Failure, error, float32_copy, in_dtype, noise, tolerance
 from slimformer.rows import Rows
 from slimformer.stream import Stream
 
@@ -39,7 +39,6 @@ _STEPS = 3
 # The spread of attention scores under which weights are neither flat nor all at one key.
 _SHARP = 3.0
 _CHOSEN = "chosen rows"
-_Failure = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, StopIteration)
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def examine(core: nn.Module, calls: Sequence[AttentionCall], causal: bool) -> At
             finding = AttentionFinding(projections, rotation, sees)
             try:
                 failed = _differs(trial, finding, calls)
-            except _Failure as failure:
+            except Failure as failure:
                 # Another layout of the same names: the module keeps its own forward, for all tokens.
                 failed = f"{type(failure).__name__}: {failure}"
             if failed is None:

@@ -53,8 +53,9 @@ def read_mask(
     if not isinstance(mask, Tensor) or mask.shape[0] not in (1, batch) or mask.shape[-1] < tokens:
         return OTHER
     if mask.dim() == 2:
-        seen = mask.bool()
-        return _read_keys(seen, batch, tokens, agrees=(mask == seen).all())
+        seen = _keys_shown(mask)
+        agrees = (mask == seen) | (mask == 0) & seen | is_hidden(mask) & ~seen
+        return _read_keys(seen, batch, tokens, agrees=agrees.all())
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, tokens):
         return OTHER
     if mask.dtype != torch.bool and not mask.is_floating_point():
@@ -77,10 +78,16 @@ def _seen(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_hidden(mask: Tensor) -> Tensor:
-    """Which keys a mask hides, of booleans or of additions: as good as minus infinity is what hides a key."""
-    if mask.dtype == torch.bool or not mask.is_floating_point():
-        return ~mask.bool()
-    return mask <= torch.finfo(mask.dtype).min / 2
+    """Which keys a mask hides, of flags or of additions: as good as minus infinity is what hides a key."""
+    return mask <= torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask == 0
+
+
+def _keys_shown(mask: Tensor) -> Tensor:
+    """Which keys a mask `[batch, keys]` shows: of flags, or of additions, as Longformer's layers get them."""
+    if not mask.is_floating_point():
+        return mask.bool()
+    # Zeros alone add nothing; as flags they would hide every text.
+    return torch.where((mask == 1).any(), mask.bool(), ~is_hidden(mask))
 
 
 def _read_keys(seen: Tensor, batch: int, tokens: int, agrees: Tensor) -> MaskReading:
@@ -172,7 +179,7 @@ def own_key(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
     Keys end with this call's tokens, as in every cache that grows.
     """
     if mask.dim() == 2 and mask.shape[1] >= tokens:
-        return mask[:, mask.shape[1] - tokens :].bool().expand(batch, tokens)
+        return _keys_shown(mask)[:, mask.shape[1] - tokens :].expand(batch, tokens)
     if mask.dim() != 4 or mask.shape[2] not in (1, tokens) or mask.shape[3] < tokens:
         return None
     own = mask[:, 0].expand(-1, tokens, -1).diagonal(mask.shape[3] - tokens, 1, 2)
@@ -182,7 +189,7 @@ def own_key(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
 def keys_seen(mask: Tensor) -> Tensor:
     """Which keys any query sees in any head, bool `[1 or batch, keys]`."""
     if mask.dim() == 2:
-        return mask.bool()
+        return _keys_shown(mask)
     seen = torch.zeros(mask.shape[0], mask.shape[3], dtype=torch.bool, device=mask.device)
     for head in mask.unbind(1):
         for part in head.split(max(1, _PLACES // (head.shape[0] * head.shape[2])), 1):

@@ -6,6 +6,7 @@ other threads may use it meanwhile, and nothing that the call changes stays behi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
 
 from slimformer.anatomy import Anatomy, positional_names
 from slimformer.cache import CACHE_NAMES
@@ -84,6 +86,7 @@ def layer_calls(
     start: int = 0,
     cached: bool = False,
     silent: bool = False,
+    cache: Cache | None = None,
 ) -> LayerCalls | None:
     """Call the stack of a model on a few tokens, with layers that hand their input on.
 
@@ -95,11 +98,12 @@ def layer_calls(
         start: The position of the first token, where the stack takes positions.
         cached: Whether the stack keeps a key-value cache.
         silent: Whether layers return zeros instead.
+        cache: The cache, where the stack is not to make it.
 
     Returns:
         None where weights are not in memory (meta device), since there is nothing to compute with.
     """
-    embedding = anatomy.stack.get_input_embeddings()
+    embedding = _embedding(anatomy.stack)
     weight = next((p for p in embedding.parameters() if not p.is_meta), None)
     if weight is None:
         return None
@@ -118,6 +122,8 @@ def layer_calls(
         given["position_ids"] = (text.long().cumsum(1) - 1).clamp_min(0) + start
     if "use_cache" in names or anatomy.causal:
         given["use_cache"] = cached
+    if cache is not None:
+        given[cache_argument(anatomy.stack)] = cache
     failure: Exception | None = None
     for returns, beside in _KINDS_OF_RESULT:
         calls = LayerCalls(torch.empty(0), [], text, returns, beside=beside, silent=silent)
@@ -153,6 +159,26 @@ def adds_between(anatomy: Anatomy) -> bool:
     return bool((calls.last - calls.last[..., :1, :]).abs().max() > 0)
 
 
+def _embedding(stack: PreTrainedModel) -> nn.Module:
+    """The table of a stack's input ids.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    # Where a model does not say which, as CANINE's, any table tells how large an id may be.
+    with contextlib.suppress(NotImplementedError):
+        given = stack.get_input_embeddings()
+        if isinstance(given, nn.Module):
+            return given
+    found = next((module for module in stack.modules() if isinstance(module, nn.Embedding)), None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"No table of input embeddings was found in {type(stack).__name__}, so that it cannot be called on tokens. "
+            "Supported are models whose input_ids are read from an nn.Embedding. The model was left as it was."
+        )
+    return found
+
+
 def cache_argument(module: nn.Module) -> str:
     """What the `forward` of a model, stack or layer calls the key-value cache.
 
@@ -180,7 +206,7 @@ def check_cache_arguments(anatomy: Anatomy) -> None:
     """
     if not anatomy.causal or "use_cache" not in positional_names(anatomy.stack):
         return
-    calls = layer_calls(anatomy, cached=True)
+    calls = _cached_calls(anatomy)
     if calls is None:
         return
     for layer, given in zip(anatomy.layers, calls.arguments, strict=True):
@@ -199,14 +225,29 @@ def keeps_cache(anatomy: Anatomy) -> bool:
     """Whether a stack that is asked for a key-value cache hands one to its layers."""
     if "use_cache" not in positional_names(anatomy.stack):
         return False
+    calls = _cached_calls(anatomy)
+    return calls is not None and _has_cache(calls)
+
+
+def _cached_calls(anatomy: Anatomy) -> LayerCalls | None:
+    """What layers get in a call with a cache: the stack's own, or one that its caller made."""
     try:
         calls = layer_calls(anatomy, cached=True)
     except UnsupportedModelError:
         # Such as T5's encoder, whose parameter is there for the decoder that shares its class.
-        return False
-    return calls is not None and any(
-        isinstance(v, Cache) for given in calls.arguments for v in given.values()
-    )
+        if anatomy.causal:
+            raise
+        return None
+    names = positional_names(anatomy.stack)
+    if calls is None or _has_cache(calls) or not anatomy.causal or not any(n in names for n in CACHE_NAMES):
+        return calls
+    with contextlib.suppress(UnsupportedModelError):
+        return layer_calls(anatomy, cached=True, cache=DynamicCache(config=anatomy.stack.config))
+    return calls
+
+
+def _has_cache(calls: LayerCalls) -> bool:
+    return any(isinstance(v, Cache) for given in calls.arguments for v in given.values())
 
 
 def first_layer_call(anatomy: Anatomy) -> tuple[Tensor, dict[str, Any]] | None:
@@ -281,10 +322,11 @@ def _holds(module: nn.Module, replaced: Mapping[int, nn.Module]) -> bool:
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    """A copy that shares parameters and buffers, without the module's hooks."""
+    """A copy that shares parameters, without the module's hooks."""
     made = copy.copy(module)
     made.__dict__["_modules"] = dict(module._modules)
-    made.__dict__["_buffers"] = dict(module._buffers)
+    # LongRoPE writes into the buffer of its frequencies in every call.
+    made.__dict__["_buffers"] = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
     for name in _HOOKS:
         if name in made.__dict__:
             made.__dict__[name] = OrderedDict()

@@ -6,8 +6,9 @@ long as the stack lives and its layers stay as they are, so that patching again 
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -23,10 +24,12 @@ from slimformer.executor import LayerExecutor
 from slimformer.gated_mlp import GatedFinding
 from slimformer.gated_mlp import examine as examine_mlp
 from slimformer.layer_calls import LayerCalls, adds_between, layer_calls, mirrored
-from slimformer.probes import LOUD, configuration, error, float32_copy, in_dtype, noise, tolerance
+from slimformer.probes import LOUD, Failure, configuration, error, float32_copy, in_dtype, noise, tolerance
 from slimformer.row_sublayers import RowSublayers
+from slimformer.rows import Rows
+from slimformer.stream import Stream
 from slimformer.structures import KINDS, Structure, first_of
-from slimformer.sublayer_modules import FAILURES, SublayerModules, find_sublayer_modules
+from slimformer.sublayer_modules import SublayerModules, find_sublayer_modules
 from slimformer.touched_modules import CalledModules, as_it_was_built
 
 # Texts of one call, and tokens of the longer one; longer than the first tokens that attentions treat in their own way.
@@ -88,7 +91,7 @@ def examine_modules(anatomy: Anatomy, calls: LayerCalls | None) -> tuple[Sublaye
         why = dict.fromkeys((*KINDS, "block"), "its weights are not in memory")
         return tuple(SublayerModules(reasons=why) for _ in anatomy.layers)
     known: dict[Hashable, SublayerModules] = {}
-    shared = _shared_modules(anatomy)
+    shared, supplies = _shared_modules(anatomy), _fill_stores(anatomy, calls)
     outside = not calls.passes_on and adds_between(anatomy)
     cached, keeps_states = None, False
     if calls.returns > 1 and "use_cache" in positional_names(anatomy.stack):
@@ -99,9 +102,9 @@ def examine_modules(anatomy: Anatomy, calls: LayerCalls | None) -> tuple[Sublaye
             keeps_states = True
     found = []
     for index in range(len(anatomy.layers)):
-        own = configuration(anatomy, index)
+        own = (configuration(anatomy, index), supplies[index])
         if own not in known:
-            known[own] = find_sublayer_modules(anatomy, index, calls)
+            known[own] = find_sublayer_modules(anatomy, index, calls, supplies[index])
             if outside:
                 part = "it is no whole layer: its stack adds what it returns to a residual of its own"
                 known[own] = known[own].excluding({"block": part})
@@ -134,7 +137,7 @@ def _handed_on(anatomy: Anatomy, index: int, call: LayerCalls, found: SublayerMo
     failed = ""
     try:
         trial(call.hidden.clone(), **given)
-    except FAILURES as failure:
+    except Failure as failure:
         failed = f": {type(failure).__name__}: {failure}"
     reasons: dict[str, str] = {}
     for kind, entries in found.silent.items():
@@ -142,6 +145,30 @@ def _handed_on(anatomy: Anatomy, index: int, call: LayerCalls, found: SublayerMo
             if failed or any(value is not None for value in results[path][1:]):
                 reasons[kind] = f"what {path} returns beside its output goes to the layers above{failed}"
     return reasons
+
+
+@torch.no_grad()
+def _fill_stores(anatomy: Anatomy, calls: LayerCalls) -> list[bool]:
+    """Put into the dicts that layers share what each layer finds there, and say which layers leave something."""
+    stores: dict[str, MutableMapping[Any, Any]] = {}
+    supplies = [False] * len(anatomy.layers)
+    for index, layer in enumerate(anatomy.layers):
+        given = calls.arguments[index]
+        shared = {n: copy.copy(stores.get(n, v)) for n, v in given.items() if isinstance(v, MutableMapping)}
+        if not shared:
+            continue
+        given.update(shared)
+        written = {name: copy.copy(value) for name, value in shared.items()}
+        arguments = {name: in_dtype(value, calls.hidden) for name, value in given.items()}
+        # A layer that cannot be called alone says so where its modules are looked for.
+        with contextlib.suppress(*Failure):
+            mirrored(as_it_was_built(layer), {})(calls.hidden.clone(), **{**arguments, **written})
+        supplies[index] = any(
+            written[name].keys() != value.keys() or any(written[name][key] is not value[key] for key in value)
+            for name, value in shared.items()
+        )
+        stores.update(written)
+    return supplies
 
 
 def _shared_modules(anatomy: Anatomy) -> set[int]:
@@ -154,9 +181,11 @@ def _shared_modules(anatomy: Anatomy) -> set[int]:
     return {module for module, index in seen.items() if index < 0}
 
 
-def row_sublayers(anatomy: Anatomy, index: int, finding: LayerFinding) -> RowSublayers:
-    """How a layer's sublayers are run for chosen rows."""
-    layer, structure = anatomy.layers[index], anatomy.structure
+def row_sublayers(
+    anatomy: Anatomy, index: int, finding: LayerFinding, layer: nn.Module | None = None
+) -> RowSublayers:
+    """How the sublayers of a layer, or of a copy of it, are run for chosen rows."""
+    layer, structure = anatomy.layers[index] if layer is None else layer, anatomy.structure
     core, mlp = attention_core(layer, structure), structure.mlp.of(layer)
     attention = finding.attention.on(core)
     causal = anatomy.causal if attention is None else finding.attention.causal
@@ -208,32 +237,40 @@ def _examined(anatomy: Anatomy, index: int, calls: list[tuple[str, LayerCalls]])
         return LayerFinding(AttentionFinding(reason="its sublayers cannot be computed apart"))
     if not calls or any(p.is_meta for p in layer.parameters()):
         return LayerFinding(AttentionFinding(reason="its weights are not in memory"))
+    copied = float32_copy(layer)
+    # In a precision in which a difference is no rounding, if it can be had.
+    trial = layer if copied is None else copied
     if calls[0][1].hands_over:
         differs = "it hands more than the residual to the layers above"
     else:
-        differs = _layer_differs(layer, structure, index, calls)
+        differs = _layer_differs(trial, structure, index, calls)
     if differs:
         return LayerFinding(AttentionFinding(reason=differs), differs=differs)
     heads = _attention_calls(layer, structure, core, index, calls)
     if isinstance(heads, str):
         return LayerFinding(AttentionFinding(reason=heads), differs=heads)
     attention = examine_attention(core, heads, anatomy.causal)
+    differs = _rows_differ(anatomy, index, attention, trial, calls)
+    if differs and attention.projections is not None:
+        # Its rows are computed by its own module then.
+        attention = AttentionFinding(reason=differs)
+        differs = _rows_differ(anatomy, index, attention, trial, calls)
+    if differs:
+        return LayerFinding(AttentionFinding(reason=differs), differs=differs)
     gated = examine_mlp(structure.mlp.of(layer)) if structure.mlp.alone(layer) else None
-    reads_padding = _reads_padding(layer, index, calls)
+    reads_padding = _reads_padding(trial, index, calls)
     return LayerFinding(attention, gated, returns=calls[0][1].returns, reads_padding=reads_padding)
 
 
 def _layer_differs(
-    layer: nn.Module, structure: Structure, index: int, calls: list[tuple[str, LayerCalls]]
+    trial: nn.Module, structure: Structure, index: int, calls: list[tuple[str, LayerCalls]]
 ) -> str:
     """How a layer's own `forward` differs from its parts run one after the other, in words."""
-    trial = float32_copy(layer)
-    trial = layer if trial is None else trial
-    weight = next((p for p in trial.parameters() if p.is_floating_point()), None)
-    for number, (what, call) in enumerate(calls):
-        like = call.hidden if weight is None else weight
-        x = noise(tuple(call.hidden.shape), like, seed=number)
-        given = {name: in_dtype(value, like) for name, value in call.arguments[index].items()}
+    for what, call, x, given in _inputs(trial, index, calls):
+        if call.hidden.shape[:2] != call.text.shape:
+            return "it gets other tokens than the model does"
+        if call.hands_over:
+            return "what it returns beside the residual goes to the layers above"
         try:
             with in_eval_mode(trial):
                 expected = first_of(trial(x, **given))
@@ -251,24 +288,62 @@ def _layer_differs(
     return ""
 
 
-def _reads_padding(layer: nn.Module, index: int, calls: list[tuple[str, LayerCalls]]) -> bool:
+def _reads_padding(trial: nn.Module, index: int, calls: list[tuple[str, LayerCalls]]) -> bool:
     """Whether a layer's outputs for text change with what stands at padding, as behind a convolution without a mask."""
-    trial = float32_copy(layer)
-    trial = layer if trial is None else trial
-    weight = next((p for p in trial.parameters() if p.is_floating_point()), None)
-    for _, call in calls:
-        like = call.hidden if weight is None else weight
-        text = call.text.to(like.device)
+    for _, call, x, given in _inputs(trial, index, calls):
+        text = call.text.to(x.device)
         if bool(text.all()):
             continue
-        given = {name: in_dtype(value, like) for name, value in call.arguments[index].items()}
-        x, other = (noise(tuple(call.hidden.shape), like, seed=seed) for seed in (0, 1))
-        changed = torch.where(text[..., None], x, LOUD * other)
+        changed = torch.where(text[..., None], x, LOUD * noise(tuple(x.shape), x, seed=len(calls)))
         with in_eval_mode(trial):
             outputs = [first_of(trial(t, **given))[text] for t in (x, changed)]
         if not error(*outputs) <= tolerance(x):
             return True
     return False
+
+
+def _rows_differ(
+    anatomy: Anatomy,
+    index: int,
+    finding: AttentionFinding,
+    trial: nn.Module,
+    calls: list[tuple[str, LayerCalls]],
+) -> str:
+    """How sublayers of a layer that are run for chosen rows differ from all rows by its modules, in words."""
+    structure = anatomy.structure
+    own = row_sublayers(anatomy, index, LayerFinding(finding), trial)
+    for what, call, x, given in _inputs(trial, index, calls):
+        chosen = call.text.flatten().to(x.device).clone()
+        chosen[1::3] = False
+        rows, flat = Rows(chosen.numel(), given_mask=chosen), x.flatten(0, 1)
+        with in_eval_mode(trial):
+            executor = LayerExecutor(trial, structure)
+            for kind in KINDS:
+                y, _ = executor.addition(kind, x, dict(given))
+                expected = executor.residual(kind, x, y).flatten(0, 1)
+                stream = Stream.of(x, own.causal, given)
+                run = own.begin(flat, stream, dict(given))
+                try:
+                    update = run.mlp(flat, rows) if kind == "mlp" else run.attention(flat, rows, False)
+                    actual = run.added(flat, update)
+                except Failure as failure:
+                    return f"its {kind} cannot be run for chosen rows: {type(failure).__name__}: {failure}"
+                off = error(actual[chosen], expected[chosen])
+                if not off <= tolerance(x):
+                    return f"its {kind} gives something else for chosen rows: relative difference {off:.2g} for {what}"
+    return ""
+
+
+def _inputs(
+    trial: nn.Module, index: int, calls: list[tuple[str, LayerCalls]]
+) -> Iterator[tuple[str, LayerCalls, Tensor, dict[str, Any]]]:
+    """For every call: what it is, the call, a residual `[batch, tokens, hidden]`, and the layer's other arguments."""
+    weight = next((p for p in trial.parameters() if p.is_floating_point()), None)
+    for number, (what, call) in enumerate(calls):
+        like = call.hidden if weight is None else weight
+        x = noise(tuple(call.hidden.shape), like, seed=number)
+        given = {name: in_dtype(value, like) for name, value in call.arguments[index].items()}
+        yield what, call, x, given
 
 
 def _mlp_by_rows(layer: nn.Module, structure: Structure, x: Tensor) -> float:

@@ -7,7 +7,7 @@ modules are compared in float32, with inputs under which attention is sharp and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -23,6 +23,17 @@ LOUD = 8.0
 _TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "half": 4e-2}
 # A layer of more float32 bytes, as one with hundreds of experts is, is compared in its own precision.
 _LARGEST_COPY = 8 * 2**30
+# What a module raises that gets something else than it is made for.
+Failure = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    StopIteration,
+)
 # Attributes that say where a module is, not what it computes.
 _PLACE = {"layer_idx", "layer_index", "layer_id", "training"}
 
@@ -81,6 +92,10 @@ def in_dtype(value: Any, like: Tensor) -> Any:
         return value.to(like.device, like.dtype) if value.is_floating_point() else value.to(like.device)
     if isinstance(value, tuple):
         return tuple(in_dtype(part, like) for part in value)
+    if isinstance(value, MutableMapping):
+        made = copy.copy(value)
+        made.update({key: in_dtype(part, like) for key, part in value.items()})
+        return made
     return None if isinstance(value, Cache) else value
 
 

@@ -32,10 +32,14 @@ class _StackCall:
     Attributes:
         masks: Masks over queries and keys that the caller made, which the stack hands to layers as they are.
         features: Whether there are arguments that the stack may put between its layers.
+        positions: The position of every token, `[1 or batch, tokens]`, where the caller says it.
+        keys: Which keys are text, flags `[batch, keys]`, where the caller says it.
     """
 
     masks: tuple[Tensor, ...] = ()
     features: bool = False
+    positions: Tensor | None = None
+    keys: Tensor | None = None
 
 
 _NOTHING = _StackCall()
@@ -46,6 +50,16 @@ _current: ContextVar[_StackCall] = ContextVar("slimformer_stack_call", default=_
 def callers_masks() -> tuple[Tensor, ...]:
     """The masks over queries and keys that the caller of the stack made for the forward pass that runs."""
     return _current.get().masks
+
+
+def callers_positions() -> Tensor | None:
+    """The position of every token, `[1 or batch, tokens]`, as the caller of the stack gave them."""
+    return _current.get().positions
+
+
+def callers_keys() -> Tensor | None:
+    """Which keys are text, flags `[batch, keys]`, as the caller of the stack says: all keys, whatever windows hide."""
+    return _current.get().keys
 
 
 def puts_features_between() -> bool:
@@ -85,7 +99,11 @@ class StackReader:
         masks = tuple(mask.values()) if isinstance(mask, Mapping) else (mask,)
         own = tuple(m for m in masks if isinstance(m, Tensor) and m.dim() == 4)
         features = any(given.get(name) is not None for name in self.names if name not in _NOT_BETWEEN_LAYERS)
-        return _StackCall(own, features) if own or features else _NOTHING
+        return _StackCall(own, features, _flat(given.get("position_ids")), _flat(mask))
+
+
+def _flat(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) and value.dim() == 2 else None
 
 
 def read_stack_calls(anatomy: Anatomy, ledger: Ledger) -> None:

@@ -18,7 +18,7 @@ from slimformer.call_context import call_variable
 from slimformer.errors import PlanError
 from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
-from slimformer.stack_calls import callers_masks
+from slimformer.stack_calls import callers_keys, callers_masks, callers_positions
 from slimformer.structures import Structure
 
 _TAG = "_slimformer_stream"
@@ -238,17 +238,27 @@ class Stream:
 
     def positions(self) -> Tensor:
         """The position of every row's token in its text, int64 `[rows]`: the model's position ids, if it has any."""
-        ids = self.arguments.get("position_ids")
-        if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > self.tokens and self.causal:
-            # A stack that goes on with the last tokens alone, where upper layers read the keys of lower ones (Gemma 4).
-            ids = ids[:, -self.tokens :]
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != self.tokens:
+        given = (self.arguments.get("position_ids"), callers_positions())
+        ids = next((ids for ids in map(self._of_tokens, given) if ids is not None), None)
+        if ids is None:
             ids = torch.arange(self.tokens, device=self.device)[None] + self.past
-            mask = self.arguments.get("attention_mask")
+            # A layer's mask may begin where its window does, or read otherwise than by flags.
+            mask = callers_keys()
+            mask = self.arguments.get("attention_mask") if mask is None else mask
             if isinstance(mask, Tensor) and mask.dim() in (2, 4):
-                ids = ids - keys_seen(mask).int().argmax(1, keepdim=True)
+                # As position ids are made: none is below 0, at padding in front either.
+                ids = (ids - keys_seen(mask).int().argmax(1, keepdim=True)).clamp_min(0)
         ids = ids.expand(self.batch, self.tokens).reshape(-1)
         return ids if self.held is None else ids.index_select(0, self.held.index)
+
+    def _of_tokens(self, ids: Any) -> Tensor | None:
+        """Position ids, if there is one for every token."""
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] not in (1, self.batch):
+            return None
+        if ids.shape[1] > self.tokens and self.causal:
+            # A stack that goes on with the last tokens alone, where upper layers read the keys of lower ones (Gemma 4).
+            ids = ids[:, -self.tokens :]
+        return ids if ids.shape[1] == self.tokens else None
 
     def real(self) -> Rows | None:
         """The tokens that are not padding, by the attention masks; None if nothing more can leave.

@@ -501,7 +501,11 @@ def fitting_structures(layers: Iterable[nn.Module]) -> tuple[Structure, ...]:
     return found
 
 
+# What holds several results of a module; OpenAI GPT's return lists.
+SEVERAL = (tuple, list)
+
+
 def first_of(output: Any) -> Tensor:
-    """The vectors in what a module returned, which may be a tuple that begins with them."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
+    """The vectors in what a module returned, which may be a tuple or a list that begins with them."""
+    found: Tensor = output[0] if isinstance(output, SEVERAL) and output else output
     return found

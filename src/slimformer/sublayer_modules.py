@@ -7,7 +7,8 @@ zeros adds nothing, whatever multiplies, norms and adds come behind them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +17,15 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy
 from slimformer.layer_calls import LayerCalls, mirrored
-from slimformer.probes import error, float32_copy, in_dtype, noise, tolerance
-from slimformer.structures import KINDS, Kind
+from slimformer.module_results import Changer, Held, Record, Recorder, perturbed, zeroed
+from slimformer.probes import Failure, error, float32_copy, in_dtype, noise, tolerance
+from slimformer.structures import KINDS, SEVERAL, Kind, first_of
 
 # A residual that goes on past the sublayers stays this much like itself, norms and scales aside; one that ends in a
 # module, as BERT's do, is lost where that module puts out zeros.
 _LIKE_ITSELF = 0.5
 # A part with fewer weights than this, of the largest of its kind, is a side road, such as a low-rank residual.
 _SIDE_ROAD = 0.1
-# What a foreign layer raises where it cannot be called as it is tried.
-FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ class Silent:
         path: Where it is within its layer.
         values: How many values it returns, of which the first counts and the others may be None; 0 for a bare tensor.
         width: The size of each output vector.
+        listed: Whether it returns them in a list, as OpenAI GPT's modules do.
     """
 
     path: str
     values: int
     width: int
+    listed: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,16 @@ class SublayerModules:
 
 
 @torch.no_grad()
-def find_sublayer_modules(anatomy: Anatomy, index: int, calls: LayerCalls) -> SublayerModules:
+def find_sublayer_modules(
+    anatomy: Anatomy, index: int, calls: LayerCalls, supplies: bool = False
+) -> SublayerModules:
     """Find the modules of a layer's sublayers.
 
     Args:
         anatomy: The model's.
         index: Which layer.
         calls: A short call of the stack.
+        supplies: Whether the layer leaves something for other layers in what they share, such as keys.
     """
     layer = anatomy.layers[index]
     if any(p.is_meta for p in layer.parameters()):
@@ -96,34 +101,31 @@ def find_sublayer_modules(anatomy: Anatomy, index: int, calls: LayerCalls) -> Su
     probe = _Probe(trial, noise(tuple(calls.hidden.shape), weight), given)
     try:
         output = probe.run()
-    except FAILURES as failure:
+    except Failure as failure:
         reason = f"it could not be called on a few tokens: {type(failure).__name__}: {failure}"
         return SublayerModules(reasons=dict.fromkeys((*KINDS, "block"), reason))
-    returns = len(output) if isinstance(output, tuple) else 0
+    returns = len(output) if isinstance(output, SEVERAL) else 0
     reasons: dict[str, str] = {}
     if calls.hands_over:
         reasons["block"] = "it hands more than the residual to the layers above"
+    if supplies:
+        reasons["block"] = "other layers use what it leaves for them"
+    if probe.x.shape[-3:-1] != calls.text.shape:
+        return SublayerModules(
+            {},
+            returns,
+            {**dict.fromkeys(KINDS, "its residual has several streams behind each token"), **reasons},
+        )
     silent: dict[Kind, tuple[Silent, ...]] = {}
     for kind, paths in probe.sublayers().items():
         found = probe.silenced(paths, calls.hands_over)
+        if kind == "attention" and supplies:
+            found = "other layers use what it leaves for them"
         if isinstance(found, str):
             reasons[kind] = found
         else:
             silent[kind] = found
     return SublayerModules(silent, returns, reasons)
-
-
-@dataclass
-class _Record:
-    """What a module returned, and how often it was called."""
-
-    output: Any
-    calls: int = 1
-
-    @property
-    def vectors(self) -> Tensor | None:
-        first = self.output[0] if isinstance(self.output, tuple) and self.output else self.output
-        return first if isinstance(first, Tensor) else None
 
 
 @dataclass
@@ -142,23 +144,26 @@ class _Probe:
                 if not path:
                     continue
                 if records is not None:
-                    handles.append(module.register_forward_hook(_Recorder(path, records)))
+                    handles.append(module.register_forward_hook(Recorder(path, records)))
                 change = (changed or {}).get(path)
                 if change is not None:
-                    handles.append(module.register_forward_hook(_Changer(change)))
-            return self.layer(self.x.clone(), **self.given)
+                    handles.append(module.register_forward_hook(Changer(change)))
+            return self.layer(self.x.clone(), **self.arguments())
         finally:
             for handle in handles:
                 handle.remove()
 
+    def arguments(self) -> dict[str, Any]:
+        """The layer's other arguments; what layers write into is this call's own."""
+        return {n: copy.copy(v) if isinstance(v, MutableMapping) else v for n, v in self.given.items()}
+
     def residual(self, silent: tuple[str, ...] = ()) -> Tensor:
-        output = self.run(dict.fromkeys(silent, _zeroed))
-        found: Tensor = output[0] if isinstance(output, tuple) else output
+        found: Tensor = first_of(self.run(dict.fromkeys(silent, zeroed)))
         return found
 
     def sublayers(self) -> dict[Kind, tuple[str, ...]]:
         """The modules of each kind, the outermost whose silence leaves the residual as it is."""
-        records: dict[str, _Record] = {}
+        records: dict[str, Record] = {}
         self.run(records=records)
         tokens = self.x.shape[-2]
         whole = {
@@ -179,13 +184,20 @@ class _Probe:
             if _alike(self.residual((path, *others)), self.x) >= _LIKE_ITSELF:
                 chosen.append(path)
         mixers = [path for path in chosen if self._mixes(path, records)]
+        if not self._mixes_nowhere_else(mixers, records):
+            # As Inkling's convolution behind the MLP does, whose state is in the attention's cache slot.
+            return dict.fromkeys(KINDS, ())
         # A layer behind a mixer, as BERT's output layer, is that sublayer's too: without the mixer it knows no token.
-        alone: dict[str, _Record] = {}
-        self.run(dict.fromkeys(mixers, _zeroed), alone)
+        alone: dict[str, Record] = {}
+        self.run(dict.fromkeys(mixers, zeroed), alone)
         kinds: dict[Kind, list[str]] = {"attention": mixers, "mlp": []}
         for path in chosen:
-            if path not in mixers:
-                kinds["attention" if mixers and _constant(alone[path].vectors) else "mlp"].append(path)
+            if path in mixers:
+                continue
+            if mixers and _constant(alone[path].vectors):
+                kinds["attention"].append(path)
+            elif self._reaches_its_token(path, mixers, records):
+                kinds["mlp"].append(path)
         found: dict[Kind, tuple[str, ...]] = {}
         for kind, paths in kinds.items():
             sizes = {path: _size(self.layer, path) for path in paths}
@@ -193,16 +205,46 @@ class _Probe:
             found[kind] = tuple(path for path in paths if sizes[path] >= least)
         return found
 
-    def _mixes(self, path: str, records: dict[str, _Record]) -> bool | None:
-        """Whether a module's output for a token depends on other tokens."""
+    def _mixes_nowhere_else(self, mixers: list[str], records: dict[str, Record]) -> bool:
+        """Whether no token's output depends on other tokens once what these mixers put out is held."""
+        held = {mixer: Held(records[mixer].output) for mixer in mixers}
+        other = _Probe(self.layer, self._other_first_token(self.x), self.given)
+        return not self._differs_elsewhere(first_of(other.run(held)), first_of(self.run(held)))
+
+    def _reaches_its_token(self, path: str, mixers: list[str], records: dict[str, Record]) -> bool:
+        """Whether what a module puts out for a token reaches that one's output, and not by way of mixers alone."""
+        held, output = {mixer: Held(records[mixer].output) for mixer in mixers}, records[path].output
+        first = self._other_first_token(first_of(output))
+        other = type(output)([first, *output[1:]]) if isinstance(output, SEVERAL) else first
+        changed: Tensor = first_of(self.run({**held, path: Held(other)}))
+        base: Tensor = first_of(self.run(held))
+        if self._differs_elsewhere(changed, base):
+            return False
+        return error(changed.flatten(0, -2), base.flatten(0, -2)) > tolerance(self.x)
+
+    def _other_first_token(self, vectors: Tensor) -> Tensor:
+        """Vectors with others for the first token: every token sees it, in a decoder too."""
+        changed = vectors.clone(memory_format=torch.contiguous_format)
+        first = changed.view(-1, *self.x.shape[-3:-1], vectors.shape[-1])[:, :, 0]
+        first.copy_(noise(tuple(first.shape), changed, seed=1))
+        return changed
+
+    def _differs_elsewhere(self, found: Tensor | None, base: Tensor | None) -> bool:
+        """Whether vectors differ for other tokens than the first."""
+        if found is None or base is None:
+            return True
+        shape = (-1, *self.x.shape[-3:-1], base.shape[-1])
+        after, before = (t.reshape(shape)[:, :, 1:].flatten(0, 2) for t in (found, base))
+        return error(after, before) > tolerance(self.x)
+
+    def _mixes(self, path: str, records: dict[str, Record]) -> bool | None:
+        """Whether a module's output for a token depends on other tokens, or on what other layers know of them."""
         base = records[path].vectors
-        changed = self.x.clone()
-        # The first token: every other one sees it, in a decoder too.
-        changed[..., 0, :] = noise(tuple(changed[..., 0, :].shape), changed, seed=1)
-        probe, again = _Probe(self.layer, changed, self.given), dict[str, _Record]()
+        changed, given = self._other_first_token(self.x), {n: perturbed(v) for n, v in self.given.items()}
+        probe, again = _Probe(self.layer, changed, given), dict[str, Record]()
         # What other mixers put out is held as it was, so that only this one's own mixing shows.
         held = {
-            other: _Held(record.output)
+            other: Held(record.output)
             for other, record in records.items()
             if other != path
             and not other.startswith(f"{path}.")
@@ -215,18 +257,12 @@ class _Probe:
         found = again[path].vectors if path in again else None
         if base is None or found is None:
             return None
-        tokens, batch = self.x.shape[-2], self.x.shape[-3]
-        first = torch.zeros(batch, tokens, dtype=torch.bool, device=base.device)
-        first[:, 0] = True
-        flat = first.flatten()
-        width = base.shape[-1]
-        before, after = base.reshape(-1, len(flat), width), found.reshape(-1, len(flat), width)
-        return error(after[:, ~flat].flatten(0, 1), before[:, ~flat].flatten(0, 1)) > tolerance(self.x)
+        return self._differs_elsewhere(found, base)
 
-    def _feeding(self, paths: tuple[str, ...], records: dict[str, _Record], expected: Tensor) -> list[str]:
+    def _feeding(self, paths: tuple[str, ...], records: dict[str, Record], expected: Tensor) -> list[str]:
         """Further modules that nothing reads once these are silent, such as the first layer of an MLP in two parts."""
         outermost = sorted(records.items(), key=lambda item: item[0].count("."))
-        found: list[str] = []
+        whole, found = self.residual(), list[str]()
         for path, record in outermost:
             related = any(
                 path == p or path.startswith(f"{p}.") or p.startswith(f"{path}.") for p in (*paths, *found)
@@ -234,9 +270,12 @@ class _Probe:
             vectors = record.vectors
             if related or record.calls != 1 or vectors is None or not _has_matrix(self.layer, path):
                 continue
-            if isinstance(record.output, tuple) or vectors.shape[:-1].numel() % self.x.shape[:-1].numel():
+            if isinstance(record.output, SEVERAL) or vectors.shape[:-1].numel() % self.x.shape[:-1].numel():
                 continue
-            if error(self.residual((*paths, path)).flatten(0, -2), expected.flatten(0, -2)) == 0.0:
+            if error(self.residual((*paths, path)).flatten(0, -2), expected.flatten(0, -2)) != 0.0:
+                continue
+            # An indexer of few tokens, which chooses all of them, changes nothing either, and feeds another.
+            if error(self.residual((path,)).flatten(0, -2), whole.flatten(0, -2)) > 0.0:
                 found.append(path)
         return found
 
@@ -249,7 +288,7 @@ class _Probe:
         """
         if not paths:
             return "no module inside the layer was found that does this alone"
-        records: dict[str, _Record] = {}
+        records: dict[str, Record] = {}
         self.run(records=records)
         expected = self.residual(paths)
         silent = []
@@ -257,21 +296,23 @@ class _Probe:
             output, vectors = records[path].output, records[path].vectors
             if vectors is None:
                 return f"{path} returns no vectors"
-            beside = output[1:] if isinstance(output, tuple) else ()
+            several = isinstance(output, SEVERAL)
+            beside = output[1:] if several else ()
             if hands_over and any(isinstance(value, Tensor) for value in beside):
                 return f"what {path} returns beside its output goes to the layers above"
-            silent.append(Silent(path, len(output) if isinstance(output, tuple) else 0, vectors.shape[-1]))
+            values = len(output) if several else 0
+            silent.append(Silent(path, values, vectors.shape[-1], isinstance(output, list)))
         before = {entry.path: self.layer.get_submodule(entry.path) for entry in silent}
         try:
             for entry in silent:
                 before[entry.path].__dict__["forward"] = Zeros(entry)
-            output = self.layer(self.x.clone(), **self.given)
-        except FAILURES as failure:
+            output = self.layer(self.x.clone(), **self.arguments())
+        except Failure as failure:
             return f"{', '.join(paths)} cannot be left out: {type(failure).__name__}: {failure}"
         finally:
             for module in before.values():
                 module.__dict__.pop("forward", None)
-        actual = output[0] if isinstance(output, tuple) else output
+        actual = first_of(output)
         off = error(actual.flatten(0, -2), expected.flatten(0, -2))
         if not off <= tolerance(self.x):
             return (
@@ -301,44 +342,10 @@ class Zeros:
             self.seen(args, kwargs)
         shape = (*hidden.shape[:-1], self.silent.width)
         out = hidden.new_zeros(shape) if self.vector is None else self.vector().to(hidden).expand(shape)
-        return (out, *[None] * (self.silent.values - 1)) if self.silent.values else out
-
-
-@dataclass(frozen=True)
-class _Recorder:
-    path: str
-    records: dict[str, _Record]
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        known = self.records.get(self.path)
-        if known is not None:
-            known.calls += 1
-        else:
-            # Layers behind may write into it.
-            kept = tuple(_copied(value) for value in output) if isinstance(output, tuple) else _copied(output)
-            self.records[self.path] = _Record(kept)
-
-
-@dataclass(frozen=True)
-class _Changer:
-    change: Callable[[Any], Any]
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.change(output)
-
-
-@dataclass(frozen=True)
-class _Held:
-    output: Any
-
-    def __call__(self, output: Any) -> Any:
-        if isinstance(self.output, tuple):
-            return tuple(_copied(value) for value in self.output)
-        return _copied(self.output)
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+        if not self.silent.values:
+            return out
+        several = (out, *[None] * (self.silent.values - 1))
+        return list(several) if self.silent.listed else several
 
 
 def _constant(vectors: Tensor | None) -> bool:
@@ -347,12 +354,6 @@ def _constant(vectors: Tensor | None) -> bool:
         return False
     flat = vectors.flatten(0, -2)
     return bool((flat - flat[:1]).abs().max() <= 1e-6 * flat.abs().max().clamp_min(1e-12))
-
-
-def _zeroed(output: Any) -> Any:
-    if isinstance(output, tuple):
-        return (torch.zeros_like(output[0]), *output[1:])
-    return torch.zeros_like(output)
 
 
 def _per_token(vectors: Tensor | None, x: Tensor, tokens: int) -> bool:

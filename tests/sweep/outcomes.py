@@ -231,8 +231,10 @@ class _Examination:
         can["block"] = [i for i, of in enumerate(modules) if "block" not in of.reasons]
         for kind, layers in can.items():
             paths = sorted({entry.path for i in layers for entry in modules[i].silent.get(kind, ())})
-            if kind == "mlp" and any(map(_MIXER.search, paths)):
-                raise _Changed(f"takes {', '.join(filter(_MIXER.search, paths))} for an MLP")
+            if kind == "mlp":
+                mixers = [path for path in paths if _MIXER.search(path) and not self._is_mlp(path)]
+                if mixers:
+                    raise _Changed(f"takes {', '.join(mixers)} for an MLP")
             self.result.notes.append(f"{kind}: {len(layers)} of {len(modules)} {' '.join(paths)}".rstrip())
         # Not the first layers before others: positions may be counted in their caches.
         attentions, mlps, blocks = (sorted(can[kind], key=lambda i: (i < 1, i)) for kind in (*KINDS, "block"))
@@ -242,6 +244,15 @@ class _Examination:
             *(LayerDrop(mlp=[i]) for i in mlps),
             *(LayerDrop(block=[i]) for i in blocks),
         ]
+
+    def _is_mlp(self, path: str) -> bool:
+        """Whether the modules at a path are MLPs by the names of their classes, as those of Nemotron-H are."""
+        modules = (
+            layer.get_submodule(path)
+            for layer, found in zip(self.support.anatomy.layers, self.support.modules, strict=True)
+            if any(entry.path == path for entry in found.silent.get("mlp", ()))
+        )
+        return all(re.search("MLP|MoE", type(module).__name__) for module in modules)
 
     @contextlib.contextmanager
     def _left_out(self, drop: LayerDrop) -> Iterator[bool]:
@@ -355,8 +366,8 @@ class _Examination:
 
 
 def _zeroed(module: nn.Module, arguments: Any, output: Any) -> Any:
-    if isinstance(output, tuple):
-        return (torch.zeros_like(output[0]), *output[1:])
+    if isinstance(output, (tuple, list)):
+        return type(output)([torch.zeros_like(output[0]), *output[1:]])
     return torch.zeros_like(output)
 
 

@@ -57,8 +57,18 @@ def _arguments(family: Family, model: nn.Module, ids: Tensor, mask: Tensor) -> d
 
 def outputs(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
     """Logits or last hidden states `[batch, tokens, ...]`, in float32."""
+    _forget_longer_texts(model)
     with torch.no_grad():
         return _of(model(**arguments))
+
+
+def _forget_longer_texts(model: nn.Module) -> None:
+    """Undo what dynamic RoPE keeps of the longest text so far, by which it turns later ones."""
+    for module in model.modules():
+        original = getattr(module, "original_max_seq_len", None)
+        if isinstance(getattr(module, "max_seq_len_cached", None), Tensor) and original is not None:
+            module.max_seq_len_cached = original
+            module.inv_freq = module.original_inv_freq.clone()
 
 
 def _of(out: Any) -> Tensor:
@@ -94,6 +104,7 @@ class _Forced(LogitsProcessor):
 def steps(family: Family, model: PreTrainedModel) -> Tensor:
     """The same outputs from the prompt and then one token at a time, by the model's own `generate` where it has one."""
     ids, mask = batch("left")
+    _forget_longer_texts(model)
     with torch.no_grad():
         if model.can_generate():
             out = model.generate(
