@@ -124,7 +124,11 @@ def _count(cache: Cache, slot: int, hidden: Tensor) -> None:
         return
     if isinstance(layer, CountedSlot):
         layer.count(hidden)
-    elif isinstance(layer, LinearAttentionCacheLayerMixin) or layer.is_compileable:
+    elif (
+        isinstance(layer, LinearAttentionCacheLayerMixin)
+        or hasattr(layer, "update_indexer")
+        or layer.is_compileable
+    ):
         # Beside states that may be in use, or where compiled graphs know the slot: keys of the shape that it may have.
         shape = (1, 1) if layer.keys is None else (layer.keys.shape[1], layer.keys.shape[-1])
         ones = hidden.new_ones(hidden.shape[0], shape[0], hidden.shape[1], shape[1])

