@@ -36,6 +36,8 @@ class Sublayer:
         structure: The row of the structure table that says what the parts are.
         kind: Which sublayer.
         norms: The norms among the layer's children, for kernels; None where modules alone compute.
+        parts: The names of its parts.
+        name: That of the module that does the work.
         output_norms: The norm of an output module as BERT has it, likewise.
         called: The modules that it consists of, which may have been touched.
         ends_in_module: Whether nothing comes behind the module but the residual addition.
@@ -47,6 +49,7 @@ class Sublayer:
     kind: Kind
     norms: RowNorms | None = None
     parts: Parts = field(init=False)
+    name: str = field(init=False)
     output_norms: RowNorms | None = field(init=False, default=None)
     called: CalledModules = field(init=False, repr=False)
     ends_in_module: bool = field(init=False)
@@ -54,6 +57,7 @@ class Sublayer:
 
     def __post_init__(self) -> None:
         self.parts = self.structure.parts(self.kind)
+        self.name = self.parts.name_in(self.layer)
         self.replaces = self.parts.post_norm
         self.ends_in_module = self.parts.adds_as_it_is and self.parts.dropout is None
         self.called = CalledModules(self.layer, tuple(sorted(self.parts.children())))
@@ -108,7 +112,8 @@ class Sublayer:
         """What the module computes of its input `[batch, tokens, hidden]`, and attention weights if there are any."""
         if self.kind == "mlp":
             return self.parts.by_token(self.layer, h), None
-        module = self.parts.of(self.layer)
+        module = self.layer._modules.get(self.name)
+        module = self.parts.of(self.layer) if module is None else module
         output = module(h, **for_attention(kwargs, module))
         if not isinstance(output, tuple):
             return output, None
