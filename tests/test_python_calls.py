@@ -75,10 +75,10 @@ def test_a_step_of_a_layer_that_nothing_touches_makes_two_calls() -> None:
     ("method", "most"),
     [
         (lambda layers: (LayerDrop(mlp=list(layers)),), 16),
-        (lambda layers: (LayerDrop(attention=list(layers)),), 18),
+        (lambda layers: (LayerDrop(attention=list(layers)),), 20),
         (lambda layers: (LayerDrop(block=list(layers)),), 12),
-        (lambda layers: (filters(layers, 1),), 22),
-        (lambda layers: (filters(layers, 4),), 32),
+        (lambda layers: (filters(layers, 1),), 24),
+        (lambda layers: (filters(layers, 4),), 33),
     ],
     ids=["without MLPs", "without attentions", "without both", "filters", "filters of four taps"],
 )
