@@ -108,6 +108,11 @@ class Run:
             return self._mlp(of, stream, x, rows, normed)
         return self._attention(of, stream, x, rows, compact_keys)
 
+    def after(self, kind: Kind, x: Tensor, rows: Rows | None) -> Tensor:
+        """The residual `x` after a sublayer at some of its rows, or at all."""
+        update = self.computed(kind, x, rows, compact_keys=False)
+        return x if update is None else self.added(x, update)
+
     def replaced(self, kind: Kind, x: Tensor, replacement: Callable[..., Tensor] | None) -> Update | None:
         """What stands in for a sublayer that computes no rows."""
         if replacement is None:

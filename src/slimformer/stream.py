@@ -34,15 +34,12 @@ class ExaminedLayer(Protocol):
 
     def looked_into(self) -> bool:
         """Whether somebody has touched a module of any layer of the model."""
-        ...
 
     def heads_input(self, stream: Stream, x: Tensor) -> Tensor:
         """What the attention's heads are made of, of the rows `x` `[rows, hidden]` of a stream, by the norm itself."""
-        ...
 
     def scores(self, kind: Kind, stream: Stream, x: Tensor, router: Tensor, bias: Tensor) -> Tensor:
         """The input of a sublayer's module times `router` `[hidden]`, plus `bias` `[1]`: float32 `[rows]`."""
-        ...
 
     layer: nn.Module
     attention: Any
@@ -103,9 +100,7 @@ class Stream:
     @staticmethod
     def has_lost_rows(hidden: Tensor) -> bool:
         """Whether a layer's input belongs to a stream that some tokens have left."""
-        if torch.compiler.is_compiling():
-            return False
-        found = getattr(hidden, _TAG, None)
+        found = None if torch.compiler.is_compiling() else getattr(hidden, _TAG, None)
         return found is not None and found.held is not None
 
     def handed_on(self, x: Tensor, last: bool) -> Tensor:
