@@ -22,7 +22,7 @@ from benchmarks.timing import Effort
 from slimformer import TokenElimination
 from slimformer.anatomy import Anatomy
 from slimformer.block_predictor import BlockPredictor
-from slimformer.executor import SublayerPlan
+from slimformer.policy import SublayerPlan
 from slimformer.rows import Rows
 from slimformer.stream import Stream
 from slimformer.structures import Kind

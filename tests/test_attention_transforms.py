@@ -16,10 +16,10 @@ import slimformer
 from slimformer import Plan, SelfExtend, TempScale
 from slimformer.attention_transforms import AttentionTransform
 from slimformer.errors import PlanError, UnsupportedModelError
-from slimformer.executor import TokenPolicy
 from slimformer.methods.absolute_positions import PositionInterpolation
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
+from slimformer.policy import TokenPolicy
 from slow_rows import arguments, error, one_thread, outputs, small  # noqa: F401
 
 CASES: dict[str, tuple[str, list[Any]]] = {

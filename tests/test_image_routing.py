@@ -23,7 +23,7 @@ from slimformer.calibration.routers import train_routers
 from slimformer.errors import DataError, PlanError
 from slimformer.patching import keep_ratios
 from slimformer.training.loop import TrainingSettings
-from slow_rows import one_thread, slowly  # noqa: F401
+from slow_rows import one_thread, rows_through, slowly  # noqa: F401
 from test_mixture_of_depths import Decisions, routed
 from tiny_models import COMMON, tiny_model
 
@@ -136,27 +136,18 @@ def test_routers_of_image_tokens_learn_from_images_with_text(name: str, routing:
     found = plan.measured["routers"]
     assert found["keep"] == pytest.approx(0.5, abs=0.05)
     slimformer.patch(model, plan)
-    skipped: list[int] = []
     given, images = examples[0], int((examples[0]["input_ids"] == IMAGE).sum())
     tokens = given["input_ids"].shape[1]
-    handles = []
-    for index in (1, 2):
-        gate = find_anatomy(model).layers[index].mlp.gate_proj
-        handles.append(
-            gate.register_forward_hook(
-                lambda m, args, out: skipped.append(tokens - args[0].shape[:-1].numel())
-            )
-        )
-    with torch.no_grad():
+    layers = find_anatomy(model).layers
+    gates = [layers[index].get_submodule("mlp.gate_proj") for index in (1, 2)]
+    with torch.no_grad(), rows_through(*gates) as counts:
         model(**given)
-        assert 0 < sum(skipped) <= 2 * images
-        # The same words without an image.
-        skipped.clear()
-        words = given["input_ids"][given["input_ids"] != IMAGE][None]
+    assert 0 < 2 * tokens - sum(counts) <= 2 * images
+    # The same words without an image.
+    words = given["input_ids"][given["input_ids"] != IMAGE][None]
+    with torch.no_grad(), rows_through(*gates) as counts:
         model(input_ids=words)
-    assert not any(t for t in skipped if t != tokens - words.shape[1])
-    for handle in handles:
-        handle.remove()
+    assert counts == [words.shape[1]] * 2
 
 
 def test_arank_reads_images_with_text() -> None:

@@ -282,7 +282,7 @@ def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], message
 
 
 def test_routers_for_another_model_are_refused() -> None:
-    with pytest.raises(PlanError, match="hidden size of 48, and this model's is 32"):
+    with pytest.raises(PlanError, match="hidden size of 48, and LlamaModel has 32"):
         slimformer.patch(tiny_model("llama"), routed(48, mlp=[1]))
     with pytest.raises(PlanError, match="allowed are 0 to 3"):
         slimformer.patch(tiny_model("llama"), routed(mlp=[9]))

@@ -13,8 +13,8 @@ import slimformer
 from slimformer import LayerDrop
 from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
-from slimformer.executor import SublayerPlan
 from slimformer.methods.random_keep import RandomKeep, chances
+from slimformer.policy import SublayerPlan
 from slimformer.row_selection import intersection
 from slimformer.rows import Rows
 from slimformer.stream import Stream

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,9 +22,8 @@ from slimformer.anatomy import positional_names
 from slimformer.attention_backend import fastest_backend
 from slimformer.attention_projections import Projections, Rotation
 from slimformer.attention_scores import Extension, own_eager_attention, own_implementation, scores_of
-from slimformer.cache import CACHE_NAMES, extended, layer_cache
-from slimformer.linear_steps import linear_step, may_be_skipped
-from slimformer.row_norms import RowNorms
+from slimformer.cache import extended, layer_cache
+from slimformer.row_projections import RowProjections
 from slimformer.rows import Rows
 from slimformer.shorter_cache import ShorterLayer, ShorterStaticLayer, shorter_layer
 from slimformer.stream import Stream
@@ -35,10 +32,6 @@ from slimformer_kernels.attention_blocks import WIDEST_HEAD
 from slimformer_kernels.attention_rows import attention_rows_op
 from slimformer_kernels.attention_rows_reference import attention_rows_reference
 from slimformer_kernels.dispatch import runs_kernel
-from slimformer_kernels.rotary import rotary_op, rotary_reference
-
-# Arguments of cross-attention and of other parts of a layer; an attention must not see them.
-_NOT_FOR_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask", "hidden_states", "per_layer_input")
 
 
 @dataclass
@@ -57,9 +50,8 @@ class RowAttention:
 
     def __post_init__(self) -> None:
         config = getattr(self.core, "config", None)
-        self.norms = RowNorms(self.core, self.projections.norms or ())
-        sizes = ("head_dim", "attention_head_size", "head_size")
-        self.head_dim = next(int(getattr(self.core, name)) for name in sizes if hasattr(self.core, name))
+        self.layers = RowProjections(self.core, self.projections, self.rotation)
+        self.head_dim = self.layers.head_dim
         self.scale = float(getattr(self.core, "scaling", self.head_dim**-0.5))
         self.window: int | None = getattr(
             self.core, "sliding_window", getattr(config, "sliding_window", None)
@@ -94,7 +86,7 @@ class RowAttention:
 
     def may_be_skipped(self, x: Tensor) -> bool:
         """Whether a step of the rows `x` `[rows, hidden]` reads no weight of queries where none of them is wanted."""
-        return may_be_skipped(getattr(self.core, self.projections.query), x)
+        return self.layers.may_be_skipped(x)
 
     def whole(
         self,
@@ -117,7 +109,7 @@ class RowAttention:
             `[batch * tokens, hidden]`, or `[batch * tokens, heads * head_dim]` where the output layer lies outside,
             and the attention weights if the function gives any.
         """
-        q, k, v = self._project(h, h, None, None, stream, kwargs, kernels, wanted)
+        q, k, v = self.layers.queries_keys_values(h, h, None, None, stream, kwargs, kernels, wanted)
         shape = (stream.batch, stream.tokens, -1, self.head_dim)
         q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
         cache = self.cache_of(kwargs)
@@ -143,7 +135,13 @@ class RowAttention:
                 softcap=self.softcap,
                 **rest,
             )
-        return self._output(output.reshape(h.shape[0], -1), wanted), weights
+        return self.layers.output(output.reshape(h.shape[0], -1), wanted), weights
+
+    def keep_keys(self, h: Tensor, stream: Stream, cache: Cache, kwargs: dict[str, Any]) -> None:
+        """Put the keys and values of all rows `h` `[batch * tokens, hidden]` into the cache, for later queries."""
+        k, v = self.layers.keys_values(h, stream, kwargs)
+        shape = (stream.batch, stream.tokens, -1, self.head_dim)
+        extended(cache, self.slot, k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2))
 
     def chosen(
         self,
@@ -171,13 +169,13 @@ class RowAttention:
             As `whole`, for the chosen rows.
         """
         key_rows = rows if compact_keys else None
-        q, k, v = self._project(h_query, h_key, rows, key_rows, stream, kwargs, kernels)
+        q, k, v = self.layers.queries_keys_values(h_query, h_key, rows, key_rows, stream, kwargs, kernels)
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
         q, extension = self._transformed(q, rows, stream)
         if cache is not None and stream.shorter:
             layer = shorter_layer(cache, self.slot, mask)
             if layer.store(k, v, stream):
-                return self._output(self._behind_past(q, rows, stream, layer).flatten(1))
+                return self.layers.output(self._behind_past(q, rows, stream, layer).flatten(1))
         if (cache is None or stream.shorter) and (compact_keys or stream.held is not None):
             # Every sequence's keys lie behind those of the sequence before.
             ranges, keys, values = stream.ranges(key_rows), k[None], v[None]
@@ -207,13 +205,13 @@ class RowAttention:
             self.row_scale,
         )
         if extension is not None:
-            return self._output(extension.attend(q, keys, values, *where, self._cap).flatten(1))
+            return self.layers.output(extension.attend(q, keys, values, *where, self._cap).flatten(1))
         # Encoders' kernels and masks count the distance that is still seen.
         window = self.window if self.window is None or stream.causal else self.window - 1
         # Without the checks of `attention_rows`, which take as long as the launch.
         fits = runs_kernel(q, keys, values) and self.head_dim <= WIDEST_HEAD
         attend = attention_rows_op if fits else attention_rows_reference
-        return self._output(attend(q, keys, values, *where, window, self._cap).flatten(1))
+        return self.layers.output(attend(q, keys, values, *where, window, self._cap).flatten(1))
 
     def _transformed(self, q: Tensor, rows: Rows | None, stream: Stream) -> tuple[Tensor, Extension | None]:
         """Queries `[rows, heads, head_dim]` as transforms want them, and what attends instead, if anything does."""
@@ -284,87 +282,12 @@ class RowAttention:
     def queries_and_keys(self, h: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys of all tokens `[batch, heads, tokens, head_dim]`, from `h` as in `scores`."""
         whole = dataclasses.replace(stream, held=None, full=None)
-        q, k, _ = self._project(h, h, None, None, whole, dict(stream.arguments), kernels=False)
+        q, k, _ = self.layers.queries_keys_values(
+            h, h, None, None, whole, dict(stream.arguments), kernels=False
+        )
         q, _ = self._transformed(q, None, whole)
         shape = (stream.batch, stream.tokens, -1, self.head_dim)
         return q.view(shape).transpose(1, 2), k.view(shape).transpose(1, 2)
-
-    def _project(
-        self,
-        h_query: Tensor,
-        h_key: Tensor,
-        rows: Rows | None,
-        key_rows: Rows | None,
-        stream: Stream,
-        kwargs: dict[str, Any],
-        kernels: bool,
-        wanted: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[rows, heads, head_dim]`, rotated to their original positions."""
-        p, core = self.projections, self.core
-        if p.key is None or p.value is None:
-            q, k, v = self._packed(h_query, h_key, rows, key_rows)
-        else:
-            q = linear_step(getattr(core, p.query), h_query, wanted)
-            k, v = (getattr(core, name)(h_key) for name in (p.key, p.value))
-        if p.norms is not None:
-            q, k = (self._normed(name, t, kernels) for name, t in zip(p.norms, (q, k), strict=True))
-        q, k, v = (t.view(t.shape[0], t.shape[-1] // self.head_dim, self.head_dim) for t in (q, k, v))
-        positions = kwargs.get("position_embeddings")
-        if positions is None or self.rotation == "none":
-            return q, k, v
-        interleaved = self.rotation != "halves"
-        cos, sin = stream.rotary(positions, spread=self.rotation == "neighbours, angles in halves")
-        query_token = stream.token_of(None if rows is None else rows.index)
-        key_token = stream.token_of(None if key_rows is None else key_rows.index)
-        if kernels:
-            # Without the checks of `rotary_`, which take three times as long as the launch.
-            if query_token is key_token:
-                rotary_op(q, k, cos, sin, query_token, interleaved)
-            else:
-                rotary_op(q, None, cos, sin, query_token, interleaved)
-                rotary_op(k, None, cos, sin, key_token, interleaved)
-            return q, k, v
-        q = rotary_reference(q, cos, sin, query_token, interleaved)
-        return q, rotary_reference(k, cos, sin, key_token, interleaved), v
-
-    def _packed(
-        self, h_query: Tensor, h_key: Tensor, rows: Rows | None, key_rows: Rows | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The three from one layer `[rows, heads * head_dim]`."""
-        layer = getattr(self.core, self.projections.query)
-        groups = int(getattr(self.core, "num_key_value_groups", 1))
-        if self.projections.packed == "by head":
-            by_head = layer(h_key).view(h_key.shape[0], -1, 3, self.head_dim)
-            q, k, v = (by_head[:, :, part].flatten(1) for part in range(3))
-            return (q if rows is key_rows or rows is None else q.index_select(0, rows.index)), k, v
-        if rows is not key_rows and type(layer) is nn.Linear:
-            # Rows of a weight are a view of it: keys of all tokens and queries of some cost no more than that.
-            width = layer.out_features * groups // (groups + 2)
-            bias = layer.bias
-            q = nn.functional.linear(h_query, layer.weight[:width], None if bias is None else bias[:width])
-            rest = nn.functional.linear(h_key, layer.weight[width:], None if bias is None else bias[width:])
-            k, v = rest.chunk(2, dim=-1)
-            return q, k, v
-        packed = layer(h_key)
-        width = packed.shape[-1] * groups // (groups + 2)
-        q, k, v = packed.split([width, (packed.shape[-1] - width) // 2, (packed.shape[-1] - width) // 2], -1)
-        if rows is not key_rows and rows is not None:
-            q = q.index_select(0, rows.index)
-        return q, k, v
-
-    def _normed(self, name: str, x: Tensor, kernels: bool) -> Tensor:
-        """A norm over each head, or over all of them at once, as its weight's size says."""
-        weight = getattr(getattr(self.core, name), "weight", None)
-        width = x.shape[-1] if weight is None else int(weight.numel())
-        return self.norms(name, x.reshape(-1, width), None, kernels).view(x.shape)
-
-    def _output(self, heads: Tensor, wanted: Tensor | None = None) -> Tensor:
-        p = self.projections
-        if p.output is None:
-            return heads
-        y = linear_step(getattr(self.core, p.output), heads, wanted)
-        return y if p.dropout is None else getattr(self.core, p.dropout)(y)
 
     @property
     def _cap(self) -> float | None:
@@ -379,27 +302,6 @@ class RowAttention:
     def cache_of(kwargs: dict[str, Any]) -> Cache | None:
         """The key-value cache among the layer's arguments."""
         return layer_cache(kwargs)
-
-
-def for_attention(kwargs: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """The layer's arguments that its attention takes, without those of cross-attention, which no structure here has."""
-    takes, others = _takes(type(module).forward)
-    own = next((name for name in CACHE_NAMES if name in takes), None)
-    given = {}
-    for name, value in kwargs.items():
-        if own is not None and name in CACHE_NAMES:
-            # Layers hand it on under the name that their mixer has for it.
-            given[own] = value
-        elif name not in _NOT_FOR_ATTENTION and (others or name in takes):
-            given[name] = value
-    return given
-
-
-@cache
-def _takes(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
-    """The names of a forward's parameters, and whether it takes others too."""
-    parameters = inspect.signature(inspect.unwrap(forward)).parameters
-    return frozenset(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _count(q: Tensor, stream: Stream) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy, attention_core, in_eval_mode, positional_names
-from slimformer.attention import for_attention
 from slimformer.attention_scores import SCORES, Scores, own_config, scores_of
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.ledger import Ledger
 from slimformer.method_fields import is_whole
 from slimformer.scored_attention import ScoredAttention, computes_scores_itself
+from slimformer.sublayer import for_attention
 from slimformer.texts import TextReader, Texts
 
 # Words in the types of layers that mix tokens without attention scores.

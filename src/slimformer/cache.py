@@ -335,4 +335,8 @@ def layer_cache(kwargs: Mapping[str, Any]) -> Cache | None:
 
 def has_foreign_cache(kwargs: Mapping[str, Any]) -> bool:
     """Whether the cache is of a kind of its own, as continuous batching's is: only the model's code knows it."""
-    return any(kwargs.get(name) is not None and not isinstance(kwargs[name], Cache) for name in CACHE_NAMES)
+    for name in CACHE_NAMES:
+        found = kwargs.get(name)
+        if found is not None and not isinstance(found, Cache):
+            return True
+    return False

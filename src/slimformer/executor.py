@@ -6,9 +6,9 @@ calls the layer's own modules by name at each step, so that adapters and quantis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,96 +18,19 @@ from slimformer.attention_scores import own_implementation
 from slimformer.cache import Content, layer_cache, leave_slot_empty
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.layer_list import LayerList
+from slimformer.layer_run import DENSE_BELOW_ROWS, Run, Update
 from slimformer.ledger import Ledger
+from slimformer.policy import Replacement, SublayerPlan
 from slimformer.replacements import LinearFilter, keeps_state
-from slimformer.row_selection import RowSelector, check_one_text_per_row, intersection
-from slimformer.row_sublayers import RowSublayers, Run, Update, uses_kernels
+from slimformer.row_selection import RowSelector, check_one_text_per_row, compares_tokens, intersection
+from slimformer.row_sublayers import RowSublayers, uses_kernels
 from slimformer.rows import Rows
 from slimformer.shorter_cache import mask_of_slot
 from slimformer.stack_calls import Observed
 from slimformer.stream import Stream, in_a_graph, leaving_under_gradients
 from slimformer.structures import KINDS, Kind, Structure
+from slimformer.sublayer import Sublayer
 from slimformer.touched_modules import has_own_forward
-from slimformer.whole_sublayers import residual_after, whole_sublayer
-
-# What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition. One with a
-# true attribute `by_row` takes rows `[rows, hidden]` too.
-Replacement = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
-
-
-@dataclass
-class SublayerPlan:
-    """What is decided for one sublayer.
-
-    Attributes:
-        compute: Whether any row is computed.
-        replacement: Makes what is added instead where none is, given the layer, whether the model is a decoder,
-            and the cache slot of the layer's attention.
-        weights: What the replacement reads, put on the layer as buffers that its `state_dict` leaves out.
-        rows: Name the rows to compute; those that all of them keep are. None of them means all rows.
-        compact_keys: Whether rows that an attention does not compute supply no keys and values either.
-        staying: Name the rows that stay in the stream from this layer on; no later layer computes the others. Read
-            from the plan of the layer's attention, before which the others leave.
-        leave_caches: Whether some of those others leave the caches of this layer and later ones too.
-        changes: Names of parameters within the layer, and what each becomes. They count whatever else is decided.
-        prepares: Get the whole model and its ledger when it is patched, each once, before its layers are.
-    """
-
-    compute: bool = True
-    replacement: Callable[[nn.Module, bool, int], Replacement] | None = None
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-    rows: tuple[RowSelector, ...] = ()
-    compact_keys: bool = False
-    staying: tuple[RowSelector, ...] = ()
-    leave_caches: bool = False
-    changes: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = ()
-    prepares: tuple[Callable[[Any, Ledger], None], ...] = ()
-
-    def __and__(self, other: SublayerPlan) -> SublayerPlan:
-        """Both decisions: what one drops is dropped, and rows are those that both keep.
-
-        Raises:
-            PlanError: If both leave something in the sublayer's place.
-        """
-        if not (self.compute and other.compute):
-            gone = self if not self.compute else other
-            if not (self.compute or other.compute):
-                gone = self if other.replacement is None else other
-                if self.replacement is not None and other.replacement is not None:
-                    raise PlanError(
-                        "Two methods leave something in place of the same sublayer, and only one can stand there. "
-                        "Take the sublayer out of one of them."
-                    )
-            return SublayerPlan(
-                False,
-                gone.replacement,
-                gone.weights,
-                staying=self.staying + other.staying,
-                leave_caches=self.leave_caches or other.leave_caches,
-                changes=self.changes + other.changes,
-                prepares=self.prepares + other.prepares,
-            )
-        return SublayerPlan(
-            rows=self.rows + other.rows,
-            compact_keys=self.compact_keys or other.compact_keys,
-            staying=self.staying + other.staying,
-            leave_caches=self.leave_caches or other.leave_caches,
-            changes=self.changes + other.changes,
-            prepares=self.prepares + other.prepares,
-        )
-
-
-@runtime_checkable
-class TokenPolicy(Protocol):
-    """A method that decides which rows sublayers compute."""
-
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
-        """The decision for every sublayer it touches, keyed by (layer, kind).
-
-        Raises:
-            PlanError: If the method names what the model does not have.
-        """
-        ...
 
 
 @dataclass
@@ -123,16 +46,18 @@ class LayerExecutor:
         by_rows: Runs sublayers for chosen rows and with kernels; None where every row is computed by the modules.
         dense: The forward that the layer had, for calls in which it does the same faster.
         chooses: Whether a policy names rows in this layer.
+        compares: Whether one of them may decide about a token by others.
+        lets_leave: Whether rows may leave the stream in front of this layer.
         shortens: Whether the cache of this layer may hold fewer tokens than the text has.
         last: Whether rows that left the stream come back behind this layer.
+        pads: Whether padding is computed, since it changes what layers give for text.
         all_layers: The layers that run after each other, this one among them.
         foreign: Whether the layer's `forward` is somebody else's, which computes the layer as it always did.
         observed: Says whether something reads what runs between the layers, so that no row may leave.
-        chosen: The rows that policies named in the last call: all there were, and their mask or number.
+        chosen: The rows that policies named in the last call: how many there were, and the choice.
         names: The layer's positional parameters behind the residual.
         returns: How many values the layer returns, the residual first; 0 for the residual alone, None for what its
             signature suggests.
-        pads: Whether padding is computed, since it changes what layers give for text.
     """
 
     layer: nn.Module
@@ -145,15 +70,17 @@ class LayerExecutor:
     by_rows: RowSublayers | None = None
     dense: Callable[..., Any] | None = None
     chooses: bool = False
+    compares: bool = False
+    lets_leave: bool = False
     shortens: bool = False
     last: bool = False
+    pads: bool = False
     all_layers: LayerList | None = None
     foreign: bool = False
     observed: Observed | None = None
-    chosen: dict[Kind, tuple[int, Tensor | int]] = field(default_factory=dict)
+    chosen: dict[Kind, tuple[int, Rows | None]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     returns: int | None = None
-    pads: bool = False
 
     def __post_init__(self) -> None:
         if not self.structure.apart:
@@ -161,8 +88,15 @@ class LayerExecutor:
                 f"The arithmetic of {type(self.layer).__name__} is not known, so that its sublayers cannot be run "
                 "apart. LayerDrop, EarlyExit and TempScale apply to it; see slimformer.support(model)."
             )
+        self.parts = (
+            {kind: Sublayer(self.layer, self.structure, kind) for kind in KINDS}
+            if self.by_rows is None
+            else self.by_rows.sublayers
+        )
         self.names = positional_names(self.layer)[1:]
         self.parallel = self.structure.is_parallel(self.layer)
+        # Whether something comes behind both sublayers.
+        self.ends_otherwise = self.structure.scalar is not None or self.structure.per_layer_input is not None
         # MPNet's encoder indexes the layer's output; every other stack takes the tensor.
         if self.returns is None:
             self.returns = int("output_attentions" in self.names)
@@ -177,10 +111,12 @@ class LayerExecutor:
             shorter_from: The first layer whose cache may hold fewer tokens than the text has.
         """
         self.chooses = any(plan.rows for plan in self.sublayers.values())
+        self.compares = compares_tokens(self.selectors())
+        self.lets_leave = len(self.sublayers["attention"].staying) > 0
         self.shortens = index >= shorter_from
         self.all_layers = LayerList.of(anatomy)
-        self.last = index == len(anatomy.layers) - 1
         self.pads = anatomy.reads_padding
+        self.last = index == len(anatomy.layers) - 1
 
     def install(self, ledger: Ledger, slot: int, counting: bool, causal: bool) -> None:
         """Put this in place of the layer's `forward`, with what replacements read.
@@ -202,6 +138,7 @@ class LayerExecutor:
         if self.by_rows is not None:
             # Transforms have changed what attentions read since they were examined.
             self.by_rows = self.by_rows.renewed(counted=counting)
+            self.parts = self.by_rows.sublayers
         if self.shortens:
             self._check_shortens()
         self.foreign = has_own_forward(self.layer)
@@ -232,83 +169,62 @@ class LayerExecutor:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the layer's `forward`, with the same arguments and the same kind of result."""
-        if self.dense is not None and (self.foreign or (hidden_states.shape[1] == 1 and not self.chooses)):
+        dense = self.dense
+        if dense is not None and (self.foreign or (hidden_states.shape[1] == 1 and not self.chooses)):
             # A decode step (a stream that lost rows has more than one), or a layer that others have replaced.
             if self.shortens:
-                kwargs = self._with_own_mask(
-                    {**kwargs, **dict(zip(self.names[: len(args)], args, strict=True))}, 1
-                )
-                return self.dense(hidden_states, **kwargs)
-            return self.dense(hidden_states, *args, **kwargs)
-        if self.by_rows is not None and self._concerns_rows(hidden_states, args, kwargs):
-            given = {**kwargs, **dict(zip(self.names[: len(args)], args, strict=True))}
-            check_one_text_per_row(self.selectors(), given)
-            stream = Stream.of(hidden_states, self.by_rows.causal, given)
-            if stream.layer is None:
-                stream.earlier = self.by_rows.earlier_tokens(given, hidden_states.shape[1])
-            stream.layer = self.by_rows
-            if self.shortens and not stream.shorter:
-                given = self._with_own_mask(given, stream.tokens)
-                stream.arguments = given
-            stream, x = self._entered(stream, hidden_states)
-            if self.chooses:
-                stream.past = self.by_rows.cached_tokens(given, stream.earlier)
-            kernels = uses_kernels(x, self.layer)
-            if self.chooses and x.is_cuda and not kernels and self._may_mask(stream, x):
-                return self._masked(x, stream, given)
-            if self.chooses or stream.held is not None or kernels:
-                return self._by_rows(x, stream, given)
+                return dense(hidden_states, **self._with_own_mask(self._named(args, kwargs), 1))
+            return dense(hidden_states, *args, **kwargs)
+        run, x = self._begun(hidden_states, self._named(args, kwargs) if args else kwargs)
+        if dense is not None and run.stream is None:
             if self.shortens:
-                args, kwargs = (), given
-        if self.dense is not None:
-            return self.dense(hidden_states, *args, **kwargs)
-        kwargs.update(zip(self.names[: len(args)], args, strict=True))
-        attention, weights = self.addition("attention", hidden_states, kwargs)
+                return dense(hidden_states, **run.kwargs)
+            return dense(hidden_states, *args, **kwargs)
+        attention = self.update(run, "attention", x)
         if self.parallel:
-            mlp, _ = self.addition("mlp", hidden_states, kwargs)
-            additions = [a for a in (mlp, attention) if a is not None]
-            output = sum(additions[1:], additions[0]) + hidden_states if additions else hidden_states
+            x = run.added_both(x, attention, self.update(run, "mlp", x))
         else:
-            hidden_states = self.residual("attention", hidden_states, attention)
-            mlp, _ = self.addition("mlp", hidden_states, kwargs)
-            output = self.residual("mlp", hidden_states, mlp)
-        return self._returned(self.structure.finished(self.layer, output, kwargs), weights, kwargs)
+            normed: Tensor | None = None
+            if attention is not None and run.kernels and self._computes_all("mlp"):
+                x, normed = run.added_and_normed(x, attention, "mlp")
+            elif attention is not None:
+                x = run.added(x, attention)
+            mlp = self.update(run, "mlp", x, normed)
+            x = x if mlp is None else run.added(x, mlp)
+        if self.ends_otherwise:
+            token = None if run.stream is None else run.stream.token_of(None)
+            x = self.structure.finished(self.layer, x, run.kwargs, token)
+        output = x if run.stream is None else run.stream.handed_on(x, self.last)
+        return self._returned(output, run) if self.returns else output
 
-    def addition(self, kind: Kind, x: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """What the sublayer adds to the residual `x` `[batch, tokens, hidden]`, and attention weights if any.
-
-        For a post-norm sublayer whose module contains the norm, the first is the new residual itself.
-        """
-        if not self.sublayers[kind].compute:
-            replacement = self.replacements.get(kind)
+    def update(self, run: Run, kind: Kind, x: Tensor, normed: Tensor | None = None) -> Update | None:
+        """What a sublayer does to the residual `x`, which may come normed already; None for nothing."""
+        plan = self.sublayers[kind]
+        if not plan.compute:
             if kind == "attention" and self.slot is not None:
-                leave_slot_empty(layer_cache(kwargs), self.slot)
-            return (None if replacement is None else replacement(x, self.normed(kind, x), kwargs)), None
-        return whole_sublayer(self.layer, self.structure, kind, x, kwargs, self.normed)
+                leave_slot_empty(layer_cache(run.kwargs), self.slot)
+            return run.replaced(kind, x, self.replacements.get(kind))
+        # Counted, since torch.compile does not know what an empty tuple is worth.
+        rows: Rows | None = None
+        if len(plan.rows) > 0 and run.stream is not None:
+            flat = x.reshape(-1, x.shape[-1])
+            rows = intersection(plan.rows, run.stream, flat)
+            if not torch.compiler.is_compiling():
+                # As they are: counting them would be a launch that only `status` needs.
+                self.chosen[kind] = (flat.shape[0], rows)
+        return run.computed(kind, x, rows, plan.compact_keys, normed)
 
     def normed(self, kind: Kind, x: Tensor) -> Tensor:
-        """The sublayer's input: the residual behind the norm in front of it, if there is one."""
-        norm = self.structure.parts(kind).norm_before
-        if norm is None:
-            return x
-        if self.by_rows is not None and x.is_cuda:
-            return self.by_rows.norms.fused(norm, x)
-        return getattr(self.layer, norm)(x)
+        """The sublayer's input: the residual `[batch, tokens, hidden]` behind the norm in front of it, if any."""
+        return self.parts[kind].normed(x)
 
     def difference(self, kind: Kind, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Residual after the sublayer minus residual `x` before it `[batch, tokens, hidden]`."""
-        y, _ = self.addition(kind, x, kwargs)
-        if y is None:
+        run = Run(self.parts, kwargs)
+        update = self.update(run, kind, x)
+        if update is None:
             return torch.zeros_like(x)
-        return self.residual(kind, x, y) - x if self.structure.parts(kind).post_norm else y
-
-    def residual(self, kind: Kind, x: Tensor, y: Tensor | None) -> Tensor:
-        """The residual after the sublayer."""
-        if y is None:
-            return x
-        if not self.sublayers[kind].compute:
-            return x + y
-        return residual_after(self.layer, self.structure, kind, x, y)
+        return run.added(x, update) - x if self.parts[kind].replaces else update.value
 
     def computes(self, kind: Kind) -> str:
         """Which rows a sublayer computes, in two words."""
@@ -328,8 +244,10 @@ class LayerExecutor:
         """The part of the rows that policies named in the last call; None before the first, and where none chooses."""
         if kind not in self.chosen:
             return None
-        total, kept = self.chosen[kind]
-        return int(kept if isinstance(kept, int) else kept.sum()) / max(total, 1)
+        total, rows = self.chosen[kind]
+        kept = total if rows is None else rows.known_count
+        # Counted anew: a graph that is replayed writes into the mask.
+        return int(rows.mask.sum() if rows is not None and kept is None else kept or 0) / max(total, 1)
 
     @property
     def in_cache(self) -> Content:
@@ -345,14 +263,71 @@ class LayerExecutor:
         """What names rows of this layer."""
         return [select for plan in self.sublayers.values() for select in (*plan.rows, *plan.staying)]
 
-    def _concerns_rows(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether this call may do anything else than all rows by the model's own code."""
-        if self.chooses or self.shortens or Stream.has_lost_rows(hidden):
-            return True
+    def _computes_all(self, kind: Kind) -> bool:
+        """Whether a sublayer computes every row of the stream."""
+        plan = self.sublayers[kind]
+        return plan.compute and len(plan.rows) == 0
+
+    def _begun(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Run, Tensor]:
+        """This call's way through the layer, and the residual in the shape that it takes.
+
+        Returns:
+            A run without a stream where nothing is chosen and the modules compute all tokens as they are; one with a
+            stream that is not `flat` where they do and only the chosen rows count; a `flat` one where rows are computed
+            alone, or by kernels.
+        """
+        of = self.by_rows
+        if of is None or not (self.chooses or self.shortens or self._concerns_rows(hidden, kwargs)):
+            return Run(self.parts, kwargs), hidden
+        if self.compares:
+            check_one_text_per_row(self.selectors(), kwargs)
+        stream, cache = Stream.of(hidden, of.causal, kwargs), layer_cache(kwargs)
+        if stream.layer is None:
+            stream.earlier = of.earlier_tokens(cache, hidden.shape[1])
+        stream.layer = of
+        if self.shortens and not stream.shorter:
+            kwargs = self._with_own_mask(kwargs, stream.tokens)
+            stream.arguments = kwargs
+        if self.lets_leave and hidden.shape[1] > 1:
+            stream, hidden = self._entered(stream, hidden)
+        if self.chooses:
+            stream.past = of.cached_tokens(cache, stream.earlier)
+        kernels = hidden.is_cuda and uses_kernels(hidden, self.layer)
+        if self.chooses and not kernels and self._masks(of, hidden, stream):
+            # What the choice is can be read at no cost here, and nothing records what is computed.
+            recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
+            skips = hidden.device.type == "cpu" and not (recorded or torch.is_autocast_enabled("cpu"))
+            return Run(self.parts, kwargs, of, stream, skips=skips, cache=cache), hidden
+        if self.chooses or stream.held is not None or kernels:
+            run = Run(self.parts, kwargs, of, stream, flat=True, kernels=kernels)
+            return run, hidden.reshape(-1, hidden.shape[-1])
+        return Run(self.parts, kwargs), hidden
+
+    def _concerns_rows(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether a call in which this layer chooses nothing may do anything else than all rows by the modules."""
         if hidden.shape[1] == 1:
+            # A stream that lost rows has more than one.
             return False
-        padded = self.sublayers["attention"].staying and (args or kwargs.get("attention_mask") is not None)
-        return bool(padded) or uses_kernels(hidden, self.layer)
+        if self.lets_leave and kwargs.get("attention_mask") is not None:
+            return True
+        return Stream.has_lost_rows(hidden) or uses_kernels(hidden, self.layer)
+
+    def _masks(self, of: RowSublayers, hidden: Tensor, stream: Stream) -> bool:
+        """Whether all rows are computed by the modules, of which the chosen ones count.
+
+        For steps, and for small models on a GPU, which wait for the CPU: gathering and scattering would be launches
+        more, and this has none that the layer's own forward does not have.
+        """
+        if stream.held is not None or self.sublayers["attention"].compact_keys:
+            return False
+        if not hidden.is_cuda:
+            return stream.batch * stream.tokens < DENSE_BELOW_ROWS
+        # A step that may read no weights is worth more launches.
+        return not (torch.compiler.is_compiling() or of.may_be_skipped(hidden.reshape(-1, hidden.shape[-1])))
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The layer's arguments beside the residual, by their names."""
+        return {**kwargs, **dict(zip(self.names[: len(args)], args, strict=True))}
 
     def _with_own_mask(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
         """The layer's arguments with a mask as long as its own cache."""
@@ -366,108 +341,20 @@ class LayerExecutor:
 
     def _entered(self, stream: Stream, hidden: Tensor) -> tuple[Stream, Tensor]:
         """The stream without the rows that leave before this layer, and its residual."""
-        staying = self.sublayers["attention"].staying
-        # Counted, since torch.compile does not know what an empty tuple is worth.
         if (
-            len(staying) == 0
-            or in_a_graph(hidden.device)
+            in_a_graph(hidden.device)
             or (torch.is_grad_enabled() and not leaving_under_gradients())
             or self.layer.training
             or (self.observed is not None and self.observed())
         ):
             return stream, hidden
         x = hidden.reshape(-1, hidden.shape[-1])
-        for choose in staying:
+        for choose in self.sublayers["attention"].staying:
             stream, x = stream.without(choose(stream, x), x)
         if stream.held is not None and self.all_layers is not None:
             self.all_layers.check()
         return stream, hidden if stream.held is None else x[None]
 
-    def _by_rows(self, hidden: Tensor, stream: Stream, kwargs: dict[str, Any]) -> Any:
-        """The layer on chosen rows; `hidden` is `[batch, tokens, hidden]`, or `[1, held, hidden]` when rows left."""
-        by_rows, x = self.by_rows, hidden.reshape(-1, hidden.shape[-1])
-        if by_rows is None:
-            return None
-        run = by_rows.begin(x, stream, kwargs)
-        attention = self._update(run, "attention", x)
-        if self.parallel:
-            mlp = self._update(run, "mlp", x)
-            x = run.added(run.added(x, attention), mlp)
-        else:
-            plan = self.sublayers["mlp"]
-            fuse = plan.compute and len(plan.rows) == 0 and not run.touched("mlp")
-            x, h = run.added_and_normed(x, attention, "mlp") if fuse else (run.added(x, attention), None)
-            x = run.added(x, self._update(run, "mlp", x, h))
-        x = self.structure.finished(self.layer, x, kwargs, stream.token_of(None))
-        if self.last:
-            output = stream.restored(x).view(stream.batch, stream.tokens, -1)
-        else:
-            output = stream.attach(x.view(hidden.shape))
-        return self._returned(output, run.weights, kwargs)
-
-    def _may_mask(self, stream: Stream, x: Tensor) -> bool:
-        compact = self.sublayers["attention"].compact_keys
-        if stream.held is not None or compact or torch.compiler.is_compiling():
-            return False
-        # A step that may read no weights is worth more launches.
-        return self.by_rows is None or not self.by_rows.may_be_skipped(x.reshape(-1, x.shape[-1]))
-
-    def _masked(self, x: Tensor, stream: Stream, kwargs: dict[str, Any]) -> Any:
-        """The layer on all rows, of which the chosen ones count.
-
-        For small models on a GPU, which wait for the CPU: gathering and scattering would be launches more, and this
-        has none that the layer's own forward does not have.
-        """
-        rows = self._choose("attention", x, stream)
-        attention, weights = self.addition("attention", x, kwargs)
-        if self.parallel:
-            mlp_rows, (mlp, _) = self._choose("mlp", x, stream), self.addition("mlp", x, kwargs)
-            x = self._masked_residual("attention", x, attention, rows)
-        else:
-            x = self._masked_residual("attention", x, attention, rows)
-            mlp_rows, (mlp, _) = self._choose("mlp", x, stream), self.addition("mlp", x, kwargs)
-        output = self.structure.finished(self.layer, self._masked_residual("mlp", x, mlp, mlp_rows), kwargs)
-        return self._returned(output if self.last else stream.attach(output), weights, kwargs)
-
-    def _choose(self, kind: Kind, x: Tensor, stream: Stream) -> Rows | None:
-        """The rows of the residual `x` `[..., hidden]` that policies name, kept in mind for `status`."""
-        plan = self.sublayers[kind]
-        if not (plan.compute and plan.rows):
-            return None
-        rows = intersection(plan.rows, stream, x.reshape(-1, x.shape[-1]))
-        if not torch.compiler.is_compiling():
-            # The mask itself: counting it would be a launch that only `status` needs.
-            kept: Tensor | int = stream.rows
-            if rows is not None:
-                kept = rows.mask if rows.known_count is None else rows.known_count
-            self.chosen[kind] = (stream.rows, kept)
-        return rows
-
-    def _masked_residual(self, kind: Kind, x: Tensor, y: Tensor | None, rows: Rows | None) -> Tensor:
-        """The residual `[batch, tokens, hidden]` after a sublayer at the chosen rows."""
-        if rows is None or y is None:
-            return self.residual(kind, x, y)
-        mask = rows.mask.view(*x.shape[:2], 1)
-        if self.structure.parts(kind).post_norm:
-            return torch.where(mask, self.residual(kind, x, y), x)
-        # One launch, as the addition alone would be.
-        return torch.addcmul(x, y, mask)
-
-    def _update(self, run: Run, kind: Kind, x: Tensor, normed: Tensor | None = None) -> Update | None:
-        plan = self.sublayers[kind]
-        if not plan.compute:
-            if kind == "attention" and self.slot is not None:
-                leave_slot_empty(layer_cache(run.kwargs), self.slot)
-            return run.replaced(kind, x, self.replacements.get(kind))
-        rows = self._choose(kind, x, run.stream)
-        if run.touched(kind) and not (kind == "attention" and plan.compact_keys):
-            return run.whole(kind, x, rows)
-        if kind == "mlp":
-            return run.mlp(x, rows, normed)
-        return run.attention(x, rows, plan.compact_keys)
-
-    def _returned(self, output: Tensor, weights: Tensor | None, kwargs: dict[str, Any]) -> Any:
-        if not self.returns:
-            return output
-        beside = [weights] if kwargs.get("output_attentions") else []
-        return (output, *beside, *[None] * (self.returns - 1 - len(beside)))
+    def _returned(self, output: Tensor, run: Run) -> Any:
+        beside = [run.weights] if run.kwargs.get("output_attentions") else []
+        return (output, *beside, *[None] * ((self.returns or 1) - 1 - len(beside)))

@@ -24,8 +24,9 @@ from slimformer.executor import LayerExecutor
 from slimformer.gated_mlp import GatedFinding
 from slimformer.gated_mlp import examine as examine_mlp
 from slimformer.layer_calls import LayerCalls, adds_between, layer_calls, mirrored
+from slimformer.layer_run import Run
 from slimformer.probes import LOUD, Failure, configuration, error, float32_copy, in_dtype, noise, tolerance
-from slimformer.row_sublayers import RowSublayers
+from slimformer.row_sublayers import RowSublayers, uses_kernels
 from slimformer.rows import Rows
 from slimformer.stream import Stream
 from slimformer.structures import KINDS, Structure, first_of
@@ -310,22 +311,19 @@ def _rows_differ(
     calls: list[tuple[str, LayerCalls]],
 ) -> str:
     """How sublayers of a layer that are run for chosen rows differ from all rows by its modules, in words."""
-    structure = anatomy.structure
     own = row_sublayers(anatomy, index, LayerFinding(finding), trial)
     for what, call, x, given in _inputs(trial, index, calls):
         chosen = call.text.flatten().to(x.device).clone()
         chosen[1::3] = False
         rows, flat = Rows(chosen.numel(), given_mask=chosen), x.flatten(0, 1)
         with in_eval_mode(trial):
-            executor = LayerExecutor(trial, structure)
             for kind in KINDS:
-                y, _ = executor.addition(kind, x, dict(given))
-                expected = executor.residual(kind, x, y).flatten(0, 1)
-                stream = Stream.of(x, own.causal, given)
-                run = own.begin(flat, stream, dict(given))
+                whole = Run(own.sublayers, dict(given))
+                expected = whole.after(kind, x, None).flatten(0, 1)
+                stream, kernels = Stream.of(x, own.causal, given), uses_kernels(flat, trial)
+                run = Run(own.sublayers, dict(given), own, stream, flat=True, kernels=kernels)
                 try:
-                    update = run.mlp(flat, rows) if kind == "mlp" else run.attention(flat, rows, False)
-                    actual = run.added(flat, update)
+                    actual = run.after(kind, flat, rows)
                 except Failure as failure:
                     return f"its {kind} cannot be run for chosen rows: {type(failure).__name__}: {failure}"
                 off = error(actual[chosen], expected[chosen])

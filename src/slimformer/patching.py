@@ -18,13 +18,14 @@ from slimformer.cache import counting_slot
 from slimformer.cache_layout import CacheLayout, CacheOwner
 from slimformer.continuous_batching import refuse_continuous_batching
 from slimformer.errors import PlanError
-from slimformer.executor import LayerExecutor, TokenPolicy
+from slimformer.executor import LayerExecutor
 from slimformer.integrations.sentence_transformers import faster_pipeline
 from slimformer.layer_calls import first_layer_call
 from slimformer.layer_weights import add_weights, change_weights
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
 from slimformer.plan import Plan
+from slimformer.policy import TokenPolicy
 from slimformer.running_calls import PATCH, Block, Calls, calls_of
 from slimformer.stack_calls import Observed, hands_on, read_stack_calls
 from slimformer.stored_plan import plan_beside, save_with_plan, stored_plan

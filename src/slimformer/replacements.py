@@ -79,7 +79,8 @@ class LinearFilter:
 
     def __call__(self, residual: Tensor, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The addition to the residual `[batch, tokens, hidden]`."""
-        weight, bias = (getattr(self.layer, name) for name in weight_names(self.kind))
+        matrix, vector = weight_names(self.kind)
+        weight, bias = getattr(self.layer, matrix), getattr(self.layer, vector)
         if self.taps == 1:
             return F.linear(normed, weight, bias)
         state = self._state(kwargs)

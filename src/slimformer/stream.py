@@ -16,10 +16,9 @@ from slimformer.attention_masks import ANY_WINDOW, MaskReading, keys_seen, own_k
 from slimformer.cache import has_foreign_cache, layer_cache
 from slimformer.call_context import call_variable
 from slimformer.errors import PlanError
-from slimformer.row_norms import RowNorms
 from slimformer.rows import Rows
 from slimformer.stack_calls import callers_keys, callers_masks, callers_positions
-from slimformer.structures import Structure
+from slimformer.structures import Kind
 
 _TAG = "_slimformer_stream"
 _leaving_under_gradients: ContextVar[bool] = call_variable("leaving_under_gradients", False)
@@ -30,18 +29,19 @@ class ExaminedLayer(Protocol):
 
     Attributes:
         layer: Its module.
-        structure: The row of the structure table that says what its parts are.
-        norms: The norms among its children.
         attention: Runs its attention for chosen rows; None where that is not possible.
     """
 
     def looked_into(self) -> bool:
         """Whether somebody has touched a module of any layer of the model."""
-        ...
+
+    def heads_input(self, stream: Stream, x: Tensor) -> Tensor:
+        """What the attention's heads are made of, of the rows `x` `[rows, hidden]` of a stream, by the norm itself."""
+
+    def scores(self, kind: Kind, stream: Stream, x: Tensor, router: Tensor, bias: Tensor) -> Tensor:
+        """The input of a sublayer's module times `router` `[hidden]`, plus `bias` `[1]`: float32 `[rows]`."""
 
     layer: nn.Module
-    structure: Structure
-    norms: RowNorms
     attention: Any
 
 
@@ -86,7 +86,6 @@ class Stream:
     @staticmethod
     def of(hidden: Tensor, causal: bool, arguments: Mapping[str, Any]) -> Stream:
         """The stream that a layer's input `[batch, tokens, hidden]` belongs to."""
-        # Tensors in a compiled graph carry no attributes of ours.
         found = None if torch.compiler.is_compiling() else getattr(hidden, _TAG, None)
         if found is None:
             found = Stream(hidden.shape[0], hidden.shape[1], causal, hidden.device)
@@ -101,16 +100,19 @@ class Stream:
     @staticmethod
     def has_lost_rows(hidden: Tensor) -> bool:
         """Whether a layer's input belongs to a stream that some tokens have left."""
-        if torch.compiler.is_compiling():
-            return False
-        found = getattr(hidden, _TAG, None)
+        found = None if torch.compiler.is_compiling() else getattr(hidden, _TAG, None)
         return found is not None and found.held is not None
 
-    def attach(self, hidden: Tensor) -> Tensor:
-        """Put this stream on the tensor that goes to the next layer."""
+    def handed_on(self, x: Tensor, last: bool) -> Tensor:
+        """The residual `x`, `[rows, hidden]` or of the whole batch, as it leaves a layer: the last gives all tokens."""
+        if last:
+            return x if x.dim() > 2 else self.restored(x).view(self.batch, self.tokens, -1)
+        shape = (self.batch, self.tokens, -1) if self.held is None else (1, *x.shape)
+        x = x.view(shape)
+        # Tensors in a compiled graph carry no attributes of ours.
         if not torch.compiler.is_compiling():
-            setattr(hidden, _TAG, self)
-        return hidden
+            setattr(x, _TAG, self)
+        return x
 
     def without(self, rows: Rows | None, x: Tensor) -> tuple[Stream, Tensor]:
         """Let all rows but `rows` leave the stream `x` `[rows, hidden]` for good; at least two stay."""

@@ -75,7 +75,8 @@ class Parts:
 
     def by_token(self, layer: nn.Module, h: Tensor) -> Tensor:
         """What the modules of an MLP make of `h` `[batch, tokens, hidden]`."""
-        y = first_of(self.of(layer)(h))
+        output = self.of(layer)(h)
+        y: Tensor = output[0] if isinstance(output, tuple) else output
         for name in self.then:
             y = first_of(layer.get_submodule(name)(y))
         for name in self.beside:

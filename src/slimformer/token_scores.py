@@ -134,8 +134,7 @@ def _attention_and_input(stream: Stream, x: Tensor, scorer: str) -> tuple[RowAtt
 
 def _layer_input(stream: Stream, x: Tensor) -> Tensor:
     """The normed residual `[batch, tokens, hidden]`, zeros at tokens that left."""
-    layer = stream.layer
-    h = x if layer is None else layer.structure.heads_input(layer.layer, x)
+    h = x if stream.layer is None else stream.layer.heads_input(stream, x)
     return stream.padded(h).view(stream.batch, stream.tokens, -1)
 
 

@@ -16,7 +16,7 @@ from slimformer.token_scores import TextTokens, TokenScore
 
 _NONE: tuple[tuple[object, Tensor], ...] = ()
 # The masks of open blocks, each with the method that it was given to.
-_protected = call_variable("protected", _NONE)
+open_blocks = call_variable("protected", _NONE)
 
 
 def protecting(owner: object, mask: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -32,7 +32,7 @@ def protecting(owner: object, mask: Tensor) -> contextlib.AbstractContextManager
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
         came = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise PlanError(f"protecting(mask) takes a bool tensor [batch, tokens], got {came}.")
-    return setting(_protected, (*_protected.get(), (owner, mask)))
+    return setting(open_blocks, (*open_blocks.get(), (owner, mask)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ def protected_tokens(owner: Owner, stream: Stream) -> Tensor | None:
     Raises:
         PlanError: If the mask has another number of texts than the call.
     """
-    mask = next((mask for method, mask in reversed(_protected.get()) if method is owner.method), None)
+    mask = next((mask for method, mask in reversed(open_blocks.get()) if method is owner.method), None)
     if mask is None:
         return None
     batch, tokens = stream.batch, stream.tokens

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from slimformer.anatomy import Anatomy
-from slimformer.executor import SublayerPlan
 from slimformer.methods.mixture_of_depths import MixtureOfDepths, Router
 from slimformer.patching import patched
 from slimformer.plan import Plan
+from slimformer.policy import SublayerPlan
 from slimformer.rows import Rows
 from slimformer.stream import Stream
 from slimformer.structures import Kind

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimformer.anatomy import Anatomy, positional_names
-from slimformer.executor import LayerExecutor, SublayerPlan
+from slimformer.executor import LayerExecutor
 from slimformer.ledger import Ledger
+from slimformer.policy import SublayerPlan
 from slimformer.replacements import apply_taps, filter_reach, zero_padding
 from slimformer.structures import Kind
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from slimformer.errors import CalibrationError, DataError
 from slimformer.executor import LayerExecutor
+from slimformer.layer_run import Run, Update
 from slimformer.ledger import Ledger
 from slimformer.patching import status
 from slimformer.structures import KINDS, Kind
@@ -66,10 +67,11 @@ class _Measured(LayerExecutor):
         )
         return output
 
-    def addition(self, kind: Kind, x: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        y, weights = super().addition(kind, x, kwargs)
-        self.totals.add(self.index, kind, x, self.residual(kind, x, y))
-        return y, weights
+    def update(self, run: Run, kind: Kind, x: Tensor, normed: Tensor | None = None) -> Update | None:
+        """What the sublayer does to the residual, after its cosine was added."""
+        update = super().update(run, kind, x, normed)
+        self.totals.add(self.index, kind, x, x if update is None else run.added(x, update))
+        return update
 
 
 class _Totals:

@@ -17,9 +17,9 @@ from slimformer.calibration.data import token_blocks
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.evaluation.speed import cache_bytes
-from slimformer.executor import TokenPolicy
 from slimformer.layer_calls import cache_argument
 from slimformer.patching import patched, status
+from slimformer.policy import TokenPolicy
 
 _FACT = "\n\nThe pass key is {key}. Remember it: {key} is the pass key.\n\n"
 _QUESTION = "\n\nWhat is the pass key? The pass key is"

@@ -16,8 +16,8 @@ from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.divergence import DenseReference, compare, embedding_agreement
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.evaluation.similarity_task import masked_mean
-from slimformer.executor import TokenPolicy
 from slimformer.patching import patched, status
+from slimformer.policy import TokenPolicy
 
 
 @dataclass(frozen=True)

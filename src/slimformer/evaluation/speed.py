@@ -17,9 +17,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from slimformer.anatomy import find_anatomy
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.perplexity import evaluating
-from slimformer.executor import TokenPolicy
 from slimformer.layer_calls import cache_argument
 from slimformer.patching import patched, status
+from slimformer.policy import TokenPolicy
 
 
 @dataclass(frozen=True)

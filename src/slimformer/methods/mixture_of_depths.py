@@ -13,7 +13,6 @@ from torch import Tensor
 
 from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
-from slimformer.executor import SublayerPlan
 from slimformer.image_tokens import image_tokens, read_images
 from slimformer.method_fields import (
     as_tuple,
@@ -23,11 +22,11 @@ from slimformer.method_fields import (
     is_number,
     is_whole,
 )
+from slimformer.policy import SublayerPlan
 from slimformer.rows import Rows
 from slimformer.stream import Stream, in_a_graph
 from slimformer.structures import KINDS, Kind
-from slimformer.token_selection import Owner, protected_tokens, protecting
-from slimformer.touched_modules import takes_rows
+from slimformer.token_selection import Owner, open_blocks, protected_tokens, protecting
 
 _ALLOWED = {
     "routing": ("threshold", "top_k"),
@@ -256,7 +255,7 @@ class Router:
             mask = score > 0
         if free is not None:
             mask = mask | self._flat(~free, stream)
-        protected = protected_tokens(self.owner, stream)
+        protected = protected_tokens(self.owner, stream) if open_blocks.get() else None
         if protected is not None:
             mask = mask | self._flat(protected, stream)
         return Rows(x.shape[0], given_mask=mask)
@@ -272,18 +271,15 @@ class Router:
 
     def scores(self, stream: Stream, x: Tensor) -> Tensor:
         """A number per row, in float32: rounding must not decide differently in a prompt and in a step."""
-        layer = stream.layer
-        norm = None if layer is None else layer.structure.parts(self.kind).norm_before
         # Kept once moved. Each for itself, since another thread may be moving them too.
-        weight, bias = self.weight.to(x.device), self.bias.to(x.device)
-        if self.weight.device != x.device:
-            self.weight, self.bias = weight, bias
-        if layer is None or norm is None:
+        weight, bias = self.weight, self.bias
+        if weight.device != x.device:
+            self.weight = weight = weight.to(x.device)
+        if bias.device != x.device:
+            self.bias = bias = bias.to(x.device)
+        if stream.layer is None:
             return (x.float() * weight.float()).sum(-1) + bias.float()
-        module = getattr(layer.layer, norm)
-        if not takes_rows(module):
-            return (stream.in_the_batch(module, x).float() * weight.float()).sum(-1) + bias.float()
-        return layer.norms.scores(norm, x, weight, bias)
+        return stream.layer.scores(self.kind, stream, x, weight, bias)
 
     @staticmethod
     def _continues(stream: Stream) -> bool:

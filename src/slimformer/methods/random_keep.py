@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
-from slimformer.executor import SublayerPlan
+from slimformer.policy import SublayerPlan
 from slimformer.rows import Rows
 from slimformer.stream import Stream
 from slimformer.structures import KINDS, Kind

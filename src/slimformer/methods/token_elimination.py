@@ -13,7 +13,6 @@ from torch import Tensor
 from slimformer.anatomy import Anatomy
 from slimformer.block_predictor import BlockPredictor
 from slimformer.errors import PlanError
-from slimformer.executor import SublayerPlan
 from slimformer.method_fields import (
     as_tuple,
     checked_flag,
@@ -23,6 +22,7 @@ from slimformer.method_fields import (
     is_whole,
     layer_number,
 )
+from slimformer.policy import SublayerPlan
 from slimformer.structures import KINDS, Kind
 from slimformer.token_scores import ByAttention, ByChance, ByPredictor, TokenScore, by_key_norm
 from slimformer.token_selection import Owner, SharedSelection, TokenSelection, protecting

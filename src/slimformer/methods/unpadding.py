@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from slimformer.anatomy import Anatomy
-from slimformer.executor import SublayerPlan
+from slimformer.policy import SublayerPlan
 from slimformer.row_sublayers import uses_kernels
 from slimformer.rows import Rows
 from slimformer.stream import Stream

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
-from slimformer.executor import SublayerPlan
 from slimformer.method_fields import checked_weights, layer_number
+from slimformer.policy import SublayerPlan
 from slimformer.structures import KINDS, Kind
 
 LEFT, RIGHT, ADDED = "left", "right", "added"

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from slimformer.anatomy import Anatomy
 from slimformer.errors import CalibrationError
-from slimformer.executor import SublayerPlan
 from slimformer.methods.weight_delta import ADDED, LEFT, RIGHT, WeightDelta
 from slimformer.plan import Plan, PlannedMethod
+from slimformer.policy import SublayerPlan
 from slimformer.structures import KINDS, Kind
 from slimformer.training.adapters import Adapters
 
