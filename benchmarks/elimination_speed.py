@@ -22,10 +22,10 @@ from benchmarks.timing import Effort
 from slimformer import TokenElimination
 from slimformer.anatomy import Anatomy
 from slimformer.block_predictor import BlockPredictor
+from slimformer.layer_parts import Kind
 from slimformer.policy import SublayerPlan
 from slimformer.rows import Rows
 from slimformer.stream import Stream
-from slimformer.structures import Kind
 
 DENSE, LOSSLESS = "unpatched", "all tokens, patched"
 

@@ -27,8 +27,8 @@ from slimformer.calibration.arank import LayerOrder, calibrate_arank
 from slimformer.calibration.data import load_texts
 from slimformer.calibration.routers import train_routers
 from slimformer.evaluation.perplexity import perplexity, wikitext_blocks
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.patching import keep_ratios
-from slimformer.structures import KINDS, Kind
 from slimformer.training.loop import TrainingSettings
 
 KEEP = 0.5

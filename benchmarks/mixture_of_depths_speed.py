@@ -21,11 +21,11 @@ from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort, Regime
 from slimformer import MixtureOfDepths
 from slimformer.anatomy import Anatomy
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.methods.mixture_of_depths import Router
 from slimformer.policy import SublayerPlan
 from slimformer.rows import Rows
 from slimformer.stream import Stream
-from slimformer.structures import KINDS, Kind
 
 DENSE, LOSSLESS = "unpatched", "all tokens, patched"
 KEEP = 0.5

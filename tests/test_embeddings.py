@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
 from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
@@ -329,7 +329,8 @@ def test_adapters_stay_in_use_and_plans_that_change_the_weights_under_them_are_r
 ) -> None:
     model = tiny(tmp_path)
     base = model.encode(TEXTS)
-    model.add_adapter(LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False))
+    adapter = LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
+    inject_adapter_in_model(adapter, transformer_of(model))
     adapted = model.encode(TEXTS)
     assert not np.allclose(base, adapted)
     with slimformer.patched(model):

@@ -14,9 +14,9 @@ import slimformer
 from slimformer import LayerDrop, MixtureOfDepths, Plan, TokenElimination
 from slimformer.anatomy import find_anatomy
 from slimformer.errors import PlanError
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.methods.mixture_of_depths import router_name
 from slimformer.patching import keep_ratios
-from slimformer.structures import KINDS, Kind
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, positions, rows_through, slowly, small  # noqa: F401
 from test_token_elimination import ids, mask_of, only, staying
 from tiny_models import DECODERS, ENCODERS, tiny_model

@@ -13,12 +13,12 @@ import slimformer
 from slimformer import LayerDrop
 from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.methods.random_keep import RandomKeep, chances
 from slimformer.policy import SublayerPlan
 from slimformer.row_selection import intersection
 from slimformer.rows import Rows
 from slimformer.stream import Stream
-from slimformer.structures import KINDS, Kind
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, slowly, small  # noqa: F401
 
 # Rounding of float32; a wrong row or key is off by more than a tenth.

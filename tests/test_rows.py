@@ -11,8 +11,8 @@ import slimformer
 from slimformer import LayerDrop
 from slimformer.anatomy import find_anatomy
 from slimformer.errors import PlanError
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.methods.random_keep import RandomKeep
-from slimformer.structures import KINDS, Kind
 from slow_rows import (  # noqa: F401
     LAYOUTS,
     arguments,

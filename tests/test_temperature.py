@@ -314,7 +314,7 @@ def test_what_t5_cannot_take_is_refused_by_name() -> None:
     model = t5("sdpa")
     with pytest.raises(UnsupportedModelError, match="goes to the layers above"):
         slimformer.patch(model, LayerDrop(attention=[1]))
-    with pytest.raises(UnsupportedModelError, match="hands more than the residual"):
+    with pytest.raises(UnsupportedModelError, match="keeps states that layers return"):
         slimformer.patch(model, LayerDrop(block=[1]))
     with pytest.raises(UnsupportedModelError, match="T5Stack has no rotary_emb"):
         slimformer.patch(model, slimformer.SelfExtend(2, 4))

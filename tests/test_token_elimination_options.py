@@ -15,8 +15,8 @@ import slimformer
 from slimformer import LayerDrop, Plan, TokenElimination
 from slimformer.block_predictor import BlockPredictor
 from slimformer.errors import PlanError
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.methods.random_keep import chances
-from slimformer.structures import KINDS, Kind
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, positions, slowly, small  # noqa: F401
 from test_token_elimination import TOKENS, ids, mask_of, only, staying
 from tiny_models import tiny_model

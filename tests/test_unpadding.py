@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import slimformer
 from slimformer.anatomy import find_anatomy
-from slimformer.structures import KINDS, Kind
+from slimformer.layer_parts import KINDS, Kind
 from slow_rows import (  # noqa: F401
     LAYOUTS,
     LINEARS,

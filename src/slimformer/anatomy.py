@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimformer.errors import UnsupportedModelError
-from slimformer.structures import BY_MODULES, Structure, fitting_structures
+from slimformer.layer_parts import Structure
+from slimformer.structures import BY_MODULES, fitting_structures
 from slimformer.unfit_models import no_model_in, refuse_compiled
 
 

@@ -171,6 +171,8 @@ def transformed_attention(
     texts = current_texts(batch, tokens, query.device)
     factors = scores.factors(texts)
     if factors is not None:
+        # Texts are where the stack got them; a layer of a model on several devices may be elsewhere.
+        factors = factors.to(query.device)
         query = (query * factors.view(batch, 1, tokens, 1)).to(key.dtype)
     extension = scores.extended(texts)
     if extension is not None:
@@ -214,11 +216,14 @@ def _extended(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """An extension's attention of a padded batch, `[batch * tokens, heads, head_dim]`."""
+    positions, offsets, ranges = texts.layout
     return extension.attend(
         query.transpose(1, 2).flatten(0, 1),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        *texts.layout,
+        positions.to(query.device),
+        offsets.to(query.device),
+        ranges.to(query.device),
         texts.tokens,
         scores.causal,
         scale,

@@ -18,6 +18,7 @@ from slimformer.attention_scores import own_implementation
 from slimformer.cache import Content, layer_cache, leave_slot_empty
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.layer_list import LayerList
+from slimformer.layer_parts import KINDS, Kind, Structure
 from slimformer.layer_run import DENSE_BELOW_ROWS, Run, Update
 from slimformer.ledger import Ledger
 from slimformer.policy import Replacement, SublayerPlan
@@ -28,7 +29,6 @@ from slimformer.rows import Rows
 from slimformer.shorter_cache import mask_of_slot
 from slimformer.stack_calls import Observed
 from slimformer.stream import Stream, in_a_graph, leaving_under_gradients
-from slimformer.structures import KINDS, Kind, Structure
 from slimformer.sublayer import Sublayer
 from slimformer.touched_modules import has_own_forward
 

@@ -24,12 +24,12 @@ from slimformer.executor import LayerExecutor
 from slimformer.gated_mlp import GatedFinding
 from slimformer.gated_mlp import examine as examine_mlp
 from slimformer.layer_calls import LayerCalls, adds_between, layer_calls, mirrored
+from slimformer.layer_parts import KINDS, Structure, first_of
 from slimformer.layer_run import Run
 from slimformer.probes import LOUD, Failure, configuration, error, float32_copy, in_dtype, noise, tolerance
 from slimformer.row_sublayers import RowSublayers, uses_kernels
 from slimformer.rows import Rows
 from slimformer.stream import Stream
-from slimformer.structures import KINDS, Structure, first_of
 from slimformer.sublayer_modules import SublayerModules, find_sublayer_modules
 from slimformer.touched_modules import CalledModules, as_it_was_built
 

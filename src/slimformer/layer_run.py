@@ -14,10 +14,10 @@ from slimformer.anatomy import attention_core
 from slimformer.attention import RowAttention
 from slimformer.cache import has_foreign_cache
 from slimformer.errors import PlanError
+from slimformer.layer_parts import Kind
 from slimformer.row_sublayers import RowSublayers
 from slimformer.rows import Rows
 from slimformer.stream import Stream, in_a_graph
-from slimformer.structures import Kind
 from slimformer.sublayer import Sublayer, picked
 from slimformer.touched_modules import is_untouched
 from slimformer_kernels import add_rows_

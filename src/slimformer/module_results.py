@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimformer.structures import SEVERAL, first_of
+from slimformer.layer_parts import SEVERAL, first_of
 
 
 @dataclass

@@ -21,6 +21,7 @@ from slimformer.errors import PlanError
 from slimformer.executor import LayerExecutor
 from slimformer.integrations.sentence_transformers import faster_pipeline
 from slimformer.layer_calls import first_layer_call
+from slimformer.layer_parts import KINDS, Kind, Structure
 from slimformer.layer_weights import add_weights, change_weights
 from slimformer.ledger import Ledger
 from slimformer.methods.unpadding import Unpadding
@@ -29,7 +30,6 @@ from slimformer.policy import TokenPolicy
 from slimformer.running_calls import PATCH, Block, Calls, calls_of
 from slimformer.stack_calls import Observed, hands_on, read_stack_calls
 from slimformer.stored_plan import plan_beside, save_with_plan, stored_plan
-from slimformer.structures import KINDS, Kind, Structure
 from slimformer.switched_layer import SwitchedLayer
 from slimformer.tiers import Support, examine_support
 from slimformer.versions import warn_if_untried

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from slimformer.anatomy import Anatomy, find_anatomy
 from slimformer.attention_transforms import Attentions, transformed_by
 from slimformer.errors import PlanError, SlimformerWarning
+from slimformer.layer_parts import Kind
 from slimformer.methods.absolute_positions import GroupedPositions, PositionInterpolation, RecurrentPositions
 from slimformer.methods.early_exit import EarlyExit
 from slimformer.methods.layer_drop import LayerDrop
@@ -39,7 +40,6 @@ from slimformer.methods.token_elimination import TokenElimination
 from slimformer.methods.weight_delta import WeightDelta
 from slimformer.plan_files import mapping, read_json, read_weights
 from slimformer.policy import SublayerPlan, TokenPolicy
-from slimformer.structures import Kind
 
 FORMAT = 1
 FILE = "slimformer.json"

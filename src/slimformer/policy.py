@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
+from slimformer.layer_parts import Kind
 from slimformer.ledger import Ledger
 from slimformer.row_selection import RowSelector
-from slimformer.structures import Kind
 
 # What stands in for a sublayer that computes no rows: (residual, normed input, layer arguments) -> addition. One with a
 # true attribute `by_row` takes rows `[rows, hidden]` too.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimformer.attention_masks import is_hidden
 from slimformer.cache import FilterState, filter_state, has_foreign_cache, layer_cache
 from slimformer.errors import PlanError, UnsupportedModelError
-from slimformer.structures import Kind
+from slimformer.layer_parts import Kind
 
 Replace = Literal["nothing", "mean", "filter"]
 REPLACE: tuple[Replace, ...] = ("nothing", "mean", "filter")

@@ -121,7 +121,8 @@ def _examined(anatomy: Anatomy, module: nn.Module, layer_type: str | None, x: Te
     scaling = getattr(
         module, "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling", 1.0
     )
-    angles = positions[0, :, None].to(torch.float32) * rotary.inv_freq.to(x.device)
+    # Under a device map the embedding may be elsewhere than the first layer.
+    angles = positions[0, :, None].to(cos.device, torch.float32) * rotary.inv_freq.to(cos.device)
     if each.shape[-1] != angles.shape[-1] or not torch.allclose(each[0], angles.cos() * scaling, atol=1e-3):
         raise UnsupportedModelError(
             f"{owner} does not know how {type(module).__name__} of {type(anatomy.stack).__name__} turns queries and "

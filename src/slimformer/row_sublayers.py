@@ -11,9 +11,9 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from slimformer.anatomy import attention_core
 from slimformer.attention import RowAttention
 from slimformer.gated_mlp import GatedMlp
+from slimformer.layer_parts import KINDS, Kind, Structure
 from slimformer.row_norms import RowNorms
 from slimformer.stream import Stream
-from slimformer.structures import KINDS, Kind, Structure
 from slimformer.sublayer import Sublayer, norm_names
 from slimformer.touched_modules import CalledModules, is_untouched, takes_rows
 from slimformer_kernels.dispatch import HAS_TRITON, KERNEL_DTYPES

@@ -16,9 +16,9 @@ from slimformer.attention_masks import ANY_WINDOW, MaskReading, keys_seen, own_k
 from slimformer.cache import has_foreign_cache, layer_cache
 from slimformer.call_context import call_variable
 from slimformer.errors import PlanError
+from slimformer.layer_parts import Kind
 from slimformer.rows import Rows
 from slimformer.stack_calls import callers_keys, callers_masks, callers_positions
-from slimformer.structures import Kind
 
 _TAG = "_slimformer_stream"
 _leaving_under_gradients: ContextVar[bool] = call_variable("leaving_under_gradients", False)

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimformer.cache import CACHE_NAMES
+from slimformer.layer_parts import Kind, Parts, Structure
 from slimformer.row_norms import RowNorms
 from slimformer.stream import Stream
-from slimformer.structures import Kind, Parts, Structure
 from slimformer.touched_modules import CalledModules, is_untouched, takes_rows
 
 _BERT_OUTPUT = {"dense", "LayerNorm", "dropout"}

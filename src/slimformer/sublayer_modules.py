@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy
 from slimformer.layer_calls import LayerCalls, mirrored
+from slimformer.layer_parts import KINDS, SEVERAL, Kind, first_of
 from slimformer.module_results import Changer, Held, Record, Recorder, perturbed, zeroed
 from slimformer.probes import Failure, error, float32_copy, in_dtype, noise, tolerance
-from slimformer.structures import KINDS, SEVERAL, Kind, first_of
 
 # A residual that goes on past the sublayers stays this much like itself, norms and scales aside; one that ends in a
 # module, as BERT's do, is lost where that module puts out zeros.

@@ -12,11 +12,11 @@ from slimformer.anatomy import Anatomy, positional_names
 from slimformer.cache import CACHE_NAMES, Content
 from slimformer.counted_slot import Count
 from slimformer.errors import UnsupportedModelError
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.ledger import Ledger
 from slimformer.policy import SublayerPlan
 from slimformer.replacements import Mean
 from slimformer.row_selection import RowSelector
-from slimformer.structures import KINDS, Kind
 from slimformer.sublayer_modules import SublayerModules, Zeros
 from slimformer.touched_modules import has_own_forward
 

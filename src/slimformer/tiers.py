@@ -13,7 +13,7 @@ from slimformer.errors import UnsupportedModelError
 from slimformer.executor import LayerExecutor
 from slimformer.layer_calls import check_cache_arguments, keeps_cache, layer_calls
 from slimformer.layer_examination import LayerFinding, examine_layers, examine_modules, row_sublayers
-from slimformer.structures import KINDS
+from slimformer.layer_parts import KINDS
 from slimformer.sublayer_modules import SublayerModules
 from slimformer.switched_layer import SwitchedLayer
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import slimformer
 from gpu.plans import METHODS
 from gpu.subjects import DEVICE, DRY, arguments, build, moved, off, outputs
+from slimformer.errors import PlanError
 
 NAMED = {method.name: method for method in METHODS}
 TEXTS = ((30, 124), (0, 154), (110, 44))
@@ -63,7 +64,7 @@ def test_the_plain_patch_generates_what_the_model_does(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", ["drop-mean", "drop-filter", "routed-threshold", "random-ragged", "leave-random", "self-extend"]
+    "plan", ["drop-mean", "drop-filter", "routed-threshold", "random-ragged", "self-extend"]
 )
 def test_a_plan_gives_on_two_gpus_what_it_gives_on_one(folder: Path, plan: str) -> None:
     method, given = NAMED[plan], moved(arguments("llama", TEXTS, 154))
@@ -71,3 +72,11 @@ def test_a_plan_gives_on_two_gpus_what_it_gives_on_one(folder: Path, plan: str) 
     two = slimformer.patch(split(folder), *method.plan())
     assert off(outputs(two, given), outputs(one, given), given["attention_mask"]) <= 1e-4
     assert torch.equal(generated(two, given), generated(one, given))
+
+
+def test_tokens_do_not_leave_a_model_whose_layers_are_moved_to(folder: Path) -> None:
+    model, given = split(folder), moved(arguments("llama", TEXTS, 154))
+    expected = outputs(model, given)
+    with pytest.raises(PlanError, match="Tokens cannot leave the model"):
+        slimformer.patch(model, *NAMED["leave-random"].plan())
+    assert torch.equal(outputs(model, given), expected)

@@ -24,11 +24,11 @@ from slimformer.calibration.training_rows import examples
 from slimformer.errors import CalibrationError, DataError, UnsupportedModelError
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.layer_examination import examine_layers, row_sublayers
+from slimformer.layer_parts import Kind
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
 from slimformer.patching import status
 from slimformer.plan import Plan, fingerprint
 from slimformer.stream import Stream
-from slimformer.structures import Kind
 from slimformer.tiers import known_anatomy
 from slimformer.training.loop import frozen
 

@@ -18,8 +18,8 @@ from slimformer.calibration.replay import (
     run_layer,
 )
 from slimformer.executor import LayerExecutor
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.replacements import Replace, taps_of
-from slimformer.structures import KINDS, Kind
 
 # Half towards what the sublayer itself would add, half towards the dense model's residual, which also takes back what
 # earlier removals have shifted. SmolLM2-135M, WikiText-2 perplexity with 8 and 12 of 30 attentions removed, 4 taps:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from slimformer.anatomy import Anatomy
+from slimformer.layer_parts import Kind
 from slimformer.methods.mixture_of_depths import MixtureOfDepths, Router
 from slimformer.patching import patched
 from slimformer.plan import Plan
 from slimformer.policy import SublayerPlan
 from slimformer.rows import Rows
 from slimformer.stream import Stream
-from slimformer.structures import Kind
 
 # Rounds in which thresholds settle: what is skipped changes what later routers read.
 _ROUNDS = 4

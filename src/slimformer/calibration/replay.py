@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from slimformer.anatomy import Anatomy, positional_names
 from slimformer.executor import LayerExecutor
+from slimformer.layer_parts import Kind
 from slimformer.ledger import Ledger
 from slimformer.policy import SublayerPlan
 from slimformer.replacements import apply_taps, filter_reach, zero_padding
-from slimformer.structures import Kind
 
 Sublayer = tuple[Kind, int]
 

@@ -16,8 +16,8 @@ from slimformer.calibration.keep_ratio import threshold
 from slimformer.calibration.replay import Call, executors, finish, record_call, run_layer, run_layers
 from slimformer.errors import DataError
 from slimformer.image_tokens import where_images_are
+from slimformer.layer_parts import KINDS
 from slimformer.methods.mixture_of_depths import MixtureOfDepths, router_name
-from slimformer.structures import KINDS
 from slimformer_kernels import chunked_cross_entropy, chunked_kl
 
 # Scores start around the mean cost with this spread.

@@ -20,8 +20,8 @@ from slimformer.calibration.fitting import fit_each, fit_together
 from slimformer.calibration.replay import Call, Dropped, Sublayer, executors, run_layers
 from slimformer.calibration.similarity import Unit
 from slimformer.errors import CalibrationError, PlanError
+from slimformer.layer_parts import KINDS
 from slimformer.replacements import Replace
-from slimformer.structures import KINDS
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch.nn.functional import cosine_similarity
 
 from slimformer.errors import CalibrationError, DataError
 from slimformer.executor import LayerExecutor
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.layer_run import Run, Update
 from slimformer.ledger import Ledger
 from slimformer.patching import status
-from slimformer.structures import KINDS, Kind
 from slimformer.tiers import known_anatomy
 
 Unit = Literal["attention", "mlp", "block"]

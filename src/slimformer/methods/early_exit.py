@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.method_fields import checked_weights, checked_width, is_whole
 from slimformer.policy import Replacement, SublayerPlan
 from slimformer.replacements import LinearFilter, weight_names
-from slimformer.structures import KINDS, Kind
 
 HEAD = ("head.weight", "head.bias")
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
+from slimformer.layer_parts import Kind
 from slimformer.method_fields import as_tuple, checked_weights, checked_width, is_whole
 from slimformer.policy import Replacement, SublayerPlan
 from slimformer.replacements import REPLACE, LinearFilter, Mean, Replace, taps_of, weight_names
-from slimformer.structures import Kind
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
 from slimformer.image_tokens import image_tokens, read_images
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.method_fields import (
     as_tuple,
     checked_flag,
@@ -25,7 +26,6 @@ from slimformer.method_fields import (
 from slimformer.policy import SublayerPlan
 from slimformer.rows import Rows
 from slimformer.stream import Stream, in_a_graph
-from slimformer.structures import KINDS, Kind
 from slimformer.token_selection import Owner, open_blocks, protected_tokens, protecting
 
 _ALLOWED = {

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError, UnsupportedModelError
+from slimformer.layer_parts import Kind
 from slimformer.method_fields import checked_weights, checked_width, is_whole
 from slimformer.policy import SublayerPlan
-from slimformer.structures import Kind
 
 # Of every layer: the input of the units that stayed, their output, and what a linear layer beside them does.
 PARTS = ("up.weight", "up.bias", "down.weight", "linear.weight", "linear.bias")

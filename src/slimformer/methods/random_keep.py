@@ -12,10 +12,10 @@ from torch import Tensor
 
 from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.policy import SublayerPlan
 from slimformer.rows import Rows
 from slimformer.stream import Stream
-from slimformer.structures import KINDS, Kind
 
 
 @dataclass(frozen=True)

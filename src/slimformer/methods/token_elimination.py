@@ -13,6 +13,7 @@ from torch import Tensor
 from slimformer.anatomy import Anatomy
 from slimformer.block_predictor import BlockPredictor
 from slimformer.errors import PlanError
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.method_fields import (
     as_tuple,
     checked_flag,
@@ -23,7 +24,6 @@ from slimformer.method_fields import (
     layer_number,
 )
 from slimformer.policy import SublayerPlan
-from slimformer.structures import KINDS, Kind
 from slimformer.token_scores import ByAttention, ByChance, ByPredictor, TokenScore, by_key_norm
 from slimformer.token_selection import Owner, SharedSelection, TokenSelection, protecting
 

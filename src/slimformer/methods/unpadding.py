@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from slimformer.anatomy import Anatomy
+from slimformer.layer_parts import Kind
 from slimformer.policy import SublayerPlan
 from slimformer.row_sublayers import uses_kernels
 from slimformer.rows import Rows
 from slimformer.stream import Stream
-from slimformer.structures import Kind
 
 
 @dataclass(frozen=True)

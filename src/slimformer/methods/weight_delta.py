@@ -12,9 +12,9 @@ from torch import Tensor
 
 from slimformer.anatomy import Anatomy
 from slimformer.errors import PlanError
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.method_fields import checked_weights, layer_number
 from slimformer.policy import SublayerPlan
-from slimformer.structures import KINDS, Kind
 
 LEFT, RIGHT, ADDED = "left", "right", "added"
 

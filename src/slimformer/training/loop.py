@@ -231,7 +231,13 @@ def _accelerator(module: nn.Module, settings: TrainingSettings) -> Any:
         # It remembers the precision of the first training in a process, and refuses another.
         accelerate.state.AcceleratorState._reset_state()
     try:
-        return accelerate.Accelerator(mixed_precision=settings.precision, cpu=device.type == "cpu")
+        # Nothing here has buffers to send, and gradients need no copy beside those that are sent.
+        several = accelerate.utils.DistributedDataParallelKwargs(
+            broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        return accelerate.Accelerator(
+            mixed_precision=settings.precision, cpu=device.type == "cpu", kwargs_handlers=[several]
+        )
     except ValueError as error:
         raise CalibrationError(
             f"precision={settings.precision!r} does not work on {device}: {error}. Use precision='no'."

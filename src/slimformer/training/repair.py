@@ -27,10 +27,10 @@ from slimformer.calibration.progress import Stages
 from slimformer.calibration.training_rows import training_rows, training_texts
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.layer_parts import KINDS
 from slimformer.methods.weight_delta import WeightDelta
 from slimformer.patching import patched, status
 from slimformer.plan import Plan, PlannedMethod, fingerprint
-from slimformer.structures import KINDS
 from slimformer.training.checkpoint import History
 from slimformer.training.distillation import Distillation
 from slimformer.training.loop import EarlyStop, TrainingSettings, fit, frozen

@@ -7,10 +7,10 @@ import math
 
 from slimformer.calibration.similarity import UNITS
 from slimformer.errors import CalibrationError
+from slimformer.layer_parts import KINDS
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.plan import Plan, PlannedMethod
 from slimformer.report.summary import Summary
-from slimformer.structures import KINDS
 
 
 def in_rounds(plan: Plan, rounds: int) -> list[Plan]:

@@ -12,10 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from slimformer.anatomy import Anatomy
 from slimformer.errors import CalibrationError
+from slimformer.layer_parts import KINDS, Kind
 from slimformer.methods.weight_delta import ADDED, LEFT, RIGHT, WeightDelta
 from slimformer.plan import Plan, PlannedMethod
 from slimformer.policy import SublayerPlan
-from slimformer.structures import KINDS, Kind
 from slimformer.training.adapters import Adapters
 
 What = Literal["added", "norms", "lora"]
