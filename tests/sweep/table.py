@@ -23,8 +23,8 @@ Every text model class of transformers {transformers}, examined with torch {torc
 runs unpatched and patched, in float32 and bfloat16, with left, right and no padding, with and without a cache.
 
 - **every method**: token policies too, which compute a sublayer for chosen tokens only.
-- **whole sublayers**: what computes a sublayer for all tokens or for none (`LayerDrop`, `EarlyExit`) and `TempScale` where
-  there is a scale.
+- **whole sublayers**: what computes a sublayer for all tokens or for none (`LayerDrop`, `EarlyExit`), and `TempScale`
+  where there is a scale.
 - **refused**: `patch` raises `UnsupportedModelError` and leaves the model as it was.
 
 A name with a colon is a class under settings of its own, or an encoder's layers as a decoder.
