@@ -246,7 +246,10 @@ def test_reading_a_mask_takes_no_more_memory_than_booleans_of_its_size(dtype: to
 def test_flex_attention_is_left_to_the_model() -> None:
     model: nn.Module = small("llama", attn_implementation="flex_attention")
     given = batch("llama", "left")
-    expected = outputs(model, given)
+    try:
+        expected = outputs(model, given)
+    except RuntimeError as failure:
+        pytest.skip(f"the unpatched model's flex attention does not run on this machine: {failure}")
     slimformer.patch(model)
     assert error(outputs(model, given), expected, given["attention_mask"]) <= CLOSE
     # Which of these masks' keys are padding is known to flex attention alone.
