@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from slimformer.anatomy import Anatomy, positional_names
 from slimformer.cache import CACHE_NAMES
 from slimformer.errors import UnsupportedModelError
+from slimformer.touched_modules import HOOKS
 
 Padding = Literal["none", "left", "right"]
 # Texts of a call: one as long as the call, one shorter by this many tokens.
@@ -36,15 +37,6 @@ _KINDS_OF_RESULT = (
     (3, None),
     (4, _BESIDE),
     (4, None),
-)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
 )
 
 
@@ -327,7 +319,7 @@ def _shallow(module: nn.Module) -> nn.Module:
     made.__dict__["_modules"] = dict(module._modules)
     # LongRoPE writes into the buffer of its frequencies in every call.
     made.__dict__["_buffers"] = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
-    for name in _HOOKS:
+    for name in HOOKS:
         if name in made.__dict__:
             made.__dict__[name] = OrderedDict()
     made.__dict__["training"] = False

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers.utils.output_capturing import _active_collector
 
-_HOOKS = (
+# Where a module keeps what others have hung on it.
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -81,7 +82,7 @@ def as_it_was_built(module: nn.Module) -> nn.Module:
     state["_modules"] = {
         name: None if child is None else as_it_was_built(child) for name, child in module._modules.items()
     }
-    for name in _HOOKS:
+    for name in HOOKS:
         if name in state:
             state[name] = OrderedDict()
     if "_hf_hook" not in state:
