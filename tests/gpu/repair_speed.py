@@ -39,11 +39,14 @@ def measured(tiny: bool) -> dict[str, float]:
     torch.manual_seed(0)
     with state.device:
         model = LlamaForCausalLM._from_config(config, dtype=torch.float32 if tiny else torch.bfloat16).eval()
-    rows, length = (2, 32) if tiny else (4, 1024)
-    few, many = (2, 6) if tiny else (6, 46)
+    rows, length = (2, 32) if tiny else (12, 1024)
+    few, many = (2, 6) if tiny else (4, 28)
     plan = Plan(
         [LayerDrop(attention=range(config.num_hidden_layers // 4, 3 * config.num_hidden_layers // 4))]
     )
+    tokenizer = tiny_tokenizer()
+    # It promises short texts only, and rows would be cut to that.
+    tokenizer.model_max_length = config.max_position_embeddings
     letters = random.Random(0)
     # Enough for every process to read other rows in every step.
     texts = ["".join(letters.choices(string.ascii_letters + " ", k=length)) for _ in range(2 * rows * many)]
@@ -56,7 +59,7 @@ def measured(tiny: bool) -> dict[str, float]:
         slimformer.repair(
             model,
             plan,
-            tiny_tokenizer(),
+            tokenizer,
             data=texts,
             near=None,
             length=length,

@@ -166,7 +166,12 @@ def fit(
                 total = 0.0
                 for part in range(settings.accumulate):
                     batch = rows[order.of(step, part)].to(accelerator.device)
-                    with torch.enable_grad():
+                    # Processes need each other's gradients once per step only.
+                    apart = part + 1 < settings.accumulate
+                    with (
+                        accelerator.no_sync(wrapped) if apart else contextlib.nullcontext(),
+                        torch.enable_grad(),
+                    ):
                         with accelerator.autocast():
                             value = loss(wrapped, batch) / settings.accumulate
                         accelerator.backward(value)
