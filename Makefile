@@ -41,6 +41,7 @@ lint: setup
 	$(BIN)/ruff check src kernels tests benchmarks
 	$(BIN)/ruff format --check src kernels tests benchmarks
 	$(BIN)/mypy src kernels benchmarks
+	PYTHONPATH=src $(BIN)/lint-imports --no-cache
 
 test: lint
 	$(BIN)/python $(PYTEST)

@@ -15,9 +15,9 @@ from benchmarks import tables
 from benchmarks.drop_table import load_model
 from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
-from slimformer.anatomy import find_anatomy
-from slimformer.calibration.arank import QUERIES, layer_ranks
-from slimformer.calibration.data import load_texts, token_blocks
+from slimformer.model.anatomy import find_anatomy
+from slimformer.text.sources import load_texts, token_blocks
+from slimformer.training.arank import QUERIES, layer_ranks
 
 SAMPLED, FULL = f"{QUERIES} rows of every map", "all rows"
 METRICS = ("effective_rank", "rank")

@@ -16,11 +16,11 @@ from benchmarks.long_prompts import LongTexts, Prompts
 from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters, reason
 from slimformer import SelfExtend
-from slimformer.anatomy import find_anatomy
-from slimformer.attention_transforms import trained_length
-from slimformer.calibration.data import load_texts
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
+from slimformer.model.anatomy import find_anatomy
+from slimformer.text.sources import load_texts
+from slimformer.transforms.transform import trained_length
 
 # Tokens that are predicted, at the end of every context; and the room of a key.
 _PREDICTED, _KEY = 512, 16

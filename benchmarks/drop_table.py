@@ -25,8 +25,8 @@ import slimformer
 from benchmarks import tables
 from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.results import Measurement, reason
-from slimformer.calibration.data import load_texts
 from slimformer.evaluation.perplexity import perplexity, wikitext_blocks
+from slimformer.text.sources import load_texts
 
 DENSE = "dense"
 METHODS: dict[str, dict[str, Any]] = {

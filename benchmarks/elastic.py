@@ -18,10 +18,10 @@ from benchmarks.drop_table import DENSE, tiny_tokenizer
 from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.results import Measurement
 from slimformer import EarlyExit
-from slimformer.anatomy import find_anatomy
 from slimformer.calibration.exit_heads import fit_exits
 from slimformer.evaluation.retrieval import RetrievalTask, read_retrieval
 from slimformer.evaluation.similarity_task import read_sts
+from slimformer.model.anatomy import find_anatomy
 
 BARE, ELSEWHERE, CORPUS = "no head", "head fitted on WikiText-2 and STS", "head fitted on the corpus"
 WIDTHS = (384, 192, 96, 48, 24)

@@ -18,10 +18,10 @@ from benchmarks.long_prompts import HELD_OUT_BOOKS, HELD_OUT_MEETINGS, LongTexts
 from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from slimformer import TokenElimination
-from slimformer.anatomy import find_anatomy
-from slimformer.calibration.data import load_texts
-from slimformer.calibration.predictors import train_predictors
+from slimformer.model.anatomy import find_anatomy
+from slimformer.text.sources import load_texts
 from slimformer.training.loop import TrainingSettings
+from slimformer.training.predictors import train_predictors
 
 SCHEDULES: dict[str, dict[int, float]] = {
     "3: 44%": {3: 0.444},

@@ -26,10 +26,10 @@ from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.repair import kept
 from benchmarks.results import Measurement, Parameters
 from slimformer import Plan, TokenElimination
-from slimformer.anatomy import find_anatomy
-from slimformer.calibration.data import load_texts
-from slimformer.calibration.predictors import train_predictors
+from slimformer.model.anatomy import find_anatomy
+from slimformer.text.sources import load_texts
 from slimformer.training.loop import TrainingSettings
+from slimformer.training.predictors import train_predictors
 from slimformer.training.trained_weights import WHAT, What
 
 BEFORE = "with its predictor"

@@ -20,12 +20,12 @@ from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort
 from slimformer import TokenElimination
-from slimformer.anatomy import Anatomy
-from slimformer.block_predictor import BlockPredictor
-from slimformer.layer_parts import Kind
-from slimformer.policy import SublayerPlan
-from slimformer.rows import Rows
-from slimformer.stream import Stream
+from slimformer.decisions.policy import Decision
+from slimformer.methods.elimination.block_predictor import BlockPredictor
+from slimformer.model.anatomy import Anatomy
+from slimformer.model.layer_parts import Kind
+from slimformer.rows.rows import Rows
+from slimformer.rows.stream import Stream
 
 DENSE, LOSSLESS = "unpatched", "all tokens, patched"
 
@@ -83,14 +83,14 @@ class _Recording:
     method: TokenElimination
     stayed: dict[int, Tensor] = field(default_factory=dict)
 
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+    def decisions(self, anatomy: Anatomy) -> dict[tuple[int, Kind], Decision]:
         """The method's, with a note of every choice."""
         return {
-            (layer, kind): SublayerPlan(
-                staying=tuple(partial(self._choose, layer, choose) for choose in plan.staying),
-                leave_caches=True,
+            (layer, kind): Decision(
+                not_evicted=tuple(partial(self._choose, layer, choose) for choose in plan.not_evicted),
+                evict_caches=True,
             )
-            for (layer, kind), plan in self.method.sublayer_plans(anatomy).items()
+            for (layer, kind), plan in self.method.decisions(anatomy).items()
         }
 
     def _choose(self, layer: int, choose: Any, stream: Stream, x: Tensor) -> Rows | None:

@@ -18,7 +18,7 @@ from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement
 from benchmarks.timing import Effort
 from slimformer import EarlyExit
-from slimformer.anatomy import find_anatomy
+from slimformer.model.anatomy import find_anatomy
 
 DENSE, LOSSLESS = "unpatched", "slimformer.patch(model)"
 BATCH = 32

@@ -17,7 +17,7 @@ from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.results import Measurement
 from slimformer import LayerDrop, Plan, TokenElimination
 from slimformer.evaluation.retrieval import RetrievalTask, read_retrieval
-from slimformer.plan import PlannedMethod
+from slimformer.plans.plan import PlannedMethod
 
 UNPATCHED, DENSE = "unpatched", "dense, unpadded"
 _SHORT: dict[str, Any] = {"least": 32, "window": 1, "sink": 1}

@@ -27,7 +27,7 @@ from slimformer import LayerDrop, Plan
 from slimformer.evaluation.embedding_tasks import EmbeddingTask, PairTask
 from slimformer.evaluation.retrieval import read_retrieval
 from slimformer.evaluation.similarity_task import read_sts
-from slimformer.plan import fingerprint
+from slimformer.plans.plan import fingerprint
 from slimformer.training.loop import TrainingSettings
 
 # Whole layers that are dropped; the first four of six do most of the work.

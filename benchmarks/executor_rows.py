@@ -18,7 +18,7 @@ from benchmarks.llamas import llama_8b, logits_in_float32, smollm2_135m, with_sh
 from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort, Regime
-from slimformer.methods.random_keep import RandomKeep, chances
+from slimformer.methods.elimination.random_keep import RandomKeep, chances
 
 DENSE, LOSSLESS = "unpatched", "all tokens, patched"
 KEEPS = (0.75, 0.5, 0.25, 0.1)

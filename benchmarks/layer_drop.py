@@ -25,7 +25,7 @@ from benchmarks.llamas import (
 from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort, Regime
-from slimformer.evaluation.speed import cache_bytes
+from slimformer.evaluation.timing.speed import cache_bytes
 
 PROMPT = 2048
 BATCHES = (1, 16)

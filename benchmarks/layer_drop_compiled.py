@@ -15,7 +15,7 @@ from benchmarks.llamas import DENSE, SLIM, SUBLAYERS, DenseAndSlim, held, saved,
 from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort, Regime
-from slimformer.evaluation.speed import cache_bytes
+from slimformer.evaluation.timing.speed import cache_bytes
 
 # Room in the static cache behind the prompt.
 _ROOM = 128

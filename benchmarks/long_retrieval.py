@@ -26,8 +26,6 @@ from benchmarks.long_prompts import HELD_OUT_BOOKS
 from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from slimformer import SelfExtend, TempScale
-from slimformer.anatomy import find_anatomy
-from slimformer.attention_transforms import trained_length
 from slimformer.evaluation.retrieval import read_retrieval
 from slimformer.methods.absolute_positions import (
     GroupedPositions,
@@ -37,6 +35,8 @@ from slimformer.methods.absolute_positions import (
 from slimformer.methods.context_windows import encode_in_windows
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
+from slimformer.model.anatomy import find_anatomy
+from slimformer.transforms.transform import trained_length
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 DOCUMENTS = 100

@@ -22,14 +22,14 @@ from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.repair import repaired_plan, training_text
 from benchmarks.results import Measurement, reason
 from slimformer import MixtureOfDepths
-from slimformer.anatomy import find_anatomy
-from slimformer.calibration.arank import LayerOrder, calibrate_arank
-from slimformer.calibration.data import load_texts
-from slimformer.calibration.routers import train_routers
 from slimformer.evaluation.perplexity import perplexity, wikitext_blocks
-from slimformer.layer_parts import KINDS, Kind
+from slimformer.model.anatomy import find_anatomy
+from slimformer.model.layer_parts import KINDS, Kind
 from slimformer.patching import keep_ratios
+from slimformer.text.sources import load_texts
+from slimformer.training.arank import LayerOrder, calibrate_arank
 from slimformer.training.loop import TrainingSettings
+from slimformer.training.routers import train_routers
 
 KEEP = 0.5
 SETTINGS = TrainingSettings(steps=600, rows=4, learning_rate=5e-3)

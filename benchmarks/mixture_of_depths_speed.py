@@ -20,12 +20,12 @@ from benchmarks.registry import Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from benchmarks.timing import Effort, Regime
 from slimformer import MixtureOfDepths
-from slimformer.anatomy import Anatomy
-from slimformer.layer_parts import KINDS, Kind
+from slimformer.decisions.policy import Decision
 from slimformer.methods.mixture_of_depths import Router
-from slimformer.policy import SublayerPlan
-from slimformer.rows import Rows
-from slimformer.stream import Stream
+from slimformer.model.anatomy import Anatomy
+from slimformer.model.layer_parts import KINDS, Kind
+from slimformer.rows.rows import Rows
+from slimformer.rows.stream import Stream
 
 DENSE, LOSSLESS = "unpatched", "all tokens, patched"
 KEEP = 0.5
@@ -135,13 +135,11 @@ class _Recording:
     setting: bool
     masks: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+    def decisions(self, anatomy: Anatomy) -> dict[tuple[int, Kind], Decision]:
         """The method's, with a note of every choice."""
         return {
-            sublayer: SublayerPlan(
-                rows=tuple(partial(self._choose, sublayer, choose) for choose in plan.rows)
-            )
-            for sublayer, plan in self.method.sublayer_plans(anatomy).items()
+            sublayer: Decision(rows=tuple(partial(self._choose, sublayer, choose) for choose in plan.rows))
+            for sublayer, plan in self.method.decisions(anatomy).items()
         }
 
     def _choose(self, sublayer: tuple[int, str], router: Any, stream: Stream, x: Tensor) -> Rows | None:

@@ -19,8 +19,8 @@ from benchmarks.drop_table import DENSE, load_model
 from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.results import Measurement
 from slimformer import Plan
-from slimformer.calibration.data import load_texts
 from slimformer.evaluation.perplexity import perplexity, wikitext_blocks
+from slimformer.text.sources import load_texts
 from slimformer.training.loop import TrainingSettings
 
 BEFORE, AFTER = "as calibrated", "repaired"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slimformer.demo import demo_embedder
+from slimformer.cli.commands.demo_models import demo_embedder
 from slimformer.errors import SlimformerError
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimformer import LayerDrop
-from slimformer.anatomy import find_anatomy, positional_names
-from slimformer.layer_calls import layer_calls
-from slimformer.layer_parts import KINDS, Kind, Parts, Structure
-from slimformer.ledger import Ledger
-from slimformer.methods.random_keep import RandomKeep, chances
+from slimformer.calls.layer_calls import layer_calls
+from slimformer.changes.ledger import Ledger
+from slimformer.methods.elimination.random_keep import RandomKeep, chances
+from slimformer.model.anatomy import find_anatomy, positional_names
+from slimformer.model.layer_parts import KINDS, Kind, Parts, Structure
 from tiny_models import DECODERS, tiny_model
 
 TOKENS = 24

@@ -8,9 +8,10 @@ from torch import nn
 from transformers import T5Config, T5Model
 from transformers.cache_utils import DynamicLayer
 
-from slimformer.anatomy import find_anatomy
-from slimformer.cache import FilterState, compact_slots
+from slimformer.cache.filter_state import FilterState
+from slimformer.cache.slots import compact_slots
 from slimformer.errors import PlanError, UnsupportedModelError
+from slimformer.model.anatomy import find_anatomy
 from tiny_models import DECODERS, ENCODERS, tiny_model
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 import slimformer
 from slimformer import Plan, SelfExtend, TempScale
-from slimformer.attention_transforms import AttentionTransform
+from slimformer.decisions.policy import TokenPolicy
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.methods.absolute_positions import PositionInterpolation
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
-from slimformer.policy import TokenPolicy
+from slimformer.transforms.transform import AttentionTransform
 from slow_rows import arguments, error, one_thread, outputs, small  # noqa: F401
 
 CASES: dict[str, tuple[str, list[Any]]] = {

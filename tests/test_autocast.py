@@ -7,7 +7,7 @@ import torch
 
 import slimformer
 from slimformer import TokenElimination
-from slimformer.methods.random_keep import RandomKeep
+from slimformer.methods.elimination.random_keep import RandomKeep
 from slow_rows import arguments, batch, error, graded, kept, one_thread, outputs, positions, slowly, small  # noqa: F401
 from test_mixture_of_depths import routed
 from tiny_models import DECODERS

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import slimformer
 from slimformer import LayerDrop, Plan
-from slimformer.anatomy import find_anatomy
-from slimformer.calibration.fitting import fit_each, fit_together
-from slimformer.calibration.replay import executors, finish, record_call, run_layers
-from slimformer.calibration.search import Search, Step
-from slimformer.calibration.stopping import Seconds, Stop
+from slimformer.calibration.drops.fitting import fit_each, fit_together
+from slimformer.calibration.drops.replay import executors, finish, record_call, run_layers
+from slimformer.calibration.drops.search import Search, Step
+from slimformer.calibration.drops.stopping import Seconds, Stop
 from slimformer.errors import CalibrationError, DataError
+from slimformer.model.anatomy import find_anatomy
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import DECODERS, ENCODERS, tiny_model
 

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 import slimformer
 from real_models import minilm
 from slimformer import Plan, TempScale
-from slimformer.anatomy import transformer_of
 from slimformer.calibration.temperature import calibrate_temperature
 from slimformer.cli import app
 from slimformer.errors import CalibrationError, DataError, PlanError
 from slimformer.evaluation.embedding_tasks import NeighbourTask, PairTask
 from slimformer.evaluation.length_spread import LengthSpread
+from slimformer.model.anatomy import transformer_of
 from slimformer.report import plan_page, temperature_table
 from tiny_checkpoints import tiny_checkpoint
 

@@ -11,13 +11,13 @@ from tokenizers import processors
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import slimformer
-from slimformer.anatomy import find_anatomy
-from slimformer.calibration.arank import calibrate_arank
-from slimformer.calibration.budgets import BUDGETS
-from slimformer.calibration.calibration_text import longest, read_text
+from slimformer.calibration.drops.budgets import BUDGETS
+from slimformer.calibration.drops.calibration_text import longest, read_text
 from slimformer.calibration.elimination import calibrate_elimination
 from slimformer.errors import DataError, SlimformerWarning
 from slimformer.evaluation.quality import measure_quality
+from slimformer.model.anatomy import find_anatomy
+from slimformer.training.arank import calibrate_arank
 from slimformer.training.loop import TrainingSettings
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import COMMON, tiny_model

@@ -14,14 +14,14 @@ from typer.testing import CliRunner, Result
 
 import slimformer
 from slimformer import LayerDrop, Plan, TokenElimination
-from slimformer.calibration.data import load_texts
-from slimformer.calibration.held_out import split_texts
 from slimformer.cli import app
+from slimformer.cli.commands.demo_models import demo_embedder, demo_model
 from slimformer.cli.loading import load_model
-from slimformer.demo import demo_embedder, demo_model
 from slimformer.errors import SlimformerError
-from slimformer.plan import FILE, fingerprint
+from slimformer.plans.plan import FILE, fingerprint
 from slimformer.report import plan_page
+from slimformer.text.held_out import split_texts
+from slimformer.text.sources import load_texts
 from tiny_checkpoints import tiny_checkpoint, tiny_tokenizer
 from tiny_models import tiny_model
 

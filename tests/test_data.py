@@ -17,8 +17,8 @@ import torch
 from tokenizers import processors
 from transformers import BertTokenizer
 
-from slimformer.calibration.data import characters_for, load_texts, token_batches_padded, token_blocks
 from slimformer.errors import DataError
+from slimformer.text.sources import characters_for, load_texts, token_batches_padded, token_blocks
 from tiny_checkpoints import tiny_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three"]
@@ -318,8 +318,8 @@ def test_a_tokenizer_without_padding_is_refused() -> None:
 
 def test_importing_reads_no_optional_package() -> None:
     code = (
-        "import sys, slimformer, slimformer.calibration.data, slimformer.evaluation.quality;"
-        "import slimformer.evaluation.speed;"
+        "import sys, slimformer, slimformer.text.sources, slimformer.evaluation.quality;"
+        "import slimformer.evaluation.timing.speed;"
         "print([name for name in ('datasets', 'pyarrow', 'sentence_transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,12 +13,12 @@ from sentence_transformers.models import Pooling, Transformer
 
 import slimformer
 from slimformer import LayerDrop
-from slimformer.calibration.data import load_texts, token_blocks
 from slimformer.errors import CalibrationError, DataError
-from slimformer.evaluation.arrivals import measure_arrivals
-from slimformer.evaluation.long_prompts import _fact, _run, _summary, _Trial, measure_long_prompts
-from slimformer.evaluation.padded_prompts import measure_padded_prompts
-from slimformer.methods.random_keep import RandomKeep
+from slimformer.evaluation.timing.arrivals import measure_arrivals
+from slimformer.evaluation.timing.long_prompts import _fact, _run, _summary, _Trial, measure_long_prompts
+from slimformer.evaluation.timing.padded_prompts import measure_padded_prompts
+from slimformer.methods.elimination.random_keep import RandomKeep
+from slimformer.text.sources import load_texts, token_blocks
 from tiny_checkpoints import tiny_checkpoint, tiny_tokenizer
 from tiny_models import tiny_model
 

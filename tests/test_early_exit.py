@@ -13,10 +13,10 @@ from torch import Tensor
 
 import slimformer
 from slimformer import EarlyExit, LayerDrop, Plan
-from slimformer.anatomy import find_anatomy, transformer_of
 from slimformer.calibration.exit_heads import RIDGE, fit_exits
 from slimformer.errors import CalibrationError, DataError, PlanError
-from slimformer.plan import fingerprint
+from slimformer.model.anatomy import find_anatomy, transformer_of
+from slimformer.plans.plan import fingerprint
 from tiny_checkpoints import tiny_checkpoint
 from tiny_models import DECODERS, ENCODERS, dropped, tiny_model
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, pipeline
 import slimformer
 from slimformer import LayerDrop, Plan
 from slimformer.errors import PlanError
-from slimformer.plan import FILE, WEIGHTS, fingerprint
+from slimformer.plans.plan import FILE, WEIGHTS, fingerprint
 from tiny_checkpoints import tiny_checkpoint, tiny_tokenizer
 from tiny_models import dropped, tiny_model
 

@@ -19,11 +19,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 import slimformer
 from real_models import minilm
 from slimformer import EarlyExit, LayerDrop, Plan
-from slimformer.anatomy import transformer_of
 from slimformer.errors import PlanError, SlimformerWarning, UnsupportedModelError
-from slimformer.methods.random_keep import RandomKeep
+from slimformer.methods.elimination.random_keep import RandomKeep
 from slimformer.methods.weight_delta import WeightDelta
-from slimformer.plan import FILE, WEIGHTS, fingerprint
+from slimformer.model.anatomy import transformer_of
+from slimformer.plans.plan import FILE, WEIGHTS, fingerprint
 from tiny_checkpoints import tiny_checkpoint, tiny_tokenizer
 from tiny_models import dropped, tiny_model
 

@@ -13,9 +13,9 @@ from transformers import AlbertConfig, AlbertModel, BartConfig, BartModel, PreTr
 
 import slimformer
 from slimformer import LayerDrop
-from slimformer.anatomy import find_anatomy
-from slimformer.attention_masks import read_mask
+from slimformer.calls.masks import read_mask
 from slimformer.errors import UnsupportedModelError
+from slimformer.model.anatomy import find_anatomy
 from slow_rows import arguments, error, outputs
 from sweep.classes import Family
 from sweep.models import build

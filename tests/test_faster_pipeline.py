@@ -15,8 +15,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
 
 import slimformer
-from slimformer.anatomy import transformer_of
-from slimformer.integrations.sentence_transformers import BUSY_FROM_ELEMENTS, FillingBatches
+from slimformer.model.anatomy import transformer_of
+from slimformer.runtime.embedding_pipeline import BUSY_FROM_ELEMENTS, FillingBatches
 from tiny_checkpoints import tiny_checkpoint
 
 TEXTS = ["a cat", "", "a cat sat on the mat and saw no dog", "hills 😀 of glass"]

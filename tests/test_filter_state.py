@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import slimformer
-from slimformer.cache import FilterState
+from slimformer.cache.filter_state import FilterState
 from slow_rows import one_thread, outputs, small  # noqa: F401
 from test_cache_layouts import filters
 

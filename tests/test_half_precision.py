@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimformer
-from slimformer.anatomy import find_anatomy
-from slimformer.layer_examination import examine_layers
+from slimformer.examination.layers import examine_layers
+from slimformer.model.anatomy import find_anatomy
 from slow_rows import arguments, outputs
 from tiny_models import COMMON
 

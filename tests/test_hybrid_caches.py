@@ -13,10 +13,10 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import slimformer
 from slimformer import LayerDrop
-from slimformer.anatomy import find_anatomy
-from slimformer.cache import compact_slots, counting_slot
+from slimformer.cache.slots import compact_slots, counting_slot
+from slimformer.calls.layer_calls import cache_argument
 from slimformer.errors import PlanError, UnsupportedModelError
-from slimformer.layer_calls import cache_argument
+from slimformer.model.anatomy import find_anatomy
 from sweep.classes import Family
 from sweep.models import build
 from sweep.run import every

@@ -17,12 +17,12 @@ from transformers import (
 
 import slimformer
 from slimformer import MixtureOfDepths, Plan
-from slimformer.anatomy import find_anatomy
-from slimformer.calibration.arank import layer_ranks
-from slimformer.calibration.routers import train_routers
 from slimformer.errors import DataError, PlanError
+from slimformer.model.anatomy import find_anatomy
 from slimformer.patching import keep_ratios
+from slimformer.training.arank import layer_ranks
 from slimformer.training.loop import TrainingSettings
+from slimformer.training.routers import train_routers
 from slow_rows import one_thread, rows_through, slowly  # noqa: F401
 from test_mixture_of_depths import Decisions, routed
 from tiny_models import COMMON, tiny_model

@@ -18,7 +18,7 @@ from transformers import (
 
 import slimformer
 from slimformer import LayerDrop
-from slimformer.anatomy import find_anatomy
+from slimformer.model.anatomy import find_anatomy
 from tiny_models import COMMON, tiny_model
 
 DROP = LayerDrop(attention=[0], mlp=[1], block=[3])

@@ -11,9 +11,9 @@ from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
 import slimformer
-from slimformer.anatomy import find_anatomy
+from slimformer.calls.layer_calls import cache_argument, layer_calls
 from slimformer.errors import SlimformerWarning, UnsupportedModelError
-from slimformer.layer_calls import cache_argument, layer_calls
+from slimformer.model.anatomy import find_anatomy
 from slow_rows import batch, error, outputs, small
 from tiny_models import DECODERS, ENCODERS, tiny_model
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 import slimformer
 from slimformer import LayerDrop
 from slimformer.errors import PlanError, UnsupportedModelError
-from slimformer.methods.random_keep import RandomKeep
+from slimformer.methods.elimination.random_keep import RandomKeep
 from tiny_models import DECODERS, ENCODERS, dropped, tiny_model
 
 DROP = LayerDrop(attention=[0], mlp=[1], block=[3])

@@ -12,13 +12,13 @@ from transformers import DynamicCache
 
 import slimformer
 from slimformer import LayerDrop, MixtureOfDepths, Plan, TokenElimination
-from slimformer.anatomy import find_anatomy
 from slimformer.errors import PlanError
-from slimformer.layer_parts import KINDS, Kind
 from slimformer.methods.mixture_of_depths import router_name
+from slimformer.model.anatomy import find_anatomy
+from slimformer.model.layer_parts import KINDS, Kind
 from slimformer.patching import keep_ratios
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, positions, rows_through, slowly, small  # noqa: F401
-from test_token_elimination import ids, mask_of, only, staying
+from test_token_elimination import ids, mask_of, not_evicted, only
 from tiny_models import DECODERS, ENCODERS, tiny_model
 
 CLOSE = 1e-5
@@ -236,7 +236,7 @@ def test_it_composes_with_dropping_and_elimination() -> None:
         slimformer.patch(model, LayerDrop(attention=[1]), elimination, method)
         slim = model(text).logits[0, -1]
         slimformer.patch(model, LayerDrop(attention=[1]), method)
-        with only(model, 2, staying(24, 0.5)):
+        with only(model, 2, not_evicted(24, 0.5)):
             expected = model(text, use_cache=False).logits[0, -1]
     torch.testing.assert_close(slim, expected, atol=1e-5, rtol=1e-5)
 

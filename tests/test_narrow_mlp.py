@@ -17,7 +17,6 @@ import slimformer
 from embedding_data import TEXTS, beir, pipeline
 from real_models import minilm
 from slimformer import EarlyExit, LayerDrop, Plan
-from slimformer.anatomy import find_anatomy
 from slimformer.calibration import narrow_mlps
 from slimformer.calibration.narrow_mlps import calibrate_narrow, fit_narrow
 from slimformer.cli import app
@@ -25,6 +24,7 @@ from slimformer.errors import CalibrationError, DataError, PlanError, Unsupporte
 from slimformer.evaluation.embedding_tasks import NeighbourTask
 from slimformer.evaluation.retrieval import read_retrieval
 from slimformer.methods.narrow_mlp import HEAD, PARTS, NarrowMlp
+from slimformer.model.anatomy import find_anatomy
 from tiny_models import ENCODERS, dropped, tiny_model
 
 UNITS = {1: 5, 3: 0}

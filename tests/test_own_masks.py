@@ -12,10 +12,10 @@ from transformers import DynamicCache
 
 import slimformer
 from slimformer import LayerDrop, TokenElimination
-from slimformer.attention_masks import read_mask
+from slimformer.calls.layer_calls import cache_argument
+from slimformer.calls.masks import read_mask
 from slimformer.errors import PlanError
-from slimformer.layer_calls import cache_argument
-from slimformer.methods.random_keep import RandomKeep
+from slimformer.methods.elimination.random_keep import RandomKeep
 from slow_rows import (  # noqa: F401
     TOKENS,
     arguments,

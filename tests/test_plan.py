@@ -11,7 +11,7 @@ import torch
 import slimformer
 from slimformer import LayerDrop, Plan
 from slimformer.errors import PlanError, SlimformerWarning
-from slimformer.plan import FILE, fingerprint
+from slimformer.plans.plan import FILE, fingerprint
 from tiny_models import tiny_model
 
 DROP = LayerDrop(attention=[1], block=[2])

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 import slimformer
 from real_models import minilm
 from slimformer import EarlyExit, LayerDrop, MixtureOfDepths, Plan, TempScale, TokenElimination
-from slimformer.anatomy import find_anatomy
-from slimformer.calibration.replay import Fitted, saved_weights
+from slimformer.calibration.drops.replay import Fitted, saved_weights
 from slimformer.errors import CalibrationError, DataError, PlanError
 from slimformer.methods.weight_delta import WeightDelta
+from slimformer.model.anatomy import find_anatomy
 from slimformer.training.distillation import Distillation
 from slimformer.training.loop import TrainingSettings
 from slimformer.training.rounds import in_rounds

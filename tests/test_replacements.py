@@ -11,10 +11,10 @@ from transformers import DynamicCache, StaticCache
 
 import slimformer
 from slimformer import LayerDrop
-from slimformer.anatomy import find_anatomy
-from slimformer.cache import FilterState
+from slimformer.cache.filter_state import FilterState
 from slimformer.errors import PlanError
-from slimformer.executor import LayerExecutor
+from slimformer.model.anatomy import find_anatomy
+from slimformer.runtime.layer import LayerExecutor
 from tiny_models import DECODERS, ENCODERS, tiny_model
 
 TAPS = 3

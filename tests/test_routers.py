@@ -12,13 +12,13 @@ from torch import Tensor
 
 import slimformer
 from slimformer import MixtureOfDepths, Plan
-from slimformer.anatomy import find_anatomy
-from slimformer.calibration.arank import attention_ranks, calibrate_arank, layer_ranks, lowest
-from slimformer.calibration.routed_model import Routed
-from slimformer.calibration.routers import train_routers
 from slimformer.errors import CalibrationError, PlanError
+from slimformer.model.anatomy import find_anatomy
 from slimformer.patching import keep_ratios
+from slimformer.training.arank import attention_ranks, calibrate_arank, layer_ranks, lowest
 from slimformer.training.loop import TrainingSettings
+from slimformer.training.routed_model import Routed
+from slimformer.training.routers import train_routers
 from slow_rows import small
 from test_training import TEXTS
 from tiny_checkpoints import tiny_tokenizer

@@ -11,14 +11,14 @@ from torch import Tensor
 
 import slimformer
 from slimformer import LayerDrop
-from slimformer.anatomy import Anatomy
+from slimformer.decisions.policy import Decision
+from slimformer.decisions.selection import intersection
 from slimformer.errors import PlanError
-from slimformer.layer_parts import KINDS, Kind
-from slimformer.methods.random_keep import RandomKeep, chances
-from slimformer.policy import SublayerPlan
-from slimformer.row_selection import intersection
-from slimformer.rows import Rows
-from slimformer.stream import Stream
+from slimformer.methods.elimination.random_keep import RandomKeep, chances
+from slimformer.model.anatomy import Anatomy
+from slimformer.model.layer_parts import KINDS, Kind
+from slimformer.rows.rows import Rows
+from slimformer.rows.stream import Stream
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, slowly, small  # noqa: F401
 
 # Rounding of float32; a wrong row or key is off by more than a tenth.
@@ -64,8 +64,8 @@ class Chosen:
     choose: Callable[[Stream, Tensor], Rows | None]
     place: tuple[int, Kind] = (1, "mlp")
 
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
-        return {self.place: SublayerPlan(rows=(self.choose,))}
+    def decisions(self, anatomy: Anatomy) -> dict[tuple[int, Kind], Decision]:
+        return {self.place: Decision(rows=(self.choose,))}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -19,10 +19,10 @@ from transformers import (
 
 import slimformer
 from slimformer import EarlyExit, LayerDrop, TempScale, TokenElimination
-from slimformer.anatomy import find_anatomy
+from slimformer.calls.layer_calls import cache_argument
 from slimformer.errors import UnsupportedModelError
-from slimformer.layer_calls import cache_argument
-from slimformer.methods.random_keep import RandomKeep
+from slimformer.methods.elimination.random_keep import RandomKeep
+from slimformer.model.anatomy import find_anatomy
 from slow_rows import arguments, error, outputs, small
 from tiny_models import COMMON
 

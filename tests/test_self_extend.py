@@ -14,7 +14,7 @@ import slimformer
 import slow_rows
 from slimformer import LayerDrop, Plan, SelfExtend, TempScale, TokenElimination
 from slimformer.errors import DataError, PlanError, UnsupportedModelError
-from slimformer.methods.random_keep import RandomKeep
+from slimformer.methods.elimination.random_keep import RandomKeep
 from slow_rows import arguments, error, kept, one_thread, outputs, positions, slowly  # noqa: F401
 from slow_scores import relative_positions, slow_scores, slow_self_extend
 from tiny_models import DECODERS

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import slimformer
-from slimformer.calibration.similarity import measure_similarity
+from slimformer.calibration.drops.similarity import measure_similarity
 from slimformer.errors import CalibrationError, DataError
 from tiny_models import DECODERS, ENCODERS, tiny_model
 

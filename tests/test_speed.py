@@ -13,9 +13,9 @@ from transformers import AutoModel, PreTrainedModel
 
 import slimformer
 from slimformer import LayerDrop
+from slimformer.calls.layer_calls import CACHE_NAMES
 from slimformer.errors import CalibrationError, DataError, PlanError
-from slimformer.evaluation.speed import SpeedComparison, measure_speed
-from slimformer.layer_calls import CACHE_NAMES
+from slimformer.evaluation.timing.speed import SpeedComparison, measure_speed
 from tiny_models import dropped, tiny_model
 
 HALF = LayerDrop(attention=[0, 2])

@@ -12,8 +12,8 @@ from transformers.models.llama import modeling_llama
 
 import slimformer
 from slimformer import TokenElimination
-from slimformer.anatomy import find_anatomy
-from slimformer.methods.random_keep import RandomKeep
+from slimformer.methods.elimination.random_keep import RandomKeep
+from slimformer.model.anatomy import find_anatomy
 from slow_rows import batch, error, kept, linears, one_thread, outputs, rows_through, slowly, small  # noqa: F401
 from tiny_models import COMMON
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForTextEncoding, DynamicCache, PreTrainedModel
 import slimformer
 import slow_rows
 from slimformer import LayerDrop, Plan, TempScale, TokenElimination
-from slimformer.anatomy import find_anatomy
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.methods.temperature import LogNScale
+from slimformer.model.anatomy import find_anatomy
 from slow_rows import LAYOUTS, arguments, batch, error, one_thread, outputs, positions  # noqa: F401
 from slow_scores import slow_scores
 from tiny_models import DECODERS, ENCODERS

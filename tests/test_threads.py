@@ -14,9 +14,9 @@ from transformers import LogitsProcessor
 
 import slimformer
 from slimformer import LayerDrop, TokenElimination
-from slimformer.attention_backend import without_cudnn
 from slimformer.errors import SlimformerError
 from slimformer.patching import keep_ratios, patched, switched_off
+from slimformer.rows.sdpa_backend import without_cudnn
 from test_undo import IDS, attributes, outputs, sharp
 
 DROP = LayerDrop(attention=[1], mlp=[2])

@@ -16,10 +16,10 @@ from transformers import DynamicCache, StaticCache
 
 import slimformer
 from slimformer import LayerDrop, Plan, TokenElimination
-from slimformer.anatomy import find_anatomy, positional_names
+from slimformer.changes.ledger import Ledger
 from slimformer.errors import PlanError
-from slimformer.ledger import Ledger
-from slimformer.methods.random_keep import chances
+from slimformer.methods.elimination.random_keep import chances
+from slimformer.model.anatomy import find_anatomy, positional_names
 from tiny_models import DECODERS, ENCODERS, tiny_model
 
 # Without layers that see only a window.
@@ -44,7 +44,7 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
-def staying(length: int, keep: float, sink: int = 2, window: int = 3) -> Tensor:
+def not_evicted(length: int, keep: float, sink: int = 2, window: int = 3) -> Tensor:
     """The tokens of a text that stay, by the documentation of `scorer="random"`."""
     place = torch.arange(length)
     score = chances(place, 0).float()
@@ -117,7 +117,7 @@ def test_prompt_decode_and_later_chunks_see_only_what_stayed(name: str) -> None:
         assert lengths == [29, 29, 10 + NEW, 10 + NEW]
         for row, padding in enumerate((0, 5, 11)):
             text, length = ids()[row : row + 1, padding:], TOKENS - padding
-            stay = torch.cat([staying(length, 0.4), length + torch.arange(NEW)])
+            stay = torch.cat([not_evicted(length, 0.4), length + torch.arange(NEW)])
             with only(model, 2, stay):
                 expected = model(text, use_cache=False).logits[0, -NEW - 1 :]
             torch.testing.assert_close(torch.cat(got, 1)[row], expected, atol=1e-5, rtol=0)
@@ -176,7 +176,7 @@ def test_a_prompt_in_chunks_loses_tokens_of_every_chunk() -> None:
         for start in (0, 20):
             chunk = model(text[:, start : start + 20], past_key_values=cache, use_cache=True).logits
         slimformer.unpatch(model)
-        stay = torch.cat([staying(20, 0.4), 20 + staying(20, 0.4)])
+        stay = torch.cat([not_evicted(20, 0.4), 20 + not_evicted(20, 0.4)])
         with only(model, 2, stay):
             expected = model(text, use_cache=False).logits
     torch.testing.assert_close(chunk[0, -1], expected[0, -1], atol=1e-5, rtol=0)
@@ -212,7 +212,7 @@ def test_an_encoders_eliminated_tokens_keep_their_last_residual(name: str) -> No
         slimformer.patch(model, RANDOM)
         slim = model(text, attention_mask=mask).last_hidden_state
         slimformer.unpatch(model)
-        stay = staying(TOKENS, 0.4)
+        stay = not_evicted(TOKENS, 0.4)
         with only(model, 2, stay):
             expected = model(text, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(slim, expected, atol=1e-5, rtol=0)
@@ -227,7 +227,7 @@ def test_it_composes_with_dropped_sublayers() -> None:
         slimformer.patch(model, drop, RANDOM)
         slim = model(text).logits[0, -1]
         slimformer.patch(model, drop)
-        with only(model, 2, staying(TOKENS, 0.4)):
+        with only(model, 2, not_evicted(TOKENS, 0.4)):
             expected = model(text, use_cache=False).logits[0, -1]
     torch.testing.assert_close(slim, expected, atol=1e-5, rtol=0)
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 import slimformer
 from slimformer import LayerDrop, Plan, TokenElimination
-from slimformer.block_predictor import BlockPredictor
 from slimformer.errors import PlanError
-from slimformer.layer_parts import KINDS, Kind
-from slimformer.methods.random_keep import chances
+from slimformer.methods.elimination.block_predictor import BlockPredictor
+from slimformer.methods.elimination.random_keep import chances
+from slimformer.model.layer_parts import KINDS, Kind
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, positions, slowly, small  # noqa: F401
-from test_token_elimination import TOKENS, ids, mask_of, only, staying
+from test_token_elimination import TOKENS, ids, mask_of, not_evicted, only
 from tiny_models import tiny_model
 
 SHORT: dict[str, Any] = {"least": 8, "window": 3, "sink": 2}
@@ -30,7 +30,7 @@ def chosen(keep: float, mask: Tensor) -> Tensor:
     out = torch.zeros_like(mask, dtype=torch.bool)
     for row, real in zip(out, mask.bool(), strict=True):
         where = real.nonzero().squeeze(1)
-        row[where if len(where) < 8 else where[staying(len(where), keep)]] = True
+        row[where if len(where) < 8 else where[not_evicted(len(where), keep)]] = True
     return out
 
 
@@ -101,7 +101,7 @@ def test_protected_tokens_stay_in_prompts_chunks_and_beams(beams: int) -> None:
     parts = []
     for start, own in ((0, [5, 9, 14]), (20, [7])):
         # Protection comes on top of what the scores choose.
-        parts.append(start + torch.cat([staying(20, 0.4), torch.tensor(own)]).unique())
+        parts.append(start + torch.cat([not_evicted(20, 0.4), torch.tensor(own)]).unique())
     with torch.no_grad(), only(model, 2, torch.cat(parts)):
         expected = model(text[:1], use_cache=False).logits
     torch.testing.assert_close(second[0, -1], expected[0, -1], atol=1e-5, rtol=0)

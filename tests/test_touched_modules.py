@@ -13,9 +13,9 @@ from transformers.models.llama import modeling_llama
 
 import slimformer
 from slimformer import LayerDrop, TokenElimination
-from slimformer.anatomy import find_anatomy
 from slimformer.errors import PlanError
-from slimformer.methods.random_keep import RandomKeep
+from slimformer.methods.elimination.random_keep import RandomKeep
+from slimformer.model.anatomy import find_anatomy
 from slow_rows import arguments, batch, error, kept, one_thread, outputs, positions, slowly, small  # noqa: F401
 from test_mixture_of_depths import routed
 

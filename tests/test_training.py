@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import slimformer
 from slimformer import Plan, TokenElimination
-from slimformer.anatomy import find_anatomy
 from slimformer.calibration.elimination import calibrate_elimination, prefill_flops
-from slimformer.calibration.predictors import recall, train_predictors
 from slimformer.errors import CalibrationError, DataError, PlanError
+from slimformer.model.anatomy import find_anatomy
 from slimformer.training.loop import EarlyStop, TrainingSettings, fit
+from slimformer.training.predictors import recall, train_predictors
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import tiny_model
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import slimformer
-from slimformer.anatomy import find_anatomy
-from slimformer.layer_parts import KINDS, Kind
+from slimformer.model.anatomy import find_anatomy
+from slimformer.model.layer_parts import KINDS, Kind
 from slow_rows import (  # noqa: F401
     LAYOUTS,
     LINEARS,

@@ -20,14 +20,14 @@ from rich.console import Console
 
 import slimformer
 from slimformer import EarlyExit, LayerDrop, MixtureOfDepths, Plan, SelfExtend, TempScale, TokenElimination
-from slimformer.block_predictor import BlockPredictor
 from slimformer.errors import PlanError, SlimformerError
 from slimformer.methods.absolute_positions import GroupedPositions
+from slimformer.methods.elimination.block_predictor import BlockPredictor
 from slimformer.methods.narrow_mlp import NarrowMlp
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
 from slimformer.methods.weight_delta import WeightDelta
-from slimformer.plan import FILE, METHODS, WEIGHTS
+from slimformer.plans.plan import FILE, METHODS, WEIGHTS
 from slimformer.report import (
     comparison_table,
     curve_table,

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import slimformer
 from slimformer import LayerDrop, Plan
+from slimformer.changes.ledger import Ledger
 from slimformer.errors import PlanError
-from slimformer.ledger import Ledger
 from slimformer.methods.weight_delta import WeightDelta
 from slimformer.patching import switched_off
 from tiny_models import tiny_model

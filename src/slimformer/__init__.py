@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimformer.calibration.calibrate import calibrate
+    from slimformer.calibration.drops.drop import calibrate
+    from slimformer.examination.tiers import support
     from slimformer.methods.early_exit import EarlyExit
+    from slimformer.methods.elimination.token_elimination import TokenElimination
     from slimformer.methods.layer_drop import LayerDrop
     from slimformer.methods.mixture_of_depths import MixtureOfDepths
     from slimformer.methods.self_extend import SelfExtend
     from slimformer.methods.temperature import TempScale
-    from slimformer.methods.token_elimination import TokenElimination
     from slimformer.patching import patch, patched, status, unpatch
-    from slimformer.plan import Plan
-    from slimformer.tiers import support
+    from slimformer.plans.plan import Plan
     from slimformer.training.repair import repair
 
 __version__ = "0.1.0"
@@ -43,11 +43,11 @@ _HOMES = {
     "MixtureOfDepths": "slimformer.methods.mixture_of_depths",
     "SelfExtend": "slimformer.methods.self_extend",
     "TempScale": "slimformer.methods.temperature",
-    "TokenElimination": "slimformer.methods.token_elimination",
-    "Plan": "slimformer.plan",
-    "calibrate": "slimformer.calibration.calibrate",
+    "TokenElimination": "slimformer.methods.elimination.token_elimination",
+    "Plan": "slimformer.plans.plan",
+    "calibrate": "slimformer.calibration.drops.drop",
     "repair": "slimformer.training.repair",
-    "support": "slimformer.tiers",
+    "support": "slimformer.examination.tiers",
     **dict.fromkeys(("patch", "patched", "status", "unpatch"), "slimformer.patching"),
 }
 

@@ -12,26 +12,26 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
-from slimformer.anatomy import Anatomy, attention_core, find_anatomy, transformer_of
-from slimformer.attention_transforms import Attentions, AttentionTransform, transformed_by
-from slimformer.cache import counting_slot
-from slimformer.cache_layout import CacheLayout, CacheOwner
-from slimformer.continuous_batching import refuse_continuous_batching
+from slimformer.cache.layout import CacheLayout, CacheOwner
+from slimformer.cache.slots import counting_slot
+from slimformer.calls.layer_calls import first_layer_call
+from slimformer.calls.stack_calls import Observed, hands_on, read_stack_calls
+from slimformer.changes.ledger import Ledger
+from slimformer.changes.running_calls import PATCH, Block, Calls, calls_of
+from slimformer.decisions.policy import TokenPolicy
 from slimformer.errors import PlanError
-from slimformer.executor import LayerExecutor
-from slimformer.integrations.sentence_transformers import faster_pipeline
-from slimformer.layer_calls import first_layer_call
-from slimformer.layer_parts import KINDS, Kind, Structure
-from slimformer.layer_weights import add_weights, change_weights
-from slimformer.ledger import Ledger
+from slimformer.examination.tiers import Support, examine_support
 from slimformer.methods.unpadding import Unpadding
-from slimformer.plan import Plan
-from slimformer.policy import TokenPolicy
-from slimformer.running_calls import PATCH, Block, Calls, calls_of
-from slimformer.stack_calls import Observed, hands_on, read_stack_calls
-from slimformer.stored_plan import plan_beside, save_with_plan, stored_plan
-from slimformer.switched_layer import SwitchedLayer
-from slimformer.tiers import Support, examine_support
+from slimformer.model.anatomy import Anatomy, attention_core, find_anatomy, transformer_of
+from slimformer.model.layer_parts import KINDS, Kind, Structure
+from slimformer.plans.plan import Plan
+from slimformer.plans.stored import plan_beside, save_with_plan, stored_plan
+from slimformer.runtime.continuous_batching import refuse_continuous_batching
+from slimformer.runtime.embedding_pipeline import faster_pipeline
+from slimformer.runtime.layer import LayerExecutor
+from slimformer.runtime.layer_weights import add_weights, change_weights
+from slimformer.runtime.switched_layer import SwitchedLayer
+from slimformer.transforms.transform import Attentions, AttentionTransform, transformed_by
 from slimformer.versions import warn_if_untried
 
 Model = TypeVar("Model")
@@ -335,11 +335,11 @@ def _executors(support: Support, methods: tuple[Method, ...]) -> dict[int, Execu
     for method in methods:
         if not isinstance(method, TokenPolicy):
             continue
-        for (index, kind), plan in method.sublayer_plans(anatomy).items():
+        for (index, kind), plan in method.decisions(anatomy).items():
             executor = executor_of(index)
             executor.sublayers[kind] = executor.sublayers[kind] & plan
     first = min(
-        (i for i, e in executors.items() if e.sublayers["attention"].staying), default=len(anatomy.layers)
+        (i for i, e in executors.items() if e.sublayers["attention"].not_evicted), default=len(anatomy.layers)
     )
     if support.tier != "rows":
         # For `status`, which says of every layer what it computes.
@@ -348,7 +348,7 @@ def _executors(support: Support, methods: tuple[Method, ...]) -> dict[int, Execu
     for index in range(first, len(anatomy.layers)):
         executor_of(index)
     shorter_from = min(
-        (i for i, e in executors.items() if e.sublayers["attention"].leave_caches),
+        (i for i, e in executors.items() if e.sublayers["attention"].evict_caches),
         default=len(anatomy.layers),
     )
     for index, executor in executors.items():

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gpu.subjects import HIDDEN, build, parameters_of
 from slimformer import EarlyExit, LayerDrop, MixtureOfDepths, SelfExtend, TempScale, TokenElimination
-from slimformer.block_predictor import BlockPredictor
 from slimformer.methods.absolute_positions import GroupedPositions, PositionInterpolation, RecurrentPositions
+from slimformer.methods.elimination.block_predictor import BlockPredictor
+from slimformer.methods.elimination.random_keep import RandomKeep
 from slimformer.methods.narrow_mlp import HEAD, PARTS, NarrowMlp
-from slimformer.methods.random_keep import RandomKeep
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
 from slimformer.methods.unpadding import Unpadding

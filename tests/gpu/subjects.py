@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
 import slimformer
-from slimformer.anatomy import find_anatomy
+from slimformer.model.anatomy import find_anatomy
 from slimformer_kernels.dispatch import KernelOp
 
 # `SLIMFORMER_GPU_TESTS=cpu` tries out these tests where there is no GPU: without kernels, and without CUDA graphs.

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 import slimformer
 from slimformer import LayerDrop
-from slimformer.anatomy import find_anatomy
 from slimformer.errors import PlanError, UnsupportedModelError
-from slimformer.layer_parts import KINDS, Kind
-from slimformer.methods.random_keep import RandomKeep
+from slimformer.methods.elimination.random_keep import RandomKeep
+from slimformer.model.anatomy import find_anatomy
+from slimformer.model.layer_parts import KINDS, Kind
 from slow_rows import kept, positions, slowly
 from sweep.classes import Family
 from sweep.models import build

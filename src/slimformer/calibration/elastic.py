@@ -8,19 +8,19 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from slimformer.anatomy import transformer_of
-from slimformer.calibration.calibrate import versions
+from slimformer.calibration.drops.drop import versions
+from slimformer.calibration.drops.partial_results import PartialResults
 from slimformer.calibration.exit_heads import fit_exits, pooling_of
-from slimformer.calibration.partial_results import PartialResults
-from slimformer.calibration.progress import Stages
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.elastic_grid import Grid
 from slimformer.evaluation.embedding_tasks import EmbeddingTask, read_task
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.early_exit import EarlyExit
+from slimformer.model.anatomy import transformer_of
 from slimformer.patching import patched, status
-from slimformer.plan import Plan, fingerprint
-from slimformer.tiers import known_anatomy
+from slimformer.plans.plan import Plan, fingerprint
+from slimformer.text.progress import Stages
 
 _NARROWEST = 16
 

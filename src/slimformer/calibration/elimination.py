@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.anatomy import Anatomy, transformer_of
-from slimformer.calibration.calibrate import tokenizer_of, versions
-from slimformer.calibration.calibration_text import longest, predicts_tokens
-from slimformer.calibration.data import characters_for, check_token_ids, load_texts, token_blocks
-from slimformer.calibration.held_out import split_texts
-from slimformer.calibration.partial_results import PartialResults
-from slimformer.calibration.progress import Stages
+from slimformer.calibration.drops.calibration_text import longest, predicts_tokens
+from slimformer.calibration.drops.drop import tokenizer_of, versions
+from slimformer.calibration.drops.partial_results import PartialResults
+from slimformer.calls.layer_calls import cache_argument
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.perplexity import evaluating
-from slimformer.layer_calls import cache_argument
-from slimformer.methods.token_elimination import TokenElimination
+from slimformer.examination.tiers import known_anatomy
+from slimformer.methods.elimination.token_elimination import TokenElimination
+from slimformer.model.anatomy import Anatomy, transformer_of
 from slimformer.patching import patched, status
-from slimformer.plan import Plan, fingerprint
-from slimformer.tiers import known_anatomy
+from slimformer.plans.plan import Plan, fingerprint
+from slimformer.text.held_out import split_texts
+from slimformer.text.progress import Stages
+from slimformer.text.sources import characters_for, check_token_ids, load_texts, token_blocks
 
 # Tokens of a passage that stand before the answer when it is to be recalled.
 _CUE = 32

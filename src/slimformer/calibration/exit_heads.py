@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimformer.anatomy import Anatomy
-from slimformer.calibration.fitting import RidgeSums
+from slimformer.calibration.drops.fitting import RidgeSums
 from slimformer.errors import CalibrationError, DataError
-from slimformer.executor import LayerExecutor
+from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.early_exit import HEAD, EarlyExit
+from slimformer.model.anatomy import Anatomy
 from slimformer.patching import status
-from slimformer.tiers import known_anatomy
+from slimformer.runtime.layer import LayerExecutor
 
 # These weight the tokens of a text so that the weights sum to one, so a linear head may act on tokens or on the pooled.
 POOLINGS = ("mean", "cls", "lasttoken", "weightedmean")

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimformer.anatomy import Anatomy
-from slimformer.layer_parts import Kind
+from slimformer.decisions.policy import Decision
 from slimformer.methods.mixture_of_depths import MixtureOfDepths, Router
+from slimformer.model.anatomy import Anatomy
+from slimformer.model.layer_parts import Kind
 from slimformer.patching import patched
-from slimformer.plan import Plan
-from slimformer.policy import SublayerPlan
-from slimformer.rows import Rows
-from slimformer.stream import Stream
+from slimformer.plans.plan import Plan
+from slimformer.rows.rows import Rows
+from slimformer.rows.stream import Stream
 
 # Rounds in which thresholds settle: what is skipped changes what later routers read.
 _ROUNDS = 4
@@ -72,11 +72,11 @@ class _Noting:
     method: MixtureOfDepths
     scores: list[Tensor] = field(default_factory=list)
 
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+    def decisions(self, anatomy: Anatomy) -> dict[tuple[int, Kind], Decision]:
         """The method's, with a note of every choice."""
         return {
             sublayer: dataclasses.replace(plan, rows=tuple(partial(self._choose, c) for c in plan.rows))
-            for sublayer, plan in self.method.sublayer_plans(anatomy).items()
+            for sublayer, plan in self.method.decisions(anatomy).items()
         }
 
     def _choose(self, router: Any, stream: Stream, x: Tensor) -> Rows | None:

@@ -17,22 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy, transformer_of
-from slimformer.calibration.calibrate import versions
+from slimformer.calibration.drops.drop import versions
+from slimformer.calibration.drops.fitting import RIDGE, RidgeSums
+from slimformer.calibration.drops.replay import Call, record_call
 from slimformer.calibration.exit_heads import RIDGE as HEAD_RIDGE
 from slimformer.calibration.exit_heads import check_texts, pooling_of
-from slimformer.calibration.fitting import RIDGE, RidgeSums
-from slimformer.calibration.progress import Stages
-from slimformer.calibration.replay import Call, record_call
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.embedding_tasks import EmbeddingTask, read_task
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.evaluation.retrieval import RetrievalTask
-from slimformer.executor import LayerExecutor
+from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.narrow_mlp import HEAD, PARTS, NarrowMlp, check_narrows
+from slimformer.model.anatomy import Anatomy, transformer_of
 from slimformer.patching import patched, status
-from slimformer.plan import Plan, fingerprint
-from slimformer.tiers import known_anatomy
+from slimformer.plans.plan import Plan, fingerprint
+from slimformer.runtime.layer import LayerExecutor
+from slimformer.text.progress import Stages
 
 # The fractions of hidden units that are tried, one after the other.
 KEEPS = (1 / 2, 1 / 3, 1 / 4, 1 / 6)

@@ -6,16 +6,16 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from slimformer.anatomy import find_anatomy, transformer_of
-from slimformer.calibration.calibrate import versions
-from slimformer.calibration.progress import Stages
+from slimformer.calibration.drops.drop import versions
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.embedding_tasks import EmbeddingTask, NeighbourTask, read_task
 from slimformer.evaluation.length_spread import LengthSpread
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.methods.temperature import TempScale
+from slimformer.model.anatomy import find_anatomy, transformer_of
 from slimformer.patching import patched, status
-from slimformer.plan import Plan, fingerprint
+from slimformer.plans.plan import Plan, fingerprint
+from slimformer.text.progress import Stages
 
 # The paper's.
 TEMPERATURES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)

@@ -16,7 +16,16 @@ import typer
 from typer.core import TyperGroup
 
 from slimformer import __version__
-from slimformer.cli import calibrate, demo, generate, measure, repair, show, train_predictor, train_router
+from slimformer.cli.commands import (
+    calibrate,
+    demo,
+    generate,
+    measure,
+    repair,
+    show,
+    train_predictor,
+    train_router,
+)
 from slimformer.cli.output import note
 from slimformer.errors import SlimformerError, SlimformerWarning
 

@@ -24,9 +24,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from slimformer.anatomy import find_anatomy
 from slimformer.cli.cpu_dtype import in_fast_dtype
 from slimformer.errors import SlimformerError
+from slimformer.model.anatomy import find_anatomy
 
 _LONGEST_REASON = 300
 # Loaded with the head that predicts tokens; every other architecture is loaded without a head.

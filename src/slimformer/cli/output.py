@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 
 from slimformer.errors import PlanError
 
-# The plan's file, as slimformer.plan.FILE: that module imports torch, and this one is read for --help.
+# The plan's file, as slimformer.plans.plan.FILE: that module imports torch, and this one is read for --help.
 _PLAN_FILE = "slimformer.json"
 
 

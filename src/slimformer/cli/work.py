@@ -12,13 +12,13 @@ import rich
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from slimformer.anatomy import find_anatomy
-from slimformer.calibration.calibration_text import longest, predicts_tokens
-from slimformer.calibration.data import characters_for, load_texts, token_batches_padded, token_blocks
-from slimformer.calibration.held_out import split_texts
+from slimformer.calibration.drops.calibration_text import longest, predicts_tokens
 from slimformer.errors import CalibrationError, DataError, PlanError
 from slimformer.evaluation.quality import measure_quality
-from slimformer.plan import FILE, Plan
+from slimformer.model.anatomy import find_anatomy
+from slimformer.plans.plan import FILE, Plan
+from slimformer.text.held_out import split_texts
+from slimformer.text.sources import characters_for, load_texts, token_batches_padded, token_blocks
 
 _logger = logging.getLogger("slimformer")
 _ROWS_AT_ONCE = 16

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from slimformer.calibration.data import load_texts
-from slimformer.calibration.held_out import split_texts
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.retrieval import read_retrieval
 from slimformer.evaluation.similarity_task import read_sts, spearman_sts
+from slimformer.text.held_out import split_texts
+from slimformer.text.sources import load_texts
 
 NEIGHBOURS = 10
 _ROWS_AT_ONCE = 1024

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from slimformer.calibration.held_out import split_texts
 from slimformer.errors import CalibrationError, DataError
+from slimformer.text.held_out import split_texts
 
 # Spread among fewer texts is chance, and among more it does not change.
 _LEAST, _MOST = 8, 64

@@ -13,9 +13,9 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.calibration.data import check_token_ids, load_texts
-from slimformer.calibration.text_files import lines_of
 from slimformer.errors import CalibrationError, DataError
+from slimformer.text.files import lines_of
+from slimformer.text.sources import check_token_ids, load_texts
 
 # Rows of logits turned to float32 at once: 128 MiB for a vocabulary of 131,072.
 TOKENS_AT_ONCE = 256
@@ -197,7 +197,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _check_blocks(model: PreTrainedModel, blocks: Tensor, batch_size: int) -> None:
-    advice = "slimformer.calibration.data.token_blocks makes them from texts."
+    advice = "slimformer.text.sources.token_blocks makes them from texts."
     if not isinstance(blocks, Tensor):
         raise DataError(
             f"Expected a tensor of token ids [blocks, tokens], got {type(blocks).__name__}. {advice}"

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimformer.anatomy import Anatomy, find_anatomy
-from slimformer.calibration.data import check_token_ids
+from slimformer.decisions.policy import TokenPolicy
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.divergence import DenseReference, compare, embedding_agreement
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.evaluation.similarity_task import masked_mean
+from slimformer.model.anatomy import Anatomy, find_anatomy
 from slimformer.patching import patched, status
-from slimformer.policy import TokenPolicy
+from slimformer.text.sources import check_token_ids
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _with_mask(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(batch, Mapping) or "input_ids" not in batch or batch["input_ids"].ndim != 2:
         raise DataError(
             f"Expected batches with input_ids [batch, tokens], got {_content(batch)}. "
-            "slimformer.calibration.data.token_batches_padded makes one from texts."
+            "slimformer.text.sources.token_batches_padded makes one from texts."
         )
     return {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimformer.calibration.text_files import ENCODING, checked_lines, checked_text
 from slimformer.errors import CalibrationError, DataError
+from slimformer.text.files import ENCODING, checked_lines, checked_text
 
 _LAYOUT = (
     "Expected corpus.jsonl and queries.jsonl (either may end in .gz) with _id and text on every line, and "

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.calibration.text_files import lines_of
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.text.files import lines_of
 
 _COLUMNS = ["score", "sentence1", "sentence2"]
 

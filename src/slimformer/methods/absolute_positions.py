@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from slimformer.attention_transforms import Attentions, checked_length
-from slimformer.position_table import place_texts
+from slimformer.transforms.position_table import place_texts
+from slimformer.transforms.transform import Attentions, checked_length
 
 
 def checked_trained(method: Any) -> None:

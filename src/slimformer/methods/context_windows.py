@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimformer.anatomy import in_eval_mode
 from slimformer.errors import CalibrationError, DataError
+from slimformer.model.anatomy import in_eval_mode
 
 Token = TypeVar("Token")
 

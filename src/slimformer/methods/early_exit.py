@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy
+from slimformer.decisions.fields import checked_weights, checked_width, is_whole
+from slimformer.decisions.policy import Decision, Replacement
+from slimformer.decisions.replacements import LinearFilter, weight_names
 from slimformer.errors import PlanError
-from slimformer.layer_parts import KINDS, Kind
-from slimformer.method_fields import checked_weights, checked_width, is_whole
-from slimformer.policy import Replacement, SublayerPlan
-from slimformer.replacements import LinearFilter, weight_names
+from slimformer.model.anatomy import Anatomy
+from slimformer.model.layer_parts import KINDS, Kind
 
 HEAD = ("head.weight", "head.bias")
 
@@ -68,7 +68,7 @@ class EarlyExit:
                 f"{tuple(bias.shape)}."
             )
 
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+    def decisions(self, anatomy: Anatomy) -> dict[tuple[int, Kind], Decision]:
         """No rows from the exit on; the last sublayer leaves the head."""
         count = len(anatomy.layers)
         name = type(anatomy.stack).__name__
@@ -77,14 +77,14 @@ class EarlyExit:
                 f"EarlyExit(layer={self.layer}) leaves nothing out: {name} has {count} layers. Allowed are 0 to "
                 f"{count - 1}."
             )
-        plans: dict[tuple[int, Kind], SublayerPlan] = {
-            (index, kind): SublayerPlan(compute=False) for index in range(self.layer, count) for kind in KINDS
+        plans: dict[tuple[int, Kind], Decision] = {
+            (index, kind): Decision(compute=False) for index in range(self.layer, count) for kind in KINDS
         }
         if self.weights:
             size = self.weights["head.bias"].numel()
             checked_width("The head of EarlyExit", size, anatomy.stack.config.hidden_size, name)
             weights = dict(zip(weight_names("mlp"), (self.weights[part] for part in HEAD), strict=True))
-            plans[count - 1, "mlp"] = SublayerPlan(False, _head, weights)
+            plans[count - 1, "mlp"] = Decision(False, _head, weights)
         return plans
 
     def tensors(self) -> dict[str, Tensor]:

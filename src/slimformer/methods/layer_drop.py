@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy
+from slimformer.decisions.fields import as_tuple, checked_weights, checked_width, is_whole
+from slimformer.decisions.policy import Decision, Replacement
+from slimformer.decisions.replacements import REPLACE, LinearFilter, Mean, Replace, taps_of, weight_names
 from slimformer.errors import PlanError
-from slimformer.layer_parts import Kind
-from slimformer.method_fields import as_tuple, checked_weights, checked_width, is_whole
-from slimformer.policy import Replacement, SublayerPlan
-from slimformer.replacements import REPLACE, LinearFilter, Mean, Replace, taps_of, weight_names
+from slimformer.model.anatomy import Anatomy
+from slimformer.model.layer_parts import Kind
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class LayerDrop:
         """The layers without this sublayer, each once."""
         return tuple(dict.fromkeys((*getattr(self, kind), *self.block)))
 
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+    def decisions(self, anatomy: Anatomy) -> dict[tuple[int, Kind], Decision]:
         """No rows for every dropped sublayer."""
         count, name = len(anatomy.layers), type(anatomy.stack).__name__
-        plans: dict[tuple[int, Kind], SublayerPlan] = {}
+        plans: dict[tuple[int, Kind], Decision] = {}
         for kind in _KINDS:
             for index in self.dropped(kind):
                 if index >= count:
@@ -97,16 +97,14 @@ class LayerDrop:
         settings: dict[str, Any] = {name: list(getattr(self, name)) for name in ("attention", "mlp", "block")}
         return {**settings, "replace": self.replace, "taps": self.taps}
 
-    def _sublayer_plan(self, kind: Kind, index: int) -> SublayerPlan:
+    def _sublayer_plan(self, kind: Kind, index: int) -> Decision:
         if self.replace == "nothing":
-            return SublayerPlan(compute=False)
+            return Decision(compute=False)
         matrix, bias = weight_names(kind)
         weights = {bias: self.weights[f"{kind}.{index}.bias"]}
         if self.replace == "filter":
             weights[matrix] = self.weights[f"{kind}.{index}.weight"]
-        return SublayerPlan(
-            False, partial(_replacement, self.replace, kind, taps_of(kind, self.taps)), weights
-        )
+        return Decision(False, partial(_replacement, self.replace, kind, taps_of(kind, self.taps)), weights)
 
     def _check_weights(self) -> None:
         for kind in _KINDS:

@@ -11,11 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from slimformer.anatomy import Anatomy
-from slimformer.errors import PlanError
-from slimformer.image_tokens import image_tokens, read_images
-from slimformer.layer_parts import KINDS, Kind
-from slimformer.method_fields import (
+from slimformer.decisions.fields import (
     as_tuple,
     checked_flag,
     checked_weights,
@@ -23,10 +19,14 @@ from slimformer.method_fields import (
     is_number,
     is_whole,
 )
-from slimformer.policy import SublayerPlan
-from slimformer.rows import Rows
-from slimformer.stream import Stream, in_a_graph
-from slimformer.token_selection import Owner, open_blocks, protected_tokens, protecting
+from slimformer.decisions.image_tokens import image_tokens, read_images
+from slimformer.decisions.policy import Decision
+from slimformer.errors import PlanError
+from slimformer.methods.elimination.token_selection import Owner, open_blocks, protected_tokens, protecting
+from slimformer.model.anatomy import Anatomy
+from slimformer.model.layer_parts import KINDS, Kind
+from slimformer.rows.rows import Rows
+from slimformer.rows.stream import Stream, in_a_graph
 
 _ALLOWED = {
     "routing": ("threshold", "top_k"),
@@ -148,14 +148,14 @@ class MixtureOfDepths:
         """
         return protecting(self, mask)
 
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+    def decisions(self, anatomy: Anatomy) -> dict[tuple[int, Kind], Decision]:
         """The rows that each routed sublayer's router chooses.
 
         Raises:
             PlanError: If a layer does not exist, or a router reads another hidden size.
         """
         count, hidden = len(anatomy.layers), anatomy.stack.config.hidden_size
-        plans: dict[tuple[int, Kind], SublayerPlan] = {}
+        plans: dict[tuple[int, Kind], Decision] = {}
         for kind, layer in self.sublayers:
             if layer >= count:
                 raise PlanError(
@@ -170,7 +170,7 @@ class MixtureOfDepths:
             images = self.tokens == "image"
             best = self.keep if self.routing == "top_k" else None
             router = Router(kind, weight, bias, Owner(self), best, self.per == "sequence", images)
-            plans[layer, kind] = SublayerPlan(
+            plans[layer, kind] = Decision(
                 rows=(router,),
                 compact_keys=kind == "attention" and not self.keep_kv,
                 prepares=(read_images,) if images else (),

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy
+from slimformer.decisions.fields import checked_weights, checked_width, is_whole
+from slimformer.decisions.policy import Decision
 from slimformer.errors import PlanError, UnsupportedModelError
-from slimformer.layer_parts import Kind
-from slimformer.method_fields import checked_weights, checked_width, is_whole
-from slimformer.policy import SublayerPlan
+from slimformer.model.anatomy import Anatomy
+from slimformer.model.layer_parts import Kind
 
 # Of every layer: the input of the units that stayed, their output, and what a linear layer beside them does.
 PARTS = ("up.weight", "up.bias", "down.weight", "linear.weight", "linear.bias")
@@ -79,7 +79,7 @@ class NarrowMlp:
                     f"be {expected.get(name, 'left out')}."
                 )
 
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+    def decisions(self, anatomy: Anatomy) -> dict[tuple[int, Kind], Decision]:
         """No rows for the MLPs that are narrowed, which leave the narrow one."""
         check_narrows(anatomy)
         name, count = type(anatomy.stack).__name__, len(anatomy.layers)
@@ -97,12 +97,12 @@ class NarrowMlp:
                 f"NarrowMlp has a head, which stands behind layer {count - 1} of {name}, and leaves that layer's MLP "
                 "whole. Narrow it too, or leave the head out."
             )
-        plans: dict[tuple[int, Kind], SublayerPlan] = {}
+        plans: dict[tuple[int, Kind], Decision] = {}
         for layer in self.units:
             own = {part: self.weights[f"{layer}.{part}"] for part in PARTS}
             if headed and layer == count - 1:
                 own.update((part, self.weights[part]) for part in HEAD)
-            plans[layer, "mlp"] = SublayerPlan(
+            plans[layer, "mlp"] = Decision(
                 False,
                 partial(_narrow, own.keys(), self.units[layer] > 0),
                 {_buffer(part): tensor for part, tensor in own.items()},

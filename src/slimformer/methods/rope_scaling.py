@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from slimformer.attention_transforms import Attentions, checked_length
+from slimformer.decisions.fields import MOST, is_number
 from slimformer.errors import PlanError, UnsupportedModelError
-from slimformer.method_fields import MOST, is_number
-from slimformer.rotary import Rotary, find_rotary, rope_type
-from slimformer.scaled_rotary import Angles, ScaledRotary
+from slimformer.transforms.rotary import Rotary, find_rotary, rope_type
+from slimformer.transforms.scaled_rotary import Angles, ScaledRotary
+from slimformer.transforms.transform import Attentions, checked_length
 
 Kind = Literal["ntk", "linear", "dynamic", "yarn", "llama3", "longrope"]
 # Dynamic scaling has no end; so many doublings of the trained length are prepared.

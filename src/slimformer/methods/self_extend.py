@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimformer.anatomy import find_anatomy
-from slimformer.attention_transforms import Attentions, checked_length
-from slimformer.attention_transforms import trained_length as model_length
+from slimformer.calls.texts import Texts
 from slimformer.errors import PlanError, UnsupportedModelError
-from slimformer.rotary import Rotary, find_rotary, rope_type
-from slimformer.texts import Texts
+from slimformer.model.anatomy import find_anatomy
+from slimformer.transforms.rotary import Rotary, find_rotary, rope_type
+from slimformer.transforms.transform import Attentions, checked_length
+from slimformer.transforms.transform import trained_length as model_length
 from slimformer_kernels.self_extend import self_extend
 from slimformer_kernels.self_extend_reference import far_turns
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from slimformer.attention_transforms import Attentions, checked_length
+from slimformer.calls.texts import Texts
+from slimformer.decisions.fields import is_number
 from slimformer.errors import PlanError
-from slimformer.method_fields import is_number
-from slimformer.texts import Texts
+from slimformer.transforms.transform import Attentions, checked_length
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from slimformer.anatomy import Anatomy
-from slimformer.layer_parts import Kind
-from slimformer.policy import SublayerPlan
-from slimformer.row_sublayers import uses_kernels
-from slimformer.rows import Rows
-from slimformer.stream import Stream
+from slimformer.decisions.policy import Decision
+from slimformer.model.anatomy import Anatomy
+from slimformer.model.layer_parts import Kind
+from slimformer.rows.rows import Rows
+from slimformer.rows.stream import Stream
+from slimformer.runtime.sublayers import uses_kernels
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,18 @@ class Unpadding:
         >>> model = slimformer.patch(BertModel(config), Unpadding())
     """
 
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+    def decisions(self, anatomy: Anatomy) -> dict[tuple[int, Kind], Decision]:
         """All rows that are text, in every layer whose sublayers can be computed apart.
 
         Where padding changes what layers give for text, as behind a convolution without a mask, it stays.
         """
         if not anatomy.structure.apart:
             return {}
-        plans: dict[tuple[int, Kind], SublayerPlan] = {
-            (index, "attention"): SublayerPlan() for index in range(len(anatomy.layers))
+        plans: dict[tuple[int, Kind], Decision] = {
+            (index, "attention"): Decision() for index in range(len(anatomy.layers))
         }
         if not anatomy.reads_padding:
-            plans[0, "attention"] = SublayerPlan(staying=(_Text(),))
+            plans[0, "attention"] = Decision(not_evicted=(_Text(),))
         return plans
 
 

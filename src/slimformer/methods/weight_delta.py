@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimformer.anatomy import Anatomy
+from slimformer.decisions.fields import checked_weights, layer_number
+from slimformer.decisions.policy import Decision
 from slimformer.errors import PlanError
-from slimformer.layer_parts import KINDS, Kind
-from slimformer.method_fields import checked_weights, layer_number
-from slimformer.policy import SublayerPlan
+from slimformer.model.anatomy import Anatomy
+from slimformer.model.layer_parts import KINDS, Kind
 
 LEFT, RIGHT, ADDED = "left", "right", "added"
 
@@ -79,7 +79,7 @@ class WeightDelta:
                 weights[name] = torch.cat([weights[name], tensor], 1 if name.endswith(LEFT) else 0)
         return WeightDelta(weights)
 
-    def sublayer_plans(self, anatomy: Anatomy) -> dict[tuple[int, Kind], SublayerPlan]:
+    def decisions(self, anatomy: Anatomy) -> dict[tuple[int, Kind], Decision]:
         """The changes of every sublayer.
 
         Raises:
@@ -99,7 +99,7 @@ class WeightDelta:
             changes.setdefault((int(layer), kind), []).append(
                 (inside, partial(_changed, parameter, self._of(parameter)))
             )
-        return {sublayer: SublayerPlan(changes=tuple(of)) for sublayer, of in changes.items()}
+        return {sublayer: Decision(changes=tuple(of)) for sublayer, of in changes.items()}
 
     def _of(self, parameter: str) -> dict[str, Tensor]:
         names = {end: f"{parameter}.{end}" for end in (LEFT, RIGHT, ADDED)}

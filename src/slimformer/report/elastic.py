@@ -9,7 +9,7 @@ from rich.text import Text
 
 from slimformer.errors import PlanError
 from slimformer.evaluation.elastic_grid import Grid
-from slimformer.plan import Plan
+from slimformer.plans.plan import Plan
 from slimformer.report.charts import svg_text
 
 # What the page's style sheet says of these classes, for a file of its own on light or on dark ground.

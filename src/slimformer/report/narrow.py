@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from slimformer.plan import Plan
+from slimformer.plans.plan import Plan
 
 
 def narrow_table(plan: Plan) -> Table | None:

@@ -10,7 +10,7 @@ from itertools import count
 from string import Template
 from typing import Any
 
-from slimformer.plan import Plan
+from slimformer.plans.plan import Plan
 from slimformer.report.charts import SHORT_STEPS, divergence_chart, marker, similarity_chart
 from slimformer.report.elastic import elastic_section
 from slimformer.report.elimination import curve_section

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from slimformer.plan import Plan
+from slimformer.plans.plan import Plan
 from slimformer.report.charts import round_ticks, svg, svg_text
 from slimformer.report.tables import caption
 

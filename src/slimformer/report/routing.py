@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from slimformer.method_fields import is_number
-from slimformer.plan import Plan
+from slimformer.decisions.fields import is_number
+from slimformer.plans.plan import Plan
 from slimformer.report.charts import round_ticks, svg, svg_text
 from slimformer.report.tables import caption
 

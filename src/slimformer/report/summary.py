@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from slimformer.errors import PlanError
 from slimformer.methods.early_exit import EarlyExit
-from slimformer.plan import Plan
+from slimformer.plans.plan import Plan
 
 NAMES = {"attention": "attention", "mlp": "MLP", "block": "block"}
 _MOST_LAYERS = 10_000

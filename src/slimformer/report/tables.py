@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slimformer.methods.layer_drop import LayerDrop
-from slimformer.plan import Plan, PlannedMethod
+from slimformer.plans.plan import Plan, PlannedMethod
 from slimformer.report.summary import Summary, comparison, figure
 
 

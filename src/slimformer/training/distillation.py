@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from slimformer.anatomy import Anatomy, find_anatomy, transformer_of
-from slimformer.calibration.calibration_text import predicts_tokens
+from slimformer.calibration.drops.calibration_text import predicts_tokens
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.similarity_task import masked_mean
-from slimformer.methods.token_elimination import TokenElimination
+from slimformer.methods.elimination.token_elimination import TokenElimination
+from slimformer.model.anatomy import Anatomy, find_anatomy, transformer_of
 from slimformer.patching import switched_off
-from slimformer.plan import Plan
-from slimformer.stream import tokens_leave_under_gradients
+from slimformer.plans.plan import Plan
+from slimformer.rows.stream import tokens_leave_under_gradients
 from slimformer.training.trained_weights import TrainedWeights
 from slimformer_kernels import chunked_kl
 

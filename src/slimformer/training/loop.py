@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from slimformer.calibration.progress import Stages
 from slimformer.errors import CalibrationError
+from slimformer.text.progress import Stages
 from slimformer.training.checkpoint import Checkpoint, History
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -66,6 +66,13 @@ class TrainingSettings:
             raise CalibrationError(f"warmup must be a fraction from 0 to 1, got {self.warmup!r}.")
         if self.precision not in ("no", "bf16", "fp16"):
             raise CalibrationError(f"precision must be one of no, bf16, fp16, got {self.precision!r}.")
+
+    @property
+    def rows_read(self) -> int:
+        """How many rows all processes of a training read."""
+        # As launchers say it, since nothing has been started yet.
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        return self.steps * self.rows * self.accumulate * processes
 
 
 @dataclass(frozen=True)

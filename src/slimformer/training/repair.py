@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from slimformer.anatomy import find_anatomy, transformer_of
-from slimformer.calibration.calibrate import tokenizer_of, versions
-from slimformer.calibration.calibration_text import longest
-from slimformer.calibration.data import check_token_ids
+from slimformer.calibration.drops.calibration_text import longest
+from slimformer.calibration.drops.drop import tokenizer_of, versions
 from slimformer.calibration.keep_ratio import meet_keep_ratio
-from slimformer.calibration.progress import Stages
-from slimformer.calibration.training_rows import training_rows, training_texts
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.perplexity import evaluating
-from slimformer.layer_parts import KINDS
 from slimformer.methods.weight_delta import WeightDelta
+from slimformer.model.anatomy import find_anatomy, transformer_of
+from slimformer.model.layer_parts import KINDS
 from slimformer.patching import patched, status
-from slimformer.plan import Plan, PlannedMethod, fingerprint
+from slimformer.plans.plan import Plan, PlannedMethod, fingerprint
+from slimformer.text.progress import Stages
+from slimformer.text.rows import training_rows, training_texts
+from slimformer.text.sources import check_token_ids
 from slimformer.training.checkpoint import History
 from slimformer.training.distillation import Distillation
 from slimformer.training.loop import EarlyStop, TrainingSettings, fit, frozen
@@ -127,7 +127,8 @@ def repair(
         text_field=text_field,
         hold_out=hold_out,
         tokens=tokens,
-        settings=settings,
+        count=settings.rows_read,
+        seed=settings.seed,
         held_out=_HELD_OUT_ROWS if decoder else _HELD_OUT_TEXTS,
     )
     for rows in (read, held_out):
@@ -214,7 +215,7 @@ class _Lesson:
             try:
                 anatomy = find_anatomy(inner)
                 weights = TrainedWeights(anatomy, plan, self.what, self.near, self.rank)
-                decisions = plan.sublayer_plans(anatomy)
+                decisions = plan.decisions(anatomy)
                 layers = changed_layers(anatomy, plan, decisions) if self.hidden else ()
                 student = Distillation(self.model, plan, weights, self.hidden, layers, self.expected)
                 before = student.divergence(self.held_out)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from slimformer.calibration.similarity import UNITS
+from slimformer.calibration.drops.similarity import UNITS
 from slimformer.errors import CalibrationError
-from slimformer.layer_parts import KINDS
 from slimformer.methods.layer_drop import LayerDrop
-from slimformer.plan import Plan, PlannedMethod
+from slimformer.model.layer_parts import KINDS
+from slimformer.plans.plan import Plan, PlannedMethod
 from slimformer.report.summary import Summary
 
 

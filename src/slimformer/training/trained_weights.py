@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from slimformer.anatomy import Anatomy
+from slimformer.decisions.policy import Decision
 from slimformer.errors import CalibrationError
-from slimformer.layer_parts import KINDS, Kind
 from slimformer.methods.weight_delta import ADDED, LEFT, RIGHT, WeightDelta
-from slimformer.plan import Plan, PlannedMethod
-from slimformer.policy import SublayerPlan
+from slimformer.model.anatomy import Anatomy
+from slimformer.model.layer_parts import KINDS, Kind
+from slimformer.plans.plan import Plan, PlannedMethod
 from slimformer.training.adapters import Adapters
 
 What = Literal["added", "norms", "lora"]
@@ -59,7 +59,7 @@ class TrainedWeights(nn.Module):
         self, anatomy: Anatomy, plan: Plan, what: Sequence[What], near: int | None, rank: int
     ) -> None:
         super().__init__()
-        decisions = plan.sublayer_plans(anatomy)
+        decisions = plan.decisions(anatomy)
         lead = next(name for name, module in anatomy.stack.named_modules() if module is anatomy.layers)
         nearby = _nearby(anatomy, plan, decisions, near)
         trained: list[_Trained] = []
@@ -113,12 +113,10 @@ class TrainedWeights(nn.Module):
         return (t.start.float() + t.step * difference).to(t.start.dtype)
 
 
-def changed_layers(
-    anatomy: Anatomy, plan: Plan, decisions: dict[tuple[int, Kind], SublayerPlan]
-) -> list[int]:
+def changed_layers(anatomy: Anatomy, plan: Plan, decisions: dict[tuple[int, Kind], Decision]) -> list[int]:
     """The layers in which a plan leaves something uncomputed, up to its exit; all of them where it changes scores."""
     end = len(anatomy.layers) if plan.exit is None else plan.exit
-    leaving = min((layer for (layer, _), d in decisions.items() if d.staying), default=end)
+    leaving = min((layer for (layer, _), d in decisions.items() if d.not_evicted), default=end)
     found = {layer for (layer, _), d in decisions.items() if (not d.compute or d.rows) and layer < end}
     found |= set(range(leaving, end))
     if plan.exit is not None and end:
@@ -127,7 +125,7 @@ def changed_layers(
 
 
 def _nearby(
-    anatomy: Anatomy, plan: Plan, decisions: dict[tuple[int, Kind], SublayerPlan], near: int | None
+    anatomy: Anatomy, plan: Plan, decisions: dict[tuple[int, Kind], Decision], near: int | None
 ) -> list[int]:
     changed = changed_layers(anatomy, plan, decisions)
     layers = range(len(anatomy.layers))
@@ -137,7 +135,7 @@ def _nearby(
 
 
 def _added(
-    anatomy: Anatomy, plan: Plan, decisions: dict[tuple[int, Kind], SublayerPlan], lead: str
+    anatomy: Anatomy, plan: Plan, decisions: dict[tuple[int, Kind], Decision], lead: str
 ) -> list[_Trained]:
     """What stands in for sublayers, found in the methods that gave it."""
     homes = {
@@ -155,13 +153,13 @@ def _added(
 
 
 def _parts(
-    anatomy: Anatomy, decisions: dict[tuple[int, Kind], SublayerPlan], layers: Sequence[int]
+    anatomy: Anatomy, decisions: dict[tuple[int, Kind], Decision], layers: Sequence[int]
 ) -> list[tuple[str, nn.Module]]:
     """The modules of all sublayers that compute something in these layers, from their layer's number on."""
     found = {}
     for index in layers:
         for kind in KINDS:
-            if decisions.get((index, kind), SublayerPlan()).compute:
+            if decisions.get((index, kind), Decision()).compute:
                 layer = anatomy.layers[index]
                 for child in sorted(anatomy.structure.parts(kind).children_of(layer)):
                     found[f"{index}.{child}"] = layer.get_submodule(child)
@@ -169,7 +167,7 @@ def _parts(
 
 
 def _small(
-    anatomy: Anatomy, decisions: dict[tuple[int, Kind], SublayerPlan], layers: Sequence[int]
+    anatomy: Anatomy, decisions: dict[tuple[int, Kind], Decision], layers: Sequence[int]
 ) -> dict[str, nn.Parameter]:
     """Norms and biases."""
     return {
@@ -181,7 +179,7 @@ def _small(
 
 
 def _linear(
-    anatomy: Anatomy, decisions: dict[tuple[int, Kind], SublayerPlan], layers: Sequence[int]
+    anatomy: Anatomy, decisions: dict[tuple[int, Kind], Decision], layers: Sequence[int]
 ) -> list[str]:
     """Linear layers."""
     return [

@@ -1,0 +1,1 @@
+"""Which sublayers need not be computed."""

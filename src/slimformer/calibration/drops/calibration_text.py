@@ -1,0 +1,171 @@
+"""The text of one calibration, cut into what its parts read."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimformer.calibration.drops.budgets import BUDGETS, Budget
+from slimformer.calibration.drops.divergence_to_dense import (
+    Divergence,
+    EmbeddingDivergence,
+    PredictionDivergence,
+)
+from slimformer.calibration.drops.replay import Call, record_call
+from slimformer.calibration.drops.search import Judge, Replay, Search
+from slimformer.decisions.replacements import Replace
+from slimformer.errors import DataError, SlimformerWarning
+from slimformer.evaluation.divergence import DenseReference
+from slimformer.model.anatomy import Anatomy
+from slimformer.text.held_out import split_texts
+from slimformer.text.sources import (
+    characters_for,
+    check_token_ids,
+    load_texts,
+    token_batches_padded,
+    token_blocks,
+)
+from slimformer.transforms.transform import position_offset
+
+_TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 2048}
+
+
+@dataclass
+class CalibrationText:
+    """Rows of tokens in a random order; different parts of calibration read different ones where there are enough.
+
+    Attributes:
+        model: The dense model.
+        anatomy: Its layers.
+        rows: `input_ids` and for encoders `attention_mask`, each `[rows, tokens]`.
+        source: Where they came from.
+        sizes: How many rows each part reads.
+    """
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    rows: dict[str, Tensor]
+    source: str
+    sizes: Budget
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are, without padding."""
+        mask = self.rows.get("attention_mask")
+        return self.rows["input_ids"].numel() if mask is None else int(mask.sum())
+
+    @property
+    def judged(self) -> int:
+        """Rows for judging; the rest is for fitting."""
+        return min(self.sizes.judged, max(len(self.rows["input_ids"]) // 4, 1))
+
+    def similarity_batches(self) -> list[dict[str, Tensor]]:
+        """What cosines are measured on."""
+        return self._batches(0, self.sizes.similarity)
+
+    def final_batches(self) -> list[dict[str, Tensor]]:
+        """What replacements are fitted on in the end: everything."""
+        return self._batches(0, self.judged + self.sizes.final)
+
+    def final_calls(self) -> list[Call]:
+        """The same, ready for the layers."""
+        return [record_call(self.anatomy, batch) for batch in self.final_batches()]
+
+    def search(
+        self, replace: Replace, taps: int, advance: Callable[[int], None], judge: Judge | None = None
+    ) -> Search:
+        """A greedy search on this text, which is also what candidates are judged by unless `judge` is given."""
+        fitted: list[Call] = []
+        if replace != "nothing":
+            batches = self._batches(self.judged, self.judged + self.sizes.fitted)
+            fitted = [record_call(self.anatomy, batch) for batch in batches]
+        by = Replay(self.anatomy, self._judged_calls, self._divergence) if judge is None else judge
+        return Search(self.anatomy, by, fitted, replace, taps, advance)
+
+    @cached_property
+    def _judged_calls(self) -> list[Call]:
+        return [record_call(self.anatomy, batch) for batch in self._batches(0, self.judged)]
+
+    @cached_property
+    def _divergence(self) -> Divergence:
+        if not predicts_tokens(self.model, self.anatomy):
+            return EmbeddingDivergence.record(self.anatomy, self._judged_calls)
+        blocks = torch.cat([call.batch["input_ids"].cpu() for call in self._judged_calls])
+        device = self.anatomy.stack.device
+        return PredictionDivergence(
+            self.model, self.anatomy, DenseReference.record(self.model, blocks, device=device)
+        )
+
+    def _batches(self, begin: int, end: int) -> list[dict[str, Tensor]]:
+        at_once = _TOKENS_AT_ONCE.get(self.anatomy.stack.device.type, 2048)
+        rows = max(at_once // self.rows["input_ids"].shape[1], 1)
+        chosen = {name: tensor[begin:end] for name, tensor in self.rows.items()}
+        parts = zip(*(tensor.split(rows) for tensor in chosen.values()), strict=True)
+        return [dict(zip(chosen, part, strict=True)) for part in parts]
+
+
+def read_text(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | os.PathLike[str] | Iterable[str] | None,
+    text_field: str,
+    hold_out: bool,
+    sizes: Budget,
+    seed: int,
+) -> CalibrationText:
+    """Read, tokenise and shuffle as many rows as a budget wants, or all there are.
+
+    Raises:
+        DataError: If the text cannot be read, or gives fewer than two rows.
+    """
+    given: Any = os.fspath(data) if isinstance(data, os.PathLike) else data
+    length = min(sizes.sequence_length, longest(anatomy, tokenizer))
+    texts, source = load_texts(given, text_field=text_field, enough=characters_for(sizes.blocks * length))
+    if hold_out:
+        texts = split_texts(texts)[0]
+    if predicts_tokens(model, anatomy):
+        ids = token_blocks(texts, tokenizer, sequence_length=length, count=sizes.blocks, seed=seed)
+        rows = {"input_ids": ids}
+    else:
+        rows = token_batches_padded(texts, tokenizer, max_length=length, count=sizes.blocks, seed=seed)
+    count = len(rows["input_ids"])
+    if count < 2:
+        raise DataError(
+            f"Calibration needs at least two blocks of {length} tokens, and {source} gives {count}. Give more text."
+        )
+    check_token_ids(rows["input_ids"], model)
+    fewest = BUDGETS["quick"]
+    if count < fewest.similarity:
+        warnings.warn(
+            f"{source} gives {count} blocks of up to {length} tokens to calibrate on, and by so few the choice is "
+            f"mostly chance. Give {math.ceil(fewest.blocks / count)} times as much text: the budget 'quick' reads "
+            f"{fewest.blocks} blocks.",
+            SlimformerWarning,
+            stacklevel=3,
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return CalibrationText(model, anatomy, {name: t[order] for name, t in rows.items()}, source, sizes)
+
+
+def longest(anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens that a model and its tokenizer say they can read."""
+    config = anatomy.stack.config
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if positions is None:
+        return int(tokenizer.model_max_length)
+    return int(min(tokenizer.model_max_length, positions - position_offset(anatomy)))
+
+
+def predicts_tokens(model: PreTrainedModel, anatomy: Anatomy) -> bool:
+    """Whether a model predicts next tokens, and not embeddings."""
+    return anatomy.causal and model.get_output_embeddings() is not None

@@ -1,0 +1,307 @@
+"""`slimformer.calibrate`: from a model and text to a plan."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from typing import Any, cast, get_args
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from slimformer import __version__
+from slimformer.calibration.drops.budgets import BUDGETS, BudgetName
+from slimformer.calibration.drops.calibration_text import CalibrationText, read_text
+from slimformer.calibration.drops.fitting import fit_together
+from slimformer.calibration.drops.partial_results import PartialResults
+from slimformer.calibration.drops.replay import saved_weights
+from slimformer.calibration.drops.search import Search, Step, may_drop, sublayers_of
+from slimformer.calibration.drops.similarity import UNITS, Similarity, Unit, measure_similarity
+from slimformer.calibration.drops.stopping import Stop, dense_seconds
+from slimformer.calibration.drops.task_judge import TaskJudge
+from slimformer.decisions.replacements import REPLACE, Replace
+from slimformer.errors import CalibrationError
+from slimformer.evaluation.embedding_tasks import EmbeddingTask
+from slimformer.evaluation.perplexity import evaluating
+from slimformer.examination.tiers import known_anatomy
+from slimformer.methods.layer_drop import LayerDrop
+from slimformer.model.anatomy import Anatomy, transformer_of
+from slimformer.patching import status
+from slimformer.plans.plan import Plan, fingerprint
+from slimformer.text.progress import Stages
+
+_WHEN_TO_STOP = ("drop", "max_divergence", "speedup")
+
+
+def calibrate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    data: str | os.PathLike[str] | Iterable[str] | None = None,
+    text_field: str = "text",
+    hold_out: bool = True,
+    selection: str = "greedy",
+    kinds: Sequence[Unit] = ("attention",),
+    drop: int | None = None,
+    max_divergence: float | None = None,
+    speedup: float | None = None,
+    replace: Replace = "nothing",
+    taps: int = 4,
+    objective: EmbeddingTask | None = None,
+    budget: BudgetName = "quick",
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Plan:
+    """Find out which sublayers a model can lose, and make the plan that drops them.
+
+    Args:
+        model: An unpatched decoder or encoder; it is left as it was.
+        tokenizer: Its tokenizer; a SentenceTransformer or Pipeline brings its own.
+        data: A `.txt`, `.jsonl` or `.parquet` file, a Hub dataset id, `"-"` for standard input, a list of strings, or
+            None for a text that every Python carries. Text like that of your own application is better.
+        text_field: The field with the text, in JSON lines, Parquet and Hub datasets.
+        hold_out: Leave every fifth text alone, so that `slimformer eval` can measure on it.
+        selection: `"greedy"` removes, one after the other, what moves the model's output least (in decoders the KL
+            divergence of next-token distributions, in encoders the cosine of mean-pooled embeddings); `"cosine"` is
+            LLM-Drop's one pass (arXiv 2406.15786).
+        kinds: What may be dropped: `"attention"`, `"mlp"`, both (joint), or `"block"`.
+        drop: Stop after so many removals.
+        max_divergence: Stop before the divergence on the calibration text passes this.
+        speedup: Stop once a forward over one block is so many times as fast, by times measured here.
+        replace: What a dropped sublayer leaves behind: `"nothing"`, its `"mean"` output, or a linear `"filter"`.
+        taps: How many tokens a filter reads.
+        objective: For a SentenceTransformer, what `"greedy"` removals are to keep instead, as `read_task` of
+            `slimformer.evaluation.embedding_tasks` makes it: retrieval, scored pairs or neighbour lists. A divergence
+            is then the share lost of its figure; without `data`, its texts are read.
+        budget: `"quick"`, `"standard"` or `"thorough"`: how much text is read (`slimformer.calibration.drops.budgets`).
+        seed: Which of the text is read.
+        checkpoint: A folder for partial results. The same call resumes from them after an interruption.
+        progress: Show progress bars with the time left.
+
+    Returns:
+        The plan, with what it was chosen by in `plan.provenance`.
+
+    Raises:
+        CalibrationError: If an argument is not one of those allowed, the model is patched, a target cannot be
+            reached, or the model computes NaN.
+        DataError: If the text cannot be read or is too short.
+        UnsupportedModelError: If the model's structure is not known.
+
+    Example:
+        >>> import slimformer
+        >>> plan = slimformer.calibrate(model, tokenizer, data="notes.txt", drop=4)  # doctest: +SKIP
+        >>> slimformer.patch(model, plan)  # doctest: +SKIP
+    """
+    arguments: dict[str, Any] = {
+        "selection": selection,
+        "kinds": list(kinds),
+        "drop": drop,
+        "max_divergence": max_divergence,
+        "speedup": speedup,
+        "replace": replace,
+        "taps": taps,
+        "budget": budget,
+        "seed": seed,
+        "hold_out": hold_out,
+        "objective": None if objective is None else objective.source,
+    }
+    _check(arguments)
+    if status(model):
+        raise CalibrationError(
+            "The model is patched; plans are made for the dense model. Call unpatch first."
+        )
+    inner, anatomy = transformer_of(model), known_anatomy(model)
+    task = objective.split()[0] if objective is not None and hold_out else objective
+    if task is not None:
+        arguments["objective"] = task.source
+        if data is None:
+            # A task holds out what it is measured by, not what it reads.
+            data, hold_out = task.texts, False
+    stop = Stop(drop, max_divergence, speedup)
+    sizes = BUDGETS[budget]
+    with evaluating(inner), Stages(progress) as stages:
+        text = read_text(
+            inner, anatomy, tokenizer or tokenizer_of(model), data, text_field, hold_out, sizes, seed
+        )
+        pool = None if sizes.pool is None or drop is None else max(sizes.pool * drop, drop + 1)
+        deciding = {name: arguments[name] for name in arguments if name not in _WHEN_TO_STOP}
+        identity = {**deciding, "pool": pool, "data": text.source, "model": fingerprint(inner)}
+        partial = PartialResults(checkpoint, identity)
+        similarity = partial.similarity()
+        if similarity is None:
+            batches = text.similarity_batches()
+            similarity = measure_similarity(inner, stages.track(batches, "similarity"))
+            partial.keep_similarity(similarity)
+        units = _ranked(similarity, kinds)
+        if speedup is not None:
+            stop.seconds = dense_seconds(inner, anatomy, text.final_batches()[0], kinds)
+        search = None
+        if selection == "greedy" or max_divergence is not None:
+            judge = None if task is None else TaskJudge.record(model, task, replace, taps)
+            search = text.search(replace, taps, stages.advance("candidates judged"), judge)
+        steps = (
+            _greedy(units[:pool], stop, cast(Search, search), partial)
+            if selection == "greedy"
+            else _in_order(units, stop, anatomy, search)
+        )
+        dropped = [sublayer for step in steps for sublayer in sublayers_of(step.kind, step.layer)]
+        fitted = (
+            fit_together(anatomy, text.final_calls(), dropped, replace, taps) if replace != "nothing" else {}
+        )
+    layers: dict[str, list[int]] = {
+        unit: sorted(step.layer for step in steps if step.kind == unit) for unit in UNITS
+    }
+    method = LayerDrop(
+        layers["attention"],
+        layers["mlp"],
+        layers["block"],
+        replace=replace,
+        taps=taps if replace == "filter" else 1,
+        weights=saved_weights(fitted),
+    )
+    return Plan([method], fingerprint(inner), _provenance(arguments, text, similarity, steps, search))
+
+
+def _greedy(
+    units: Sequence[tuple[Unit, int]], stop: Stop, search: Search, partial: PartialResults
+) -> list[Step]:
+    steps: list[Step] = []
+    for step in partial.steps():
+        if stop.reached(steps) or stop.too_far(step.divergence):
+            return _some(steps, stop)
+        steps.append(step)
+    while not stop.reached(steps):
+        taken = [(step.kind, step.layer) for step in steps]
+        gone = [sublayer for unit in taken for sublayer in sublayers_of(*unit)]
+        alive = [
+            unit
+            for unit in units
+            if unit not in taken and may_drop(search.anatomy, [*gone, *sublayers_of(*unit)])
+        ]
+        if not alive:
+            stop.give_up(steps)
+            break
+        step = search.next_step(steps, alive)
+        if stop.too_far(step.divergence):
+            break
+        steps.append(step)
+        partial.keep_steps(steps)
+    return _some(steps, stop)
+
+
+def _in_order(
+    units: Sequence[tuple[Unit, int]], stop: Stop, anatomy: Anatomy, search: Search | None
+) -> list[Step]:
+    steps: list[Step] = []
+    dropped: list[tuple[Any, int]] = []
+    for kind, layer in units:
+        if stop.reached(steps):
+            return steps
+        more = [*dropped, *sublayers_of(kind, layer)]
+        if not may_drop(anatomy, more):
+            continue
+        divergence = None if search is None else search.divergence_of(more)
+        if stop.too_far(divergence):
+            return _some(steps, stop)
+        steps, dropped = [*steps, Step(kind, layer, divergence)], more
+    if not stop.reached(steps):
+        stop.give_up(steps)
+    return _some(steps, stop)
+
+
+def _some(steps: list[Step], stop: Stop) -> list[Step]:
+    if not steps:
+        raise CalibrationError(
+            f"Nothing can be dropped within a divergence of {stop.max_divergence}. Allow more, or try "
+            "replace='filter'."
+        )
+    return steps
+
+
+def _ranked(similarity: Similarity, kinds: Sequence[Unit]) -> list[tuple[Unit, int]]:
+    return similarity.most_similar(len(kinds) * len(similarity.attention), kinds)
+
+
+def _check(arguments: dict[str, Any]) -> None:
+    allowed: dict[str, tuple[Any, ...]] = {
+        "selection": ("greedy", "cosine"),
+        "replace": REPLACE,
+        "budget": get_args(BudgetName),
+    }
+    for name, values in allowed.items():
+        if arguments[name] not in values:
+            raise CalibrationError(f"{name} must be one of {', '.join(values)}, got {arguments[name]!r}.")
+    kinds = arguments["kinds"]
+    if (
+        not kinds
+        or len(set(kinds)) != len(kinds)
+        or set(kinds) - set(UNITS)
+        or ("block" in kinds and kinds[1:])
+    ):
+        raise CalibrationError(
+            f"kinds must be ('attention',), ('mlp',), ('attention', 'mlp') or ('block',), got {tuple(kinds)!r}."
+        )
+    if arguments["drop"] is None and arguments["max_divergence"] is None and arguments["speedup"] is None:
+        raise CalibrationError("Say when to stop: give drop, max_divergence or speedup.")
+    if (
+        arguments["objective"] is not None
+        and arguments["selection"] == "cosine"
+        and arguments["max_divergence"] is None
+    ):
+        raise CalibrationError(
+            "Nothing is judged by the objective with selection='cosine' and no max_divergence. Take "
+            "selection='greedy', or give max_divergence."
+        )
+    for name, least in (("drop", 1), ("max_divergence", 0), ("speedup", 1), ("taps", 1)):
+        if arguments[name] is not None and not arguments[name] >= least:
+            raise CalibrationError(f"{name} must be at least {least}, got {arguments[name]!r}.")
+
+
+def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that a SentenceTransformer or Pipeline brings.
+
+    Raises:
+        CalibrationError: If it brings none.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise CalibrationError(
+            "No tokenizer was given, and the model brings none. Pass the one of its checkpoint, as "
+            "AutoTokenizer.from_pretrained gives it."
+        )
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _provenance(
+    arguments: dict[str, Any],
+    text: CalibrationText,
+    similarity: Similarity,
+    steps: Sequence[Step],
+    search: Search | None,
+) -> dict[str, Any]:
+    return {
+        **versions(text.anatomy),
+        "arguments": arguments,
+        "data": text.source,
+        "tokens": text.tokens,
+        "similarity": {unit: list(getattr(similarity, unit)) for unit in UNITS},
+        **({} if search is None else {"divergence_name": search.judge.name}),
+        "steps": [step.to_dict() for step in steps],
+    }
+
+
+def versions(anatomy: Anatomy) -> dict[str, Any]:
+    """What a plan's provenance says of the software and the device."""
+    device = anatomy.stack.device
+    return {
+        "versions": {
+            "slimformer": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }

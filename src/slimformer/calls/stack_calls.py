@@ -1,0 +1,157 @@
+"""What the loop over the layers does to the residual between them, and which masks its caller made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.output_capturing import _active_collector
+
+from slimformer.cache.slots import CACHE_NAMES
+from slimformer.calls.layer_calls import layer_calls
+from slimformer.changes.ledger import Ledger
+from slimformer.model.anatomy import Anatomy, positional_names
+from slimformer.model.touched_modules import has_own_forward, is_hooked
+
+# Arguments of stacks that say what the first layer gets, what layers get beside it, or what is returned.
+_NOT_BETWEEN_LAYERS = frozenset({
+    *CACHE_NAMES, "input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "cache_position",
+    "use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "labels",
+    "task_type_ids", "mm_token_type_ids",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _StackCall:
+    """One call of a stack.
+
+    Attributes:
+        masks: Masks over queries and keys that the caller made, which the stack hands to layers as they are.
+        features: Whether there are arguments that the stack may put between its layers.
+        positions: The position of every token, `[1 or batch, tokens]`, where the caller says it.
+        keys: Which keys are text, flags `[batch, keys]`, where the caller says it.
+    """
+
+    masks: tuple[Tensor, ...] = ()
+    features: bool = False
+    positions: Tensor | None = None
+    keys: Tensor | None = None
+
+
+_NOTHING = _StackCall()
+# Of the forward pass that runs in this thread or task.
+_current: ContextVar[_StackCall] = ContextVar("slimformer_stack_call", default=_NOTHING)
+
+
+def callers_masks() -> tuple[Tensor, ...]:
+    """The masks over queries and keys that the caller of the stack made for the forward pass that runs."""
+    return _current.get().masks
+
+
+def callers_positions() -> Tensor | None:
+    """The position of every token, `[1 or batch, tokens]`, as the caller of the stack gave them."""
+    return _current.get().positions
+
+
+def callers_keys() -> Tensor | None:
+    """Which keys are text, flags `[batch, keys]`, as the caller of the stack says: all keys, whatever windows hide."""
+    return _current.get().keys
+
+
+def puts_features_between() -> bool:
+    """Whether the stack that runs got arguments that it may put between its layers, at tokens of the batch."""
+    return _current.get().features
+
+
+@dataclass(eq=False)
+class StackReader:
+    """Stands in for a stack's `forward`, and notes what its layers are not told while it runs.
+
+    Attributes:
+        names: Its positional parameters.
+        had: The stack's own.
+    """
+
+    names: tuple[str, ...]
+    had: Callable[..., Any] = field(init=False)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The stack's own `forward`, whose signature tells others what they may pass."""
+        return self.had
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The stack's own `forward`, with the same arguments."""
+        if torch.compiler.is_compiling():
+            return self.had(*args, **kwargs)
+        token = _current.set(self._noted({**dict(zip(self.names, args, strict=False)), **kwargs}))
+        try:
+            return self.had(*args, **kwargs)
+        finally:
+            _current.reset(token)
+
+    def _noted(self, given: Mapping[str, Any]) -> _StackCall:
+        mask = given.get("attention_mask")
+        masks = tuple(mask.values()) if isinstance(mask, Mapping) else (mask,)
+        own = tuple(m for m in masks if isinstance(m, Tensor) and m.dim() == 4)
+        features = any(given.get(name) is not None for name in self.names if name not in _NOT_BETWEEN_LAYERS)
+        return _StackCall(own, features, _flat(given.get("position_ids")), _flat(mask))
+
+
+def _flat(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) and value.dim() == 2 else None
+
+
+def read_stack_calls(anatomy: Anatomy, ledger: Ledger) -> None:
+    """Let layers know, in every forward pass, what the stack does beside calling them."""
+    reader = StackReader(positional_names(anatomy.stack))
+    reader.had = ledger.set_forward(anatomy.stack, reader)
+
+
+def hands_on(anatomy: Anatomy) -> bool:
+    """Whether every layer of a stack gets the very tensor that the layer before it returned.
+
+    What a stack adds, scales or indexes between its layers, it does to all tokens of the batch, by position.
+    """
+    calls = layer_calls(anatomy)
+    return calls is None or calls.passes_on
+
+
+@dataclass(eq=False)
+class Observed:
+    """Says, in a call, whether something reads or changes what runs between the layers, so that no row may leave.
+
+    Attributes:
+        layers: The model's layers.
+        by_the_stack: Whether the loop over the layers does it always.
+        foreign: Layers that had a `forward` of somebody else's before they were patched.
+        forwards: The `forward` that each other layer was given, by its index.
+    """
+
+    layers: nn.ModuleList
+    by_the_stack: bool
+    foreign: frozenset[int] = field(init=False)
+    forwards: dict[int, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.foreign = frozenset(i for i, layer in enumerate(self.layers) if has_own_forward(layer))
+
+    def note(self) -> None:
+        """Take the `forward` that layers have now for the patched one: one put there later is somebody else's."""
+        for index, layer in enumerate(self.layers):
+            if index not in self.foreign:
+                self.forwards[index] = vars(layer).get("forward")
+
+    def __call__(self) -> bool:
+        """Whether hooks, wrappers, recorded outputs or the stack itself do."""
+        if self.by_the_stack or self.foreign or _active_collector.get() or puts_features_between():
+            return True
+        # Equal, not the same: a copied model has its own bound methods.
+        return any(
+            is_hooked(layer) or vars(layer).get("forward") != self.forwards.get(index)
+            for index, layer in enumerate(self.layers)
+        )

@@ -1,0 +1,1 @@
+"""What can be decided for a sublayer, and what names the rows that it computes."""

@@ -1,0 +1,1 @@
+"""How fast a patched model is, in the situations that models are used in."""

@@ -1,0 +1,1 @@
+"""Tokens that no longer matter leave the stream: who they are, and from which layer on."""

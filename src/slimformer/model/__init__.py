@@ -1,0 +1,1 @@
+"""Where a model keeps its parts, and what there is to compare computations on."""

@@ -1,0 +1,351 @@
+"""A plan: the methods chosen for one model, what they were chosen by, and what was measured with them.
+
+On disk it is a folder: `slimformer.json` and, where a method has learned weights, `slimformer.safetensors`. Nothing in
+it can run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor, nn
+
+from slimformer.decisions.policy import Decision, TokenPolicy
+from slimformer.errors import PlanError, SlimformerWarning
+from slimformer.methods.absolute_positions import GroupedPositions, PositionInterpolation, RecurrentPositions
+from slimformer.methods.early_exit import EarlyExit
+from slimformer.methods.elimination.token_elimination import TokenElimination
+from slimformer.methods.layer_drop import LayerDrop
+from slimformer.methods.mixture_of_depths import MixtureOfDepths
+from slimformer.methods.narrow_mlp import NarrowMlp
+from slimformer.methods.rope_scaling import RopeScaling
+from slimformer.methods.self_extend import SelfExtend
+from slimformer.methods.temperature import LogNScale, TempScale
+from slimformer.methods.weight_delta import WeightDelta
+from slimformer.model.anatomy import Anatomy, find_anatomy
+from slimformer.model.layer_parts import Kind
+from slimformer.plans.files import mapping, read_json, read_weights
+from slimformer.transforms.transform import Attentions, transformed_by
+
+FORMAT = 1
+FILE = "slimformer.json"
+WEIGHTS = "slimformer.safetensors"
+
+
+class PlannedMethod(Protocol):
+    """A token policy or an attention transform that a plan can save."""
+
+    def settings(self) -> dict[str, Any]:
+        """What goes into the JSON."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes into the safetensors file."""
+        ...
+
+
+METHODS: dict[str, type[Any]] = {
+    "EarlyExit": EarlyExit,
+    "LayerDrop": LayerDrop,
+    "MixtureOfDepths": MixtureOfDepths,
+    "NarrowMlp": NarrowMlp,
+    "TokenElimination": TokenElimination,
+    "TempScale": TempScale,
+    "LogNScale": LogNScale,
+    "SelfExtend": SelfExtend,
+    "RopeScaling": RopeScaling,
+    "PositionInterpolation": PositionInterpolation,
+    "GroupedPositions": GroupedPositions,
+    "RecurrentPositions": RecurrentPositions,
+    "WeightDelta": WeightDelta,
+}
+_MOST_LAYERS = 10_000
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What must agree between the model a plan was made for and the one it is applied to."""
+    anatomy = find_anatomy(model)
+    config = anatomy.stack.config
+    return {
+        "model_type": config.model_type,
+        "structure": anatomy.structure.name,
+        "layers": len(anatomy.layers),
+        "hidden_size": config.hidden_size,
+        "attention_heads": config.num_attention_heads,
+        "vocabulary": config.vocab_size,
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Methods in order, the model they were made for, and how they came about.
+
+    A plan is itself a method: `slimformer.patch(model, plan)` applies it.
+
+    Attributes:
+        methods: What to apply.
+        fingerprint: `fingerprint(model)` of the model it was made for; empty means any model.
+        provenance: Data, tokens, seed, values per sublayer: whatever reproduces the choice.
+        measured: Quality and speed beside dense.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> Plan([LayerDrop(attention=[3])]).save_pretrained(folder)
+        >>> Plan.from_pretrained(folder).methods
+        (LayerDrop(attention=(3,), mlp=(), block=(), replace='nothing', taps=1),)
+    """
+
+    methods: Sequence[PlannedMethod]
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "methods", tuple(self.methods))
+        if not self.methods:
+            raise PlanError("A plan needs at least one method, and none was given.")
+
+    @property
+    def drops(self) -> tuple[LayerDrop, ...]:
+        """Those of its methods that drop sublayers."""
+        return tuple(method for method in self.methods if isinstance(method, LayerDrop))
+
+    @property
+    def exit(self) -> int | None:
+        """How many layers run, where a method stops at one."""
+        return min((method.layer for method in self.methods if isinstance(method, EarlyExit)), default=None)
+
+    def dropped(self, kind: Kind) -> tuple[int, ...]:
+        """The layers without this sublayer, each once; those above an exit only where the model is known."""
+        listed = [layer for method in self.drops for layer in method.dropped(kind)]
+        count = self.fingerprint.get("layers")
+        # A plan may come from anywhere, and a number that no model has would take all memory.
+        known = self.exit is not None and isinstance(count, int) and count <= _MOST_LAYERS
+        above = range(self.exit or 0, count or 0) if known else range(0)
+        return tuple(dict.fromkeys((*listed, *above)))
+
+    def decisions(self, anatomy: Anatomy) -> dict[tuple[int, Kind], Decision]:
+        """The decisions of all its methods; refused for another model than it was made for.
+
+        Raises:
+            PlanError: If the model differs from the plan's, naming the difference.
+        """
+        actual = fingerprint(anatomy.stack)
+        for name, expected in self.fingerprint.items():
+            if actual.get(name) != expected:
+                raise PlanError(
+                    f"This plan was made for another model: its {name} is {expected!r}, and this model's is "
+                    f"{actual.get(name)!r}. Calibrate a plan for this model."
+                )
+        decisions: dict[tuple[int, Kind], Decision] = {}
+        for method in self.methods:
+            if isinstance(method, TokenPolicy):
+                for sublayer, decision in method.decisions(anatomy).items():
+                    decisions[sublayer] = decisions.get(sublayer, Decision()) & decision
+        return decisions
+
+    def transform_attention(self, attentions: Attentions) -> dict[int, str]:
+        """What all its attention transforms change, in order."""
+        return transformed_by(self.methods, attentions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the plan's JSON file."""
+        skip: dict[str, list[str]] = {}
+        for name, layers in (("self_attn", self.dropped("attention")), ("mlp", self.dropped("mlp"))):
+            for index in layers:
+                skip.setdefault(str(index), []).append(name)
+        return {
+            "format": FORMAT,
+            "fingerprint": dict(self.fingerprint),
+            "methods": [{"method": type(m).__name__, **m.settings()} for m in self.methods],
+            # The vocabulary of transformers' own per-layer configuration.
+            "per_layer_config": {
+                index: {"skip": names} for index, names in sorted(skip.items(), key=lambda s: int(s[0]))
+            },
+            "provenance": dict(self.provenance),
+            "measured": dict(self.measured),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The content of the plan's safetensors file: the weights of every method behind its number."""
+        return {
+            f"{number}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for number, method in enumerate(self.methods)
+            for name, tensor in method.tensors().items()
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the plan into `folder`, creating it.
+
+        The files are written beside the old ones and then renamed, so a full disk or a failed write loses nothing.
+
+        Raises:
+            PlanError: If the folder cannot be written, or is a file.
+        """
+        target, content, tensors = Path(folder), self.to_dict(), self.tensors()
+        written: list[tuple[str, str]] = []
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            if tensors:
+                weights = safetensors.torch.save(tensors)
+                content["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+                _write_beside(target / WEIGHTS, weights, written)
+            _write_beside(target / FILE, (json.dumps(content, indent=2) + "\n").encode(), written)
+            _replace_all(written)
+            if not tensors:
+                (target / WEIGHTS).unlink(missing_ok=True)
+        except OSError as error:
+            raise PlanError(
+                f"Could not save the plan in {target}: {error}. An older plan there is unharmed."
+            ) from error
+        finally:
+            for temporary, _ in written:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the plan to a model repository of the Hub, creating it if need be.
+
+        Args:
+            repo_id: Such as `"me/llama-8b-attn8"`.
+            options: For `huggingface_hub.HfApi.upload_folder`, such as `token` or `commit_message`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            PlanError: If the Hub refuses.
+        """
+        api = HfApi(token=options.pop("token", None))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_pretrained(folder)
+                api.create_repo(repo_id, exist_ok=True)
+                return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise PlanError(f"Could not push the plan to {repo_id}: {error}") from error
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Plan:
+        """Read a plan from a folder, its JSON file, or a repository of the Hub.
+
+        Args:
+            path: The folder or file, or a Hub id (`"owner/name"`) where no such folder exists.
+            options: For `huggingface_hub.snapshot_download`, such as `revision` or `token`.
+
+        Raises:
+            PlanError: If there is none, it is damaged, newer than this version reads, or names an unknown method.
+        """
+        given = Path(path)
+        if given.suffix in _PICKLES:
+            raise PlanError(
+                f"{given} may hold a pickle, which can run code when read. A plan is a folder with {FILE}."
+            )
+        if not given.exists() and isinstance(path, str) and path.count("/") == 1 and not path.startswith("."):
+            given = _download(path, options)
+        file = given / FILE if given.is_dir() else given
+        return cls._from_dict(read_json(file), file)
+
+    @classmethod
+    def _from_dict(cls, content: Any, file: Path) -> Plan:
+        number = content.get("format") if isinstance(content, dict) else None
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise PlanError(f"{file} is not a plan: it has no format number.")
+        if number > FORMAT:
+            raise PlanError(
+                f"{file} has format {number}, and this version reads up to {FORMAT}. Upgrade slimformer."
+            )
+        tensors = read_weights(file.with_name(WEIGHTS), content.get("weights_sha256"))
+        try:
+            entries = content["methods"]
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise TypeError("methods is no list of objects")
+            methods = [
+                _read_method(dict(entry), _of_method(number, tensors), file)
+                for number, entry in enumerate(entries)
+            ]
+            parts = {name: mapping(content, name) for name in ("fingerprint", "provenance", "measured")}
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise PlanError(
+                f"{file} is damaged: its methods cannot be read ({error!r}). Save the plan again."
+            ) from error
+        return cls(methods, **parts)
+
+
+def _write_beside(final: Path, content: bytes, written: list[tuple[str, str]]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=final.parent, prefix=".slimformer-")
+    written.append((temporary, str(final)))
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    # mkstemp makes files that only their owner reads; a plan is like any other file.
+    os.chmod(temporary, 0o644)
+
+
+def _replace_all(written: list[tuple[str, str]]) -> None:
+    """Rename all or none: what stood there before is put back if one fails."""
+    old: dict[str, bytes | None] = {}
+    try:
+        for temporary, final in written:
+            file = Path(final)
+            old[final] = file.read_bytes() if file.exists() else None
+            os.replace(temporary, final)
+    except OSError:
+        for final, content in old.items():
+            if content is None:
+                Path(final).unlink(missing_ok=True)
+            else:
+                Path(final).write_bytes(content)
+        raise
+
+
+def _download(repo_id: str, options: dict[str, Any]) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=[FILE, WEIGHTS], **options))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise PlanError(
+            f"No plan at {repo_id}: there is no such folder, and the Hub gave none ({reason[0]}). "
+            f"Expected a folder that holds {FILE}."
+        ) from error
+
+
+def _of_method(number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    lead = f"{number}."
+    return {name[len(lead) :]: tensor for name, tensor in tensors.items() if name.startswith(lead)}
+
+
+def _read_method(entry: dict[str, Any], weights: Mapping[str, Tensor], file: Path) -> PlannedMethod:
+    name = entry.pop("method")
+    if name not in METHODS:
+        raise PlanError(
+            f"{file} uses the method {name!r}, which this version does not know; known are {', '.join(METHODS)}. "
+            "Ignoring it would change results. Upgrade slimformer."
+        )
+    fields = {f.name for f in dataclasses.fields(METHODS[name])}
+    known = fields - {"weights"}
+    unknown = sorted(set(entry) - known)
+    if unknown:
+        warnings.warn(
+            f"{file}: {name} has newer fields that are ignored: {unknown}.", SlimformerWarning, stacklevel=4
+        )
+    settings = {key: value for key, value in entry.items() if key in known}
+    method: PlannedMethod = METHODS[name](**settings, **({"weights": weights} if "weights" in fields else {}))
+    return method

@@ -1,0 +1,1 @@
+"""How a patched layer does what was decided for its sublayers."""

@@ -1,0 +1,145 @@
+"""Train routers beside the frozen model, to say what skipping would cost its predictions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from slimformer.calibration.drops.calibration_text import longest
+from slimformer.calibration.drops.drop import tokenizer_of, versions
+from slimformer.errors import CalibrationError, DataError
+from slimformer.evaluation.perplexity import evaluating
+from slimformer.examination.tiers import known_anatomy
+from slimformer.methods.mixture_of_depths import MixtureOfDepths
+from slimformer.model.anatomy import transformer_of
+from slimformer.patching import status
+from slimformer.plans.plan import Plan, fingerprint
+from slimformer.text.progress import Stages
+from slimformer.text.rows import examples, rows_of_examples, training_rows
+from slimformer.text.sources import check_token_ids
+from slimformer.training.loop import TrainingSettings, fit, frozen
+from slimformer.training.routed_model import Batch, Routed
+
+_HELD_OUT_ROWS = 8
+
+
+def train_routers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    method: MixtureOfDepths,
+    data: str | os.PathLike[str] | Iterable[str] | Sequence[Mapping[str, Tensor]] | None = None,
+    text_field: str = "text",
+    hold_out: bool = True,
+    length: int = 1024,
+    settings: TrainingSettings | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Plan:
+    """Train the routers of a method, and make the plan that routes by them.
+
+    A router learns to say the logarithm of what skipping a sublayer costs at a token: its part of the divergence from
+    the dense model, to second order, of which one backward pass through the dense model gives an unbiased estimate for
+    all sublayers and tokens at once. (Straight-through gates, as in SkipGPT and Router-Tuning, follow the first
+    derivative, in which the cost of skipping a token is not contained.) Costs compare across sublayers, so that one
+    budget serves all of them: in the end one quantile of the scores on held-out text is the threshold.
+
+    Args:
+        model: An unpatched decoder or encoder; its weights stay as they are.
+        tokenizer: Its tokenizer; a SentenceTransformer or Pipeline brings its own.
+        method: What is routed and to which keep ratio, with any routers, such as `calibrate_arank` makes.
+        data: As for `slimformer.calibrate`; its texts are read one behind the other. For a vision-language model, a
+            list of what its processor makes of images with text: `input_ids`, `pixel_values` and so on, one or more
+            texts in each.
+        text_field: The field with the text, in JSON lines, Parquet and Hub datasets.
+        hold_out: Set thresholds and measure on every fifth text, which is not trained on; without, on the last rows.
+        length: Tokens per row.
+        settings: How long and how fast.
+        checkpoint: A folder for checkpoints. The same call resumes from them after an interruption.
+        progress: Show progress bars with the time left.
+
+    Returns:
+        The plan. `plan.measured["routers"]` has the divergence and the keep ratio of every routed sublayer on held-out
+        text.
+
+    Raises:
+        CalibrationError: If the model is patched, or training fails.
+        DataError: If the text is too short.
+        PlanError: If the method does not fit the model.
+    """
+    settings = TrainingSettings(learning_rate=5e-3) if settings is None else settings
+    if status(model):
+        raise CalibrationError(
+            "The model is patched; routers learn from the dense model. Call unpatch first."
+        )
+    inner, anatomy = transformer_of(model), known_anatomy(model)
+    method.decisions(anatomy)
+    batches = examples(data)
+    if batches is not None:
+        (read, held_out), source, tokens = rows_of_examples(batches), f"{len(batches)} batches", 0
+    else:
+        if method.tokens == "image":
+            raise DataError(
+                "Routers of image tokens learn from images with text: give data as a list of what the model's "
+                "processor makes of them, with input_ids and pixel_values."
+            )
+        tokenizer = tokenizer or tokenizer_of(model)
+        tokens = min(length, longest(anatomy, tokenizer))
+        read, held_out, source = training_rows(
+            tokenizer,
+            data,
+            text_field=text_field,
+            hold_out=hold_out,
+            tokens=tokens,
+            count=settings.rows_read,
+            seed=settings.seed,
+            held_out=_HELD_OUT_ROWS,
+        )
+        check_token_ids(torch.cat([read, held_out]), anatomy.stack)
+
+    def of(rows: Tensor) -> list[Batch]:
+        return [{"input_ids": rows}] if batches is None else [batches[int(row)] for row in rows]
+
+    with evaluating(inner), frozen(inner), Stages(progress) as stages:
+        routed = Routed(inner, anatomy, method)
+        torch.manual_seed(settings.seed)
+        routers = routed.fresh_routers(of(read[:1])[0])
+
+        def loss(module: nn.Module, rows: Tensor) -> Tensor:
+            return routed.loss(module, of(rows))
+
+        identity = {
+            "data": source,
+            "model": fingerprint(inner),
+            "method": method.settings(),
+            "text": [text_field, hold_out],
+            "tokens": tokens,
+            "settings": vars(settings),
+        }
+        history = fit(
+            routers,
+            loss,
+            read,
+            settings,
+            identity=identity,
+            folder=checkpoint,
+            stages=stages,
+        )
+        kept = [batch for row in held_out.split(1) for batch in of(row)]
+        routed.meet_budget(routers, kept)
+        measured = routed.measure(routers, stages.track(kept, "held-out text"))
+    provenance = {
+        **versions(anatomy),
+        "arguments": {"length": tokens, "hold_out": hold_out, **vars(settings)},
+        "data": source,
+        "tokens": read.numel() if batches is None else sum(batch["input_ids"].numel() for batch in batches),
+        "losses": history.losses,
+    }
+    trained = replace(method, weights={name: tensor.cpu() for name, tensor in routers.tensors().items()})
+    return Plan([trained], fingerprint(inner), provenance, {"routers": measured})

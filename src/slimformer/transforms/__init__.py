@@ -1,0 +1,1 @@
+"""How attention's scores are changed."""
