@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from slimformer.anatomy import Anatomy, find_anatomy
 from slimformer.attention_transforms import Attentions, transformed_by
 from slimformer.errors import PlanError, SlimformerWarning
+from slimformer.layer_calls import layers_by_depth
 from slimformer.layer_parts import Kind
 from slimformer.methods.absolute_positions import GroupedPositions, PositionInterpolation, RecurrentPositions
 from slimformer.methods.early_exit import EarlyExit
@@ -79,7 +80,7 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """What must agree between the model a plan was made for and the one it is applied to."""
-    anatomy = find_anatomy(model)
+    anatomy = layers_by_depth(find_anatomy(model))
     config = anatomy.stack.config
     return {
         "model_type": config.model_type,

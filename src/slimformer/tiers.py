@@ -11,7 +11,7 @@ from slimformer.anatomy import Anatomy, find_anatomy
 from slimformer.cache import compact_slots
 from slimformer.errors import UnsupportedModelError
 from slimformer.executor import LayerExecutor
-from slimformer.layer_calls import check_cache_arguments, keeps_cache, layer_calls
+from slimformer.layer_calls import check_cache_arguments, keeps_cache, layer_calls, layers_by_depth
 from slimformer.layer_examination import LayerFinding, examine_layers, examine_modules, row_sublayers
 from slimformer.layer_parts import KINDS
 from slimformer.sublayer_modules import SublayerModules
@@ -46,7 +46,8 @@ class Support:
             sublayers = row_sublayers(self.anatomy, index, self.findings[index])
             returns = self.findings[index].returns
             return LayerExecutor(layer, self.anatomy.structure, by_rows=sublayers, returns=returns)
-        return SwitchedLayer(layer, self.modules[index], self.reason)
+        depth = index if self.anatomy.repeats else None
+        return SwitchedLayer(layer, self.modules[index], self.reason, depth=depth)
 
     def slots(self, dropped: Sequence[int]) -> list[int]:
         """The cache slot of every layer, where the attentions of some are dropped.
@@ -118,6 +119,7 @@ def examine_support(anatomy: Anatomy) -> Support:
     Raises:
         UnsupportedModelError: If the stack cannot be called on a few tokens, or a cache comes by an unknown name.
     """
+    anatomy = layers_by_depth(anatomy)
     check_cache_arguments(anatomy)
     if anatomy.structure.apart:
         why = ""
