@@ -204,7 +204,8 @@ def _grouped(root: PreTrainedModel, lists: list[tuple[str, nn.ModuleList]]) -> A
     """The layers of a stack that lists groups of layers, as ALBERT's; None where no list is one of groups."""
     for name, module in lists:
         layers = [layer for entry in module for layer in _within_group(entry)]
-        if layers and all(_within_group(entry) for entry in module):
+        # The blocks of T5 list their sublayers, which are of several classes.
+        if all(_within_group(entry) for entry in module) and len({type(layer) for layer in layers}) == 1:
             return _repeating(root, name, nn.ModuleList(layers))
     return None
 
