@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AlbertConfig, AlbertForMaskedLM, AlbertModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.albert.modeling_albert import AlbertTransformer
 
 import slimformer
 from slimformer import EarlyExit, LayerDrop, Plan, TempScale, TokenElimination
@@ -32,7 +34,8 @@ SIZES = {"one layer": {}, "two groups": {"num_hidden_groups": 2}, "layers in a g
 def albert(**own: Any) -> AlbertModel:
     torch.manual_seed(0)
     config = AlbertConfig(vocab_size=64, embedding_size=16, hidden_size=32, intermediate_size=48, pad_token_id=0,
-                          num_attention_heads=4, max_position_embeddings=64, **{"num_hidden_layers": 4, **own})  # fmt: skip
+                          num_attention_heads=4, max_position_embeddings=64,
+                          **{"num_hidden_layers": 4, **own})  # fmt: skip
     model = AlbertModel(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
@@ -55,14 +58,18 @@ def by_hand(
 ) -> Tensor:
     """The last hidden states, written out, without some sublayers and layers."""
     x = model.encoder.embedding_hidden_mapping_in(model.embeddings(GIVEN["input_ids"]))
-    hidden = torch.zeros(TEXT.shape, dtype=x.dtype).masked_fill(~TEXT, torch.finfo(x.dtype).min)[:, None, None]
+    hidden = torch.zeros(TEXT.shape, dtype=x.dtype).masked_fill(~TEXT, torch.finfo(x.dtype).min)[
+        :, None, None
+    ]
     for depth, layer in enumerate(order(model)):
         if depth in block:
             continue
         attended = torch.zeros_like(x)
         if depth not in attention:
             own = layer.attention
-            q, k, v = (linear(x).unflatten(-1, (4, 8)).transpose(1, 2) for linear in (own.query, own.key, own.value))
+            q, k, v = (
+                linear(x).unflatten(-1, (4, 8)).transpose(1, 2) for linear in (own.query, own.key, own.value)
+            )
             probabilities = (q @ k.transpose(2, 3) * (factor * 8**-0.5) + hidden).softmax(-1)
             attended = own.dense((probabilities @ v).transpose(1, 2).flatten(2))
         x = layer.attention.LayerNorm(x + attended)
@@ -100,15 +107,22 @@ def test_sublayers_and_layers_are_left_out_at_the_depth_that_is_named(sizes: str
     model = albert(**SIZES[sizes])
     state, whole = [set(vars(m)) for m in model.modules()], run(model)
     for drop in (
-        {"attention": [1]}, {"mlp": [2]}, {"block": [0]}, {"block": [3]}, {"attention": [0, 2], "mlp": [1], "block": [3]},
-        {"attention": [1], "mlp": [1, 3]},
+        {"attention": [1]}, {"mlp": [2]}, {"block": [0]}, {"block": [3]},
+        {"attention": [0, 2], "mlp": [1], "block": [3]}, {"attention": [1], "mlp": [1, 3]},
     ):  # fmt: skip
-        gone = {**drop, "block": [*drop.get("block", []), *set(drop.get("attention", [])) & set(drop.get("mlp", []))]}
+        gone = {
+            **drop,
+            "block": [*drop.get("block", []), *set(drop.get("attention", [])) & set(drop.get("mlp", []))],
+        }
         expected = by_hand(model, **gone)
         assert error(expected.detach(), whole, GIVEN["attention_mask"]) > 0.02
         with slimformer.patched(model, LayerDrop(**drop)):
             assert right(model, expected)
-            kinds: dict[str, list[Kind]] = {"attention": ["attention"], "mlp": ["mlp"], "block": ["attention", "mlp"]}
+            kinds: dict[str, list[Kind]] = {
+                "attention": ["attention"],
+                "mlp": ["mlp"],
+                "block": ["attention", "mlp"],
+            }
             said = {(i, kind) for name, layers in drop.items() for i in layers for kind in kinds[name]}
             status = slimformer.status(model)
             assert {(i, kind) for i in status for kind in status[i] if status[i][kind] == "dropped"} == said
@@ -190,7 +204,11 @@ def test_the_depth_is_that_of_the_call_that_runs_in_this_thread() -> None:
     slimformer.patch(model, LayerDrop(attention=[1], block=[2]))
     # Both calls are at every depth at once.
     together, found = threading.Barrier(2, timeout=30), list[Tensor]()
-    order(model)[0].register_forward_pre_hook(lambda *_: None if together.wait() else None)
+
+    def waits(module: nn.Module, args: Any) -> None:
+        together.wait()
+
+    order(model)[0].register_forward_pre_hook(waits)
     threads = [threading.Thread(target=lambda: found.append(run(model))) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -308,16 +326,34 @@ def test_a_model_with_a_head_is_patched_through_its_stack() -> None:
         assert torch.equal(model(**GIVEN).logits, model.predictions(x))
 
 
+class Adding(AlbertTransformer):
+    """Adds the embeddings again behind every call of the layer."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        first = x = self.embedding_hidden_mapping_in(hidden_states)
+        for _ in range(self.config.num_hidden_layers):
+            x = self.albert_layer_groups[0](x, attention_mask, **kwargs) + first
+        return BaseModelOutput(last_hidden_state=x)
+
+
 def test_a_stack_that_adds_between_the_calls_of_its_layer_is_refused() -> None:
     model = albert()
-    own = type(model.encoder).forward
-
-    class Adding(type(model.encoder)):  # type: ignore[misc]
-        def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-            first = own(self, hidden_states, attention_mask, **kwargs)
-            return own(self, first.last_hidden_state.new_zeros(1).add(hidden_states[..., :16]), attention_mask)
-
     model.encoder.__class__ = Adding
-    model.encoder.embedding_hidden_mapping_in = nn.Identity()
-    with pytest.raises(UnsupportedModelError):
+    whole = run(model)
+    with pytest.raises(UnsupportedModelError, match="what one call returns is not what the next one gets"):
         slimformer.patch(model)
+    assert torch.equal(run(model), whole)
+
+
+def test_a_call_count_that_the_config_does_not_explain_is_refused() -> None:
+    model = albert(num_hidden_layers=3, num_hidden_groups=2)
+    model.config.num_hidden_groups = 1
+    with pytest.raises(UnsupportedModelError, match="not all of them are called"):
+        slimformer.patch(model)
+
+
+def test_layers_whose_weights_are_not_in_memory_are_refused() -> None:
+    with torch.device("meta"):
+        model = AlbertModel(albert().config)
+    with pytest.raises(UnsupportedModelError, match="its weights are not in memory"):
+        slimformer.support(model)
