@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertModel, BartConfig, BartModel, PreTrainedModel
+from transformers import BartConfig, BartModel, FunnelConfig, FunnelModel, PreTrainedModel
 
 import slimformer
 from slimformer import LayerDrop
@@ -72,11 +72,11 @@ def test_a_class_computes_the_same_under_every_method_that_is_not_refused(name: 
     assert (result.outcome, result.wrong()) == ("rows" if name in ROWS else "sublayers", {}), result.detail
 
 
-def test_a_layer_is_no_mlp_of_which_the_queries_would_be_taken() -> None:
+def test_queries_of_one_linear_layer_are_no_mlp_and_what_follows_them_mixes() -> None:
     support = slimformer.support(build(family("ibert")))
-    assert all(
-        "mlp" not in modules.silent and "attention" not in modules.silent for modules in support.modules
-    )
+    for modules in support.modules:
+        paths = {kind: [entry.path for entry in entries] for kind, entries in modules.silent.items()}
+        assert paths == {"attention": ["attention.output.dense"], "mlp": ["output.dense"]}
 
 
 @pytest.mark.parametrize("name", ["gemma4_text", "gemma3n_text"])
@@ -134,13 +134,10 @@ def test_the_encoder_of_an_encoder_decoder_model_is_patched_by_itself() -> None:
     assert torch.equal(outputs(slimformer.unpatch(model), given), whole)
 
 
-def test_one_layer_that_is_called_many_times_is_refused_in_words() -> None:
-    config = AlbertConfig(vocab_size=64, embedding_size=16, hidden_size=32, intermediate_size=48,
-                          num_attention_heads=2, num_hidden_layers=4)  # fmt: skip
-    with pytest.raises(
-        UnsupportedModelError, match=r"says layers \(4\): layers that are called several times"
-    ):
-        slimformer.patch(AlbertModel(config))
+def test_layers_in_lists_that_pool_between_them_are_refused_in_words() -> None:
+    config = FunnelConfig(vocab_size=64, block_sizes=[2, 2], d_model=32, n_head=2, d_head=16, d_inner=48)
+    with pytest.raises(UnsupportedModelError, match="has as many entries as its config says layers"):
+        slimformer.patch(FunnelModel(config))
 
 
 LOWEST = torch.finfo(torch.float32).min

@@ -14,6 +14,7 @@ from torch import nn
 
 from slimformer.cache.layout import CacheLayout, CacheOwner
 from slimformer.cache.slots import counting_slot
+from slimformer.calls.depths import count_depths
 from slimformer.calls.layer_calls import first_layer_call
 from slimformer.calls.stack_calls import Observed, hands_on, read_stack_calls
 from slimformer.changes.ledger import Ledger
@@ -287,11 +288,13 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
         for index, executor in executors.items():
             add_weights(executor, ledger)
             executor.install(ledger, slots[index], index <= counting, anatomy.causal)
-        for layer, slot in zip(anatomy.layers, slots, strict=True):
-            for module in _in_slot(layer, anatomy.structure):
-                if module.layer_idx != slot:
-                    ledger.set(module, "layer_idx", slot)
+        if anatomy.repeats and any(not plan.compute for plan in plans):
+            count_depths(anatomy, ledger)
         if anatomy.causal:
+            for layer, slot in zip(anatomy.layers, slots, strict=True):
+                for module in _in_slot(layer, anatomy.structure):
+                    if module.layer_idx != slot:
+                        ledger.set(module, "layer_idx", slot)
             contents = tuple(executors[i].in_cache if i in executors else "keys" for i in range(len(slots)))
             owner = CacheOwner(anatomy.layers[0], CacheLayout(tuple(slots), contents, attentions.angles))
             owner.had = ledger.set_forward(anatomy.layers[0], owner.forward)

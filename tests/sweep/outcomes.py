@@ -21,7 +21,6 @@ import slimformer
 from slimformer import LayerDrop
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.methods.elimination.random_keep import RandomKeep
-from slimformer.model.anatomy import find_anatomy
 from slimformer.model.layer_parts import KINDS, Kind
 from slow_rows import kept, positions, slowly
 from sweep.classes import Family
@@ -272,9 +271,11 @@ class _Examination:
         handles = []
         for kind in KINDS:
             for index in drop.dropped(kind):
-                layer = self.support.anatomy.layers[index]
+                layers = self.support.anatomy.layers
+                calls = [i for i, layer in enumerate(layers) if layer is layers[index]]
                 for entry in self.support.modules[index].silent.get(kind, ()):
-                    handles.append(layer.get_submodule(entry.path).register_forward_hook(_zeroed))
+                    zeroed = _Zeroed(calls.index(index), len(calls))
+                    handles.append(layers[index].get_submodule(entry.path).register_forward_hook(zeroed))
         try:
             yield not drop.block
         finally:
@@ -288,7 +289,7 @@ class _Examination:
 
     def _choose_rows(self) -> None:
         """Half of the tokens at every sublayer: what computing all of them and keeping the chosen ones gives."""
-        keep = RandomKeep(0.5, layers=range(len(find_anatomy(self.model).layers)))
+        keep = RandomKeep(0.5, layers=range(len(self.support.anatomy.layers)))
         try:
             slimformer.patch(self.model, keep)
         except (UnsupportedModelError, PlanError) as refused:
@@ -367,10 +368,21 @@ class _Examination:
             self.result.skipped[condition] = said(failed)
 
 
-def _zeroed(module: nn.Module, arguments: Any, output: Any) -> Any:
-    if isinstance(output, (tuple, list)):
-        return type(output)([torch.zeros_like(output[0]), *output[1:]])
-    return torch.zeros_like(output)
+@dataclass
+class _Zeroed:
+    """A forward hook that puts zeros for the result of one call of several in every forward pass."""
+
+    turn: int
+    of: int
+    calls: int = 0
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
+        self.calls += 1
+        if (self.calls - 1) % self.of != self.turn:
+            return output
+        if isinstance(output, (tuple, list)):
+            return type(output)([torch.zeros_like(output[0]), *output[1:]])
+        return torch.zeros_like(output)
 
 
 def _state(model: PreTrainedModel) -> tuple[list[str], dict[str, set[str]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from slimformer.cache.slots import CACHE_NAMES
 from slimformer.errors import UnsupportedModelError
-from slimformer.model.anatomy import Anatomy, positional_names
+from slimformer.model.anatomy import Anatomy, layer_count, positional_names
 from slimformer.model.touched_modules import HOOKS
 
 Padding = Literal["none", "left", "right"]
@@ -55,6 +56,7 @@ class LayerCalls:
         beside: What stood for the other values that layers return.
         silent: Whether layers returned zeros.
         last: What the last layer got.
+        called: The layers in the order of their calls.
     """
 
     hidden: Tensor
@@ -67,6 +69,7 @@ class LayerCalls:
     beside: object = field(default=None, repr=False)
     silent: bool = False
     last: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    called: list[nn.Module] = field(default_factory=list, repr=False)
 
 
 def layer_calls(
@@ -119,8 +122,8 @@ def layer_calls(
     failure: Exception | None = None
     for returns, beside in _KINDS_OF_RESULT:
         calls = LayerCalls(torch.empty(0), [], text, returns, beside=beside, silent=silent)
-        stubs = [_stub(layer, calls) for layer in anatomy.layers]
-        mirror = mirrored(anatomy.stack, {id(anatomy.layers): nn.ModuleList(stubs)})
+        stubs = {id(layer): _stub(layer, calls) for layer in anatomy.layers}
+        mirror = mirrored(anatomy.stack, stubs)
         try:
             with torch.no_grad():
                 mirror(**given)
@@ -131,12 +134,49 @@ def layer_calls(
         except Exception as error:
             failure = failure or error
             continue
-        if len(calls.arguments) == len(anatomy.layers):
+        if len(calls.arguments) == len(anatomy.layers) or (anatomy.repeats and calls.arguments):
             return calls
     raise UnsupportedModelError(
         f"{type(anatomy.stack).__name__} could not be called on {tokens} tokens with layers that hand their input on: "
         f"{type(failure).__name__}: {failure}. The model was left as it was."
     )
+
+
+def layers_by_depth(anatomy: Anatomy) -> Anatomy:
+    """The same layers with one entry for every call of a layer in one forward pass.
+
+    Raises:
+        UnsupportedModelError: If the stack calls them otherwise than one behind the other, or keeps a cache.
+    """
+    if not anatomy.repeats:
+        return anatomy
+    name, layer = type(anatomy.stack).__name__, type(anatomy.layers[0]).__name__
+    calls = layer_calls(anatomy)
+    count = layer_count(anatomy.stack.config)
+    why = ""
+    if calls is None:
+        why = "which layer is called when is seen by calling the stack, and its weights are not in memory"
+    elif {id(called) for called in calls.called} != {id(known) for known in anatomy.layers}:
+        why = "not all of them are called"
+    elif not count or len(calls.called) % count:
+        said = "not said" if count is None else count
+        why = f"{len(calls.called)} calls were seen, and the config says layers ({said})"
+    elif not calls.passes_on:
+        why = "what one call returns is not what the next one gets"
+    elif keeps_cache(anatomy):
+        why = "they keep a key-value cache, in which every call has another slot"
+    if why or calls is None:
+        raise UnsupportedModelError(
+            f"{name} lists layers in groups, or calls {layer} several times in one forward, and the calls are none "
+            f"that can be left out one by one: {why}. The model was left as it was."
+        )
+    place = {id(known): index for index, known in enumerate(anatomy.layers)}
+    types = tuple(anatomy.layer_types[place[id(called)]] for called in calls.called)
+    found = dataclasses.replace(anatomy, layers=nn.ModuleList(calls.called), layer_types=types, caches=False)
+    if len(place) < len(types):
+        why = f"its stack calls {layer} {len(types)} times in one forward, with the weights of {len(place)}"
+        return dataclasses.replace(found, unknown=why)
+    return dataclasses.replace(found, repeats=False)
 
 
 @torch.no_grad()
@@ -265,6 +305,7 @@ class _Handed:
     """Stands in for the `forward` of a layer: notes what comes and hands the residual on."""
 
     calls: LayerCalls
+    layer: nn.Module
     names: tuple[str, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -281,6 +322,7 @@ class _Handed:
         if calls.beside is not None and any(value is calls.beside for value in given.values()):
             calls.hands_over = True
         calls.arguments.append(given)
+        calls.called.append(self.layer)
         calls.last = hidden
         calls.returned = torch.zeros_like(hidden) if calls.silent else hidden.clone()
         return (calls.returned, *[calls.beside] * (calls.returns - 1)) if calls.returns else calls.returned
@@ -288,7 +330,7 @@ class _Handed:
 
 def _stub(layer: nn.Module, calls: LayerCalls) -> nn.Module:
     stub = _shallow(layer)
-    stub.__dict__["forward"] = _Handed(calls, positional_names(layer))
+    stub.__dict__["forward"] = _Handed(calls, layer, positional_names(layer))
     return stub
 
 

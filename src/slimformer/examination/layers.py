@@ -184,7 +184,8 @@ def _fill_stores(anatomy: Anatomy, calls: LayerCalls) -> list[bool]:
 def _shared_modules(anatomy: Anatomy) -> set[int]:
     """Modules that stand in several layers: what one of these does not compute, none does."""
     seen: dict[int, int] = {}
-    for index, layer in enumerate(anatomy.layers):
+    # A layer that stands there for several calls is one.
+    for index, layer in enumerate(dict.fromkeys(anatomy.layers)):
         for module in layer.modules():
             if seen.setdefault(id(module), index) != index:
                 seen[id(module)] = -1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from slimformer.cache.slots import compact_slots
-from slimformer.calls.layer_calls import check_cache_arguments, keeps_cache, layer_calls
+from slimformer.calls.layer_calls import check_cache_arguments, keeps_cache, layer_calls, layers_by_depth
 from slimformer.errors import UnsupportedModelError
 from slimformer.examination.layers import LayerFinding, examine_layers, examine_modules, row_sublayers
 from slimformer.model.anatomy import Anatomy, find_anatomy
@@ -46,7 +46,8 @@ class Support:
             sublayers = row_sublayers(self.anatomy, index, self.findings[index])
             returns = self.findings[index].returns
             return LayerExecutor(layer, self.anatomy.structure, by_rows=sublayers, returns=returns)
-        return SwitchedLayer(layer, self.modules[index], self.reason)
+        depth = index if self.anatomy.repeats else None
+        return SwitchedLayer(layer, self.modules[index], self.reason, depth=depth)
 
     def slots(self, dropped: Sequence[int]) -> list[int]:
         """The cache slot of every layer, where the attentions of some are dropped.
@@ -118,6 +119,7 @@ def examine_support(anatomy: Anatomy) -> Support:
     Raises:
         UnsupportedModelError: If the stack cannot be called on a few tokens, or a cache comes by an unknown name.
     """
+    anatomy = layers_by_depth(anatomy)
     check_cache_arguments(anatomy)
     if anatomy.structure.apart:
         why = ""

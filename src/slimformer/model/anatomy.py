@@ -24,13 +24,15 @@ class Anatomy:
 
     Attributes:
         stack: The module whose `forward` loops over the layers (for a vision-language model, its text decoder).
-        layers: The layers, in order.
+        layers: The layers, in order. One that a forward pass calls several times stands there for every call, once
+            `slimformer.calls.layer_calls.layers_by_depth` has seen in which order they come.
         structure: The row of the table that the layers match.
         layer_types: The cache and mask type of every layer, such as `"full_attention"`.
         unknown: Why no row of the table describes the layers, in words; empty where one does.
         caches: Whether the stack was seen to keep a key-value cache; None where attributes of the layers tell.
         reads_padding: Whether what stands at padding was seen to change what layers give for text.
         fitting: The rows that the names of the layers' parts fit; `structure` is one of them.
+        repeats: Whether the stack calls layers several times in one forward pass, or may.
     """
 
     stack: PreTrainedModel
@@ -41,6 +43,7 @@ class Anatomy:
     caches: bool | None = None
     reads_padding: bool = False
     fitting: tuple[Structure, ...] = ()
+    repeats: bool = False
 
     @property
     def causal(self) -> bool:
@@ -76,6 +79,12 @@ def attention_core(layer: nn.Module, structure: Structure) -> nn.Module:
         if isinstance(getattr(module, inner, None), nn.Module):
             return getattr(module, inner)
     return module
+
+
+def first_calls(anatomy: Anatomy) -> list[int]:
+    """For every entry of the layers, the first that is the same layer: itself, unless that is called several times."""
+    places: dict[int, int] = {}
+    return [places.setdefault(id(layer), index) for index, layer in enumerate(anatomy.layers)]
 
 
 def _attends(module: nn.Module) -> bool:
@@ -151,15 +160,23 @@ def find_anatomy(model: Any) -> Anatomy:
         for name, module in root.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and any(True for _ in module[0].parameters())
     ]
-    fitting = [(name, module) for name, module in lists if len(module) == _count(_owner(root, name).config)]
+    grouped = _grouped(root, lists)
+    if grouped is not None:
+        return grouped
+    fitting = [
+        (name, module) for name, module in lists if len(module) == layer_count(_owner(root, name).config)
+    ]
     # First those of the right length: CANINE has one like them before and behind its layers.
     for name, module in (*fitting, *lists):
         structures = fitting_structures(module)
         if structures:
             return _anatomy(root, name, module, structures)
+    if not fitting and len(lists) == 1:
+        # Such as one layer that is called once for every layer of the config.
+        return _repeating(root, *lists[0])
     if not fitting:
         seen = "; ".join(f"{name} with {len(module)} entries" for name, module in lists[:3]) or "none"
-        count = _count(root.config)
+        count = layer_count(root.config)
         raise UnsupportedModelError(
             f"No list of modules in {type(model).__name__} has as many entries as its config says layers "
             f"({'not said' if count is None else count}): "
@@ -183,7 +200,36 @@ def _owner(root: PreTrainedModel, name: str) -> PreTrainedModel:
     return root
 
 
-def _count(config: Any) -> int | None:
+def _grouped(root: PreTrainedModel, lists: list[tuple[str, nn.ModuleList]]) -> Anatomy | None:
+    """The layers of a stack that lists groups of layers, as ALBERT's; None where no list is one of groups."""
+    for name, module in lists:
+        layers = [layer for entry in module for layer in _within_group(entry)]
+        # The blocks of T5 list their sublayers, which are of several classes.
+        if all(_within_group(entry) for entry in module) and len({type(layer) for layer in layers}) == 1:
+            return _repeating(root, name, nn.ModuleList(layers))
+    return None
+
+
+def _within_group(entry: nn.Module) -> list[nn.Module]:
+    """The layers of an entry that consists of nothing else; none if it does not."""
+    inner = [child for child in entry.children() if any(True for _ in child.parameters())]
+    own = any(True for _ in entry.parameters(recurse=False))
+    if (
+        isinstance(entry, nn.ModuleList)
+        or own
+        or not inner
+        or not all(isinstance(c, nn.ModuleList) for c in inner)
+    ):
+        return []
+    return [layer for child in inner for layer in child.children()]
+
+
+def _repeating(root: PreTrainedModel, name: str, layers: nn.ModuleList) -> Anatomy:
+    why = f"its layers, {type(layers[0]).__name__}, are called by way of groups"
+    return dataclasses.replace(_anatomy(root, name, layers, (BY_MODULES,), why), repeats=True)
+
+
+def layer_count(config: Any) -> int | None:
     """How many layers a config says there are."""
     found = (getattr(config, name, None) for name in ("num_hidden_layers", "num_layers"))
     return next((count for count in found if isinstance(count, int)), None)

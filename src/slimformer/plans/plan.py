@@ -24,6 +24,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
+from slimformer.calls.layer_calls import layers_by_depth
 from slimformer.decisions.policy import Decision, TokenPolicy
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.methods.absolute_positions import GroupedPositions, PositionInterpolation, RecurrentPositions
@@ -79,7 +80,7 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """What must agree between the model a plan was made for and the one it is applied to."""
-    anatomy = find_anatomy(model)
+    anatomy = layers_by_depth(find_anatomy(model))
     config = anatomy.stack.config
     return {
         "model_type": config.model_type,

@@ -183,7 +183,8 @@ class _Probe:
             others = tuple(p for p in matrices if not (p == path or p.startswith(f"{path}.")))
             if _alike(self.residual((path, *others)), self.x) >= _LIKE_ITSELF:
                 chosen.append(path)
-        mixers = [path for path in chosen if self._mixes(path, records)]
+        behind = self._behind_mixing(whole)
+        mixers = [path for path in chosen if self._mixes(path, records, behind)]
         if not self._mixes_nowhere_else(mixers, records):
             # As Inkling's convolution behind the MLP does, whose state is in the attention's cache slot.
             return dict.fromkeys(KINDS, ())
@@ -237,23 +238,33 @@ class _Probe:
         after, before = (t.reshape(shape)[:, :, 1:].flatten(0, 2) for t in (found, base))
         return error(after, before) > tolerance(self.x)
 
-    def _mixes(self, path: str, records: dict[str, Record]) -> bool | None:
+    def _with_another_first_token(self) -> _Probe:
+        given = {name: perturbed(value) for name, value in self.given.items()}
+        return _Probe(self.layer, self._other_first_token(self.x), given)
+
+    def _behind_mixing(self, records: dict[str, Record]) -> set[str]:
+        """The modules, of these, whose output for a token depends on other tokens, by whatever way."""
+        again: dict[str, Record] = {}
+        self._with_another_first_token().run(records=again)
+        return {
+            path
+            for path, record in records.items()
+            if path not in again or self._differs_elsewhere(again[path].vectors, record.vectors)
+        }
+
+    def _mixes(self, path: str, records: dict[str, Record], behind: set[str]) -> bool | None:
         """Whether a module's output for a token depends on other tokens, or on what other layers know of them."""
-        base = records[path].vectors
-        changed, given = self._other_first_token(self.x), {n: perturbed(v) for n, v in self.given.items()}
-        probe, again = _Probe(self.layer, changed, given), dict[str, Record]()
+        base, again = records[path].vectors, dict[str, Record]()
         # What other mixers put out is held as it was, so that only this one's own mixing shows.
         held = {
             other: Held(record.output)
             for other, record in records.items()
-            if other != path
+            if other in behind
+            and other != path
             and not other.startswith(f"{path}.")
             and not path.startswith(f"{other}.")
-            and record.calls == 1
-            and _has_matrix(self.layer, other)
-            and _per_token(record.vectors, self.x, self.x.shape[-2])
         }
-        probe.run(held, again)
+        self._with_another_first_token().run(held, again)
         found = again[path].vectors if path in again else None
         if base is None or found is None:
             return None

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from slimformer.cache.counted_slot import Count
 from slimformer.cache.slots import CACHE_NAMES, Content
-from slimformer.changes.ledger import Ledger
+from slimformer.calls.depths import stand_in
+from slimformer.changes.ledger import Ledger, has_own
 from slimformer.decisions.policy import Decision
 from slimformer.decisions.replacements import Mean
 from slimformer.decisions.selection import RowSelector
 from slimformer.errors import UnsupportedModelError
 from slimformer.model.anatomy import Anatomy, positional_names
 from slimformer.model.layer_parts import KINDS, Kind
-from slimformer.model.touched_modules import has_own_forward
 from slimformer.runtime.sublayer_modules import SublayerModules, Zeros
 
 
@@ -34,6 +34,7 @@ class SwitchedLayer:
         why: Why no more than this is possible, in words.
         sublayers: The plan of each sublayer.
         shortens: Whether its cache may hold fewer tokens than the text has; never.
+        depth: Which of several calls of the layer in one forward pass this is; None where there is one.
     """
 
     layer: nn.Module
@@ -41,6 +42,7 @@ class SwitchedLayer:
     why: str = ""
     sublayers: dict[Kind, Decision] = field(default_factory=lambda: {kind: Decision() for kind in KINDS})
     shortens: bool = False
+    depth: int | None = None
 
     def computes(self, kind: Kind) -> str:
         """Whether a sublayer is computed, in two words."""
@@ -89,7 +91,7 @@ class SwitchedLayer:
         index = slot
         self._check(index)
         dropped = [kind for kind in KINDS if not self.sublayers[kind].compute]
-        if dropped and has_own_forward(self.layer):
+        if dropped and has_own(self.layer, "forward"):
             raise self._impossible(
                 "part", index, "its forward was replaced by somebody else's, whose parts are not known"
             )
@@ -97,9 +99,8 @@ class SwitchedLayer:
         if len(dropped) == len(KINDS) and bare:
             if "block" in self.modules.reasons:
                 raise self._impossible("the whole", index, self.modules.reasons["block"])
-            ledger.set_forward(
-                self.layer, _Bypass(self.modules.returns, Count(slot, positional_names(self.layer)))
-            )
+            bypass = _Bypass(self.modules.returns, Count(slot, positional_names(self.layer)))
+            stand_in(ledger, self.layer, bypass, self.depth)
             return
         for kind in dropped:
             if kind not in self.modules.silent:
@@ -123,11 +124,17 @@ class SwitchedLayer:
             # Once, where a layer has several mixers.
             counts = kind == "attention" and entry.path == self._caching()
             seen = Count(index, positional_names(module)) if counts else None
-            ledger.set_forward(module, Zeros(entry, vector, seen))
+            stand_in(ledger, module, Zeros(entry, vector, seen), self.depth)
 
     def _check(self, index: int) -> None:
         for kind in KINDS:
             plan = self.sublayers[kind]
+            if self.depth is not None and (plan.replacement is not None or plan.changes):
+                raise UnsupportedModelError(
+                    f"The {kind} of layer {index} of {type(self.layer).__name__} can be left out, but nothing with "
+                    f"weights can stand in its place and none of its weights can be changed: {self.why}. Use "
+                    "LayerDrop(replace='nothing'), or EarlyExit without a head."
+                )
             if plan.rows or plan.not_evicted or plan.prepares:
                 raise UnsupportedModelError(
                     f"Tokens cannot be left out of the {kind} of layer {index}: {self.why}. LayerDrop, EarlyExit and "

@@ -116,6 +116,11 @@ def repair(
             "The model is patched; its dense self is to be the teacher. Call unpatch first."
         )
     inner, anatomy = transformer_of(model), find_anatomy(model)
+    if anatomy.repeats:
+        raise CalibrationError(
+            f"{type(anatomy.stack).__name__} cannot be repaired: {anatomy.unknown}, so that no weight belongs to one "
+            "of its layers alone. Plans without repair apply to it."
+        )
     _check_weights(inner)
     parts = in_rounds(given, rounds)
     tokenizer = tokenizer or tokenizer_of(model)

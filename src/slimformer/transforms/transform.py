@@ -16,7 +16,7 @@ from slimformer.calls.texts import TextReader, Texts
 from slimformer.changes.ledger import Ledger
 from slimformer.decisions.fields import is_whole
 from slimformer.errors import PlanError, UnsupportedModelError
-from slimformer.model.anatomy import Anatomy, attention_core, in_eval_mode, positional_names
+from slimformer.model.anatomy import Anatomy, attention_core, first_calls, in_eval_mode, positional_names
 from slimformer.rows.scores import SCORES, Scores, own_config, scores_of
 from slimformer.runtime.sublayer import for_attention
 from slimformer.transforms.scored_attention import ScoredAttention, computes_scores_itself
@@ -49,7 +49,8 @@ def transformed_by(methods: Iterable[object], attentions: Attentions) -> dict[in
             for index, note in method.transform_attention(attentions).items():
                 if note:
                     notes.setdefault(index, []).append(note)
-    return {index: ", ".join(found) for index, found in notes.items()}
+    said = {index: ", ".join(found) for index, found in notes.items()}
+    return {index: said[of] for index, of in enumerate(first_calls(attentions.anatomy)) if of in said}
 
 
 @dataclass
@@ -76,10 +77,15 @@ class Attentions:
 
     @property
     def layers(self) -> list[int]:
-        """The indices of the layers that have attention scores: not linear attentions, recurrences or convolutions."""
-        types = self.anatomy.layer_types
+        """The indices of the layers that have attention scores: not linear attentions, recurrences or convolutions.
+
+        Of a layer that is called several times it is the first: what is changed about it counts for every call.
+        """
+        types, first = self.anatomy.layer_types, first_calls(self.anatomy)
         return [
-            index for index, kind in enumerate(types) if not any(word in kind for word in _WITHOUT_SCORES)
+            index
+            for index, kind in enumerate(types)
+            if first[index] == index and not any(word in kind for word in _WITHOUT_SCORES)
         ]
 
     def full_layers(self, owner: str) -> list[int]:
