@@ -270,11 +270,10 @@ def test_the_command_drops_by_a_task_and_reports_on_the_rest(tmp_path: Path) -> 
     assert "attention" in shown
     figures = json.loads(run("eval", folder, "--plan", out, "--task", data, "--json").stdout)
     assert figures["data"].endswith("the held-out queries")
-    neighbours = tmp_path / "neighbours"
-    run(
-        "calibrate", "drop", folder, "-o", neighbours, "--drop", 1, "--set", f"task={tsv(tmp_path / 'p.tsv')}"
-    )
-    assert "every other pair" in Plan.from_pretrained(neighbours).provenance["arguments"]["task"]
+    words, neighbours = tmp_path / "words.txt", tmp_path / "neighbours"
+    words.write_text("\n\n".join(TEXTS))
+    run("calibrate", "drop", folder, "-o", neighbours, "--drop", 1, "--set", f"task={words}")
+    assert "words.txt" in Plan.from_pretrained(neighbours).provenance["arguments"]["task"]
 
 
 def test_the_command_reads_the_task_before_it_loads_a_model(tmp_path: Path) -> None:

@@ -274,12 +274,9 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
         TokenElimination(**settings)
 
 
-def test_a_method_without_a_schedule_is_for_calibration_alone() -> None:
+def test_models_and_caches_that_cannot_lose_tokens_are_refused() -> None:
     with pytest.raises(PlanError, match=r"at least one layer.* chooses them"):
         slimformer.patch(tiny_model("llama"), TokenElimination(scorer="norm"))
-
-
-def test_models_and_caches_that_cannot_lose_tokens_are_refused() -> None:
     with pytest.raises(PlanError, match="allowed are 1 to 3"):
         slimformer.patch(tiny_model("llama"), TokenElimination({7: 0.5}))
     for name in ("gemma2", "modernbert"):
