@@ -35,10 +35,14 @@ def drawing(theme: str, width: float, height: float, label: str, parts: Iterable
     )
 
 
-def text(x: float, y: float, content: str, style: str = "muted", anchor: str = "start", turned: bool = False) -> str:
+def text(
+    x: float, y: float, content: str, style: str = "muted", anchor: str = "start", turned: bool = False
+) -> str:
     """A text element; `anchor` is which of its ends lies at `x`."""
     turn = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turned else ""
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>{escape(content)}</text>'
+    return (
+        f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>{escape(content)}</text>'
+    )
 
 
 def path(points: Iterable[tuple[float, float]], style: str) -> str:

@@ -57,7 +57,9 @@ def speed_and_quality(theme: str) -> str:
     ]
     for series in _series(files):
         parts += _drawn(series)
-    label = "Speed of embedding beside the unpatched model against the retrieval quality that is kept, per method"
+    label = (
+        "Speed of embedding beside the unpatched model against the retrieval quality that is kept, per method"
+    )
     return drawing(theme, _LEFT + _WIDTH + 18, _TOP + _HEIGHT + 54, label, parts)
 
 

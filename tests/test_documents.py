@@ -1,0 +1,201 @@
+"""What the documents show runs, on tiny models in the place of those that they name; their figures are current.
+
+A page's blocks run one after the other, in one namespace and one folder. The folder holds what pages name: models, texts,
+a task. Names of the Hub are folders there too, so that nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, Transformer
+from typer.testing import CliRunner
+
+from docs.drawings.__main__ import drawings
+from docs.drawings.floors import ordered
+from embedding_data import TEXTS, beir, tsv
+from slimformer.cli import app
+from tiny_checkpoints import tiny_tokenizer
+from tiny_models import tiny_model
+
+ROOT = Path(__file__).parents[1]
+PAGES = [path for path in sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))]
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# What a page says in the size that a reader wants, and what it becomes where only its working is of interest.
+_SMALLER = {"steps=250": "steps=2", "length=1024": "length=32", "max_new_tokens=20": "max_new_tokens=2"}
+_SETTINGS = {
+    "repair": ("--steps", "2", "--length", "32"),
+    "calibrate route": ("--steps", "2", "--length", "32"),
+    "calibrate eliminate": (),
+    "bench": ("--prompt", "32", "--tokens", "4"),
+    "generate": ("--max-new-tokens", "4"),
+}
+# They take minutes, or change the user's shell: that they exist is enough.
+_NOT_RUN = {"demo"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page.
+
+    Attributes:
+        line: Where its first line stands.
+        language: What the fence says.
+        text: What is in it.
+    """
+
+    line: int
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text("utf-8")
+    return [
+        Block(text[: match.start(2)].count("\n") + 1, match[1], match[2]) for match in _BLOCK.finditer(text)
+    ]
+
+
+def pages_with_code() -> list[Path]:
+    return [page for page in PAGES if blocks(page)]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that pages name."""
+    folder = tmp_path_factory.mktemp("reader")
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.model_max_length = 8192
+    for path in ("my-model", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        tiny_model("llama", num_hidden_layers=8, max_position_embeddings=8192).save_pretrained(folder / path)
+        tokenizer.save_pretrained(folder / path)
+    tokenizer.model_max_length = 512
+    bert = tiny_model("bert", max_position_embeddings=512)
+    bert.save_pretrained(folder / "my-bert")
+    tokenizer.save_pretrained(folder / "my-bert")
+    transformer = Transformer(str(folder / "my-bert"))
+    pipeline = SentenceTransformer(modules=[transformer, Pooling(32, pooling_mode="mean")], device="cpu")
+    for path in ("my-encoder", "sentence-transformers/all-MiniLM-L6-v2"):
+        pipeline.save(str(folder / path))
+    # Long enough that a part of it can be held out.
+    (folder / "my-texts.txt").write_text("\n\n".join(" ".join(TEXTS[i:] + TEXTS[:i]) for i in range(40)))
+    beir(folder / "my-beir")
+    tsv(folder / "my-pairs.tsv")
+    return folder
+
+
+@pytest.fixture
+def reader(named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of somebody who reads a page: what it names is there, and what it writes is new."""
+    for path in named.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", pages_with_code(), ids=name)
+def test_every_block_of_a_page_runs(page: Path, reader: Path) -> None:
+    torch.manual_seed(0)
+    namespace: dict[str, Any] = {}
+    for block in blocks(page):
+        if block.language == "python":
+            # Lines as on the page, for the traceback.
+            code = "\n" * (block.line - 1) + smaller(block.text)
+            exec(compile(code, name(page), "exec"), namespace)
+        elif block.language == "sh":
+            for line in block.text.splitlines():
+                run_shell(shlex.split(line, comments=True), f"{name(page)}: {line}")
+        else:
+            pytest.fail(f"{name(page)}, line {block.line}: no test runs blocks of {block.language or 'no language'}")
+
+
+def smaller(text: str) -> str:
+    for given, used in _SMALLER.items():
+        text = text.replace(given, used)
+    return text
+
+
+def run_shell(words: list[str], shown: str) -> None:
+    """One line of a shell: a command of ours is run, of others it is checked that what they are told of exists."""
+    match words:
+        case []:
+            pass
+        case ["slimformer", *arguments]:
+            run_command(arguments, shown)
+        case ["make", target, *_]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE), shown
+        case ["pip", "install", wanted]:
+            asked = set(re.findall(r"[\w-]+", wanted.strip(".")))
+            extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text("utf-8"), re.DOTALL)
+            assert extras is not None
+            assert asked <= set(re.findall(r"^([\w-]+) = ", extras[1], re.MULTILINE)), shown
+        case ["python", "-m", module, *_] | ["pytest", module]:
+            assert (ROOT / module.replace(".", "/")).is_dir(), shown
+        case _:
+            pytest.fail(f"no test knows the command of {shown}")
+
+
+def run_command(arguments: list[str], shown: str) -> None:
+    command = typer.main.get_command(app)
+    named = [word for word in arguments[:2] if not word.startswith("-")]
+    key = " ".join(named) if named[:1] == ["calibrate"] else "".join(named[:1])
+    if key in _NOT_RUN:
+        assert key in command.list_commands(None), shown  # type: ignore[attr-defined]
+        return
+    result = CliRunner().invoke(app, [*arguments, *_SETTINGS.get(key, ())])
+    assert result.exit_code == 0, f"{shown}\n{result.output}"
+
+
+def test_drawings_are_those_of_the_results_and_of_the_floors() -> None:
+    stale = [file for file, made in drawings().items() if (ROOT / "docs/assets" / file).read_text("utf-8") != made]
+    assert stale == [], "run python -m docs.drawings"
+
+
+def test_every_floor_is_a_folder_or_a_module_of_the_library() -> None:
+    found = {path.stem for path in (ROOT / "src/slimformer").iterdir() if path.suffix in ("", ".py")}
+    assert set(ordered()) == found - {"__init__", "__pycache__"}
+
+
+def test_the_readme_fits_and_counts_the_models_that_the_page_lists() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert len(readme.splitlines()) <= 150
+    page = (ROOT / "docs/supported_models.md").read_text("utf-8")
+    rows = re.findall(r"^\| (?:de|en)coders \|([\d |]+)\|$", page, re.MULTILINE)
+    counts = [[int(number) for number in row.split("|")] for row in rows]
+    first, second, refused, _, _ = (sum(column) for column in zip(*counts, strict=True))
+    said = re.search(r"(\d+) of the (\d+) text .*?In (\d+) of them .*?; in (\d+) whole", readme, re.DOTALL)
+    assert said is not None
+    assert [int(number) for number in said.groups()] == [first + second, first + second + refused, first, second]
+
+
+def links(page: Path) -> Iterator[str]:
+    text = re.sub(_BLOCK, "", page.read_text("utf-8"))
+    yield from re.findall(r"\]\(([^)\s]+)\)", text)
+    yield from re.findall(r'(?:src|srcset)="([^"]+)"', text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
+    for link in links(page):
+        target, _, anchor = link.partition("#")
+        if "://" in link or not target:
+            continue
+        file = page.parent / target
+        assert file.exists(), link
+        if anchor and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, link
