@@ -1,7 +1,7 @@
 """What the documents show runs, on tiny models in the place of those that they name; their figures are current.
 
-A page's blocks run one after the other, in one namespace and one folder. The folder holds what pages name: models, texts,
-a task. Names of the Hub are folders there too, so that nothing is fetched.
+A page's blocks run one after the other, in one namespace and one folder. The folder holds what pages name: models,
+texts, a task. Names of the Hub are folders there too, so that nothing is fetched.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 import pytest
 import torch
 import typer
+from docs.drawings.__main__ import drawings
+from docs.drawings.floors import ordered
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
 from typer.testing import CliRunner
 
-from docs.drawings.__main__ import drawings
-from docs.drawings.floors import ordered
 from embedding_data import TEXTS, beir, tsv
 from slimformer.cli import app
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = [path for path in sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # What a page says in the size that a reader wants, and what it becomes where only its working is of interest.
 _SMALLER = {"steps=250": "steps=2", "length=1024": "length=32", "max_new_tokens=20": "max_new_tokens=2"}
@@ -120,7 +120,9 @@ def test_every_block_of_a_page_runs(page: Path, reader: Path) -> None:
             for line in block.text.splitlines():
                 run_shell(shlex.split(line, comments=True), f"{name(page)}: {line}")
         else:
-            pytest.fail(f"{name(page)}, line {block.line}: no test runs blocks of {block.language or 'no language'}")
+            pytest.fail(
+                f"{name(page)}, line {block.line}: no test runs blocks of {block.language or 'no language'}"
+            )
 
 
 def smaller(text: str) -> str:
@@ -140,7 +142,11 @@ def run_shell(words: list[str], shown: str) -> None:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE), shown
         case ["pip", "install", wanted]:
             asked = set(re.findall(r"[\w-]+", wanted.strip(".")))
-            extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text("utf-8"), re.DOTALL)
+            extras = re.search(
+                r"\[project.optional-dependencies\]\n(.*?)\n\[",
+                (ROOT / "pyproject.toml").read_text("utf-8"),
+                re.DOTALL,
+            )
             assert extras is not None
             assert asked <= set(re.findall(r"^([\w-]+) = ", extras[1], re.MULTILINE)), shown
         case ["python", "-m", module, *_] | ["pytest", module]:
@@ -161,7 +167,9 @@ def run_command(arguments: list[str], shown: str) -> None:
 
 
 def test_drawings_are_those_of_the_results_and_of_the_floors() -> None:
-    stale = [file for file, made in drawings().items() if (ROOT / "docs/assets" / file).read_text("utf-8") != made]
+    stale = [
+        file for file, made in drawings().items() if (ROOT / "docs/assets" / file).read_text("utf-8") != made
+    ]
     assert stale == [], "run python -m docs.drawings"
 
 
@@ -171,15 +179,20 @@ def test_every_floor_is_a_folder_or_a_module_of_the_library() -> None:
 
 
 def test_the_readme_fits_and_counts_the_models_that_the_page_lists() -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert len(readme.splitlines()) <= 150
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert len(lines) <= 150
     page = (ROOT / "docs/supported_models.md").read_text("utf-8")
     rows = re.findall(r"^\| (?:de|en)coders \|([\d |]+)\|$", page, re.MULTILINE)
     counts = [[int(number) for number in row.split("|")] for row in rows]
     first, second, refused, _, _ = (sum(column) for column in zip(*counts, strict=True))
-    said = re.search(r"(\d+) of the (\d+) text .*?In (\d+) of them .*?; in (\d+) whole", readme, re.DOTALL)
+    said = re.search(r"(\d+) of the (\d+) text .*?In (\d+) of them .*?; in (\d+) whole", " ".join(lines))
     assert said is not None
-    assert [int(number) for number in said.groups()] == [first + second, first + second + refused, first, second]
+    assert [int(number) for number in said.groups()] == [
+        first + second,
+        first + second + refused,
+        first,
+        second,
+    ]
 
 
 def links(page: Path) -> Iterator[str]:

@@ -11,6 +11,7 @@ _COLOURS = {
     "dark": ("#e8eaed", "#9198a1", "#3d444d", "#6db3ff", "#f2a55f", "#66c9a6", "#c297ff"),
 }
 THEMES = tuple(_COLOURS)
+_SHOWN = 1.25
 
 
 def drawing(theme: str, width: float, height: float, label: str, parts: Iterable[str]) -> str:
@@ -20,6 +21,7 @@ def drawing(theme: str, width: float, height: float, label: str, parts: Iterable
         'text{font:14px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}',
         f".ink{{fill:{ink}}}.muted{{fill:{muted}}}.strong{{fill:{ink};font-weight:600}}",
         f".code{{fill:{ink};font:600 14px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}}",
+        f".small{{fill:{muted};font-size:12px}}",
         f".line{{stroke:{line};stroke-width:1;fill:none}}.arrow{{stroke:{muted};stroke-width:1.5;fill:none}}",
         *(
             f".s{i}{{fill:{c};stroke:{c}}}.o{i}{{fill:none;stroke:{c};stroke-width:2}}"
@@ -27,12 +29,10 @@ def drawing(theme: str, width: float, height: float, label: str, parts: Iterable
             for i, c in enumerate(series)
         ),
     ]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-        f'height="{height:g}" role="img" aria-label="{escape(label)}">\n<style>{"".join(rules)}</style>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
+    # Drawn small, so that it can be read on a telephone, and shown larger where there is room.
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{_SHOWN * width:g}" height="{_SHOWN * height:g}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(label)}">'
+    return "\n".join([head, f"<style>{''.join(rules)}</style>", *parts, "</svg>"]) + "\n"
 
 
 def text(

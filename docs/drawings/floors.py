@@ -9,9 +9,9 @@ from pathlib import Path
 from docs.drawings.canvas import drawing, path, text
 
 _ROOT = Path(__file__).parents[2]
-_LEFT, _WIDTH, _ROW = 34.0, 586.0, 46.0
+_LEFT, _WIDTH, _ROW = 26.0, 450.0, 44.0
 # As many characters as a row is wide.
-_MOST = 76
+_MOST = 70
 
 
 def floors(theme: str) -> str:
@@ -20,8 +20,8 @@ def floors(theme: str) -> str:
     bottom = 28 + _ROW * len(names)
     parts = [
         text(_LEFT, 16, "A folder imports from folders below it, never from above.", "ink"),
-        path([(14, 32), (14, bottom - 6)], "arrow"),
-        path([(8, bottom - 14), (14, bottom - 6), (20, bottom - 14)], "arrow"),
+        path([(10, 32), (10, bottom - 6)], "arrow"),
+        path([(4, bottom - 14), (10, bottom - 6), (16, bottom - 14)], "arrow"),
     ]
     for number, name in enumerate(names):
         y = 28 + _ROW * number
@@ -29,9 +29,9 @@ def floors(theme: str) -> str:
             f'<rect class="line" x="{_LEFT}" y="{y:.1f}" width="{_WIDTH}" height="{_ROW - 6}" rx="6"/>'
         )
         parts.append(text(_LEFT + 12, y + 17, name, "code"))
-        parts.append(text(_LEFT + 12, y + 34, _answered(name)))
+        parts.append(text(_LEFT + 12, y + 32, _answered(name), "small"))
     label = f"Floors from the top: {', '.join(names)}. Each imports only from those below it."
-    return drawing(theme, _LEFT + _WIDTH + 10, bottom + 4, label, parts)
+    return drawing(theme, _LEFT + _WIDTH + 4, bottom + 4, label, parts)
 
 
 def ordered() -> list[str]:
@@ -45,11 +45,9 @@ def ordered() -> list[str]:
 
 
 def _answered(name: str) -> str:
-    """What a folder says of itself: the first line of its docstring, to the last comma or colon that fits."""
+    """What a folder says of itself: the first line of its docstring, to its first comma or colon where it is long."""
     folder = _ROOT / "src" / "slimformer" / name
     file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     line = (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").partition("\n")[0]
     line = line.replace("`", "").rstrip(".")
-    while len(line) > _MOST and (cut := max(line.rfind(mark) for mark in ",:;")) > 0:
-        line = line[:cut]
-    return line
+    return line if len(line) <= _MOST else re.split("[,:;]", line)[0]
