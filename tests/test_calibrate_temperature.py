@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 import slimformer
 from real_models import minilm
 from slimformer import Plan, TempScale
-from slimformer.calibration.temperature import calibrate_temperature
 from slimformer.cli import app
 from slimformer.errors import CalibrationError, DataError, PlanError
 from slimformer.evaluation.embedding_tasks import NeighbourTask, PairTask
@@ -46,7 +45,7 @@ def pairs(count: int = 24) -> PairTask:
 
 def test_the_best_temperature_of_a_task_is_the_plan(model: Any) -> None:
     task, taus = pairs(), (0.2, 0.5, 2.0)
-    plan = calibrate_temperature(model, task, temperatures=taus, hold_out=False)
+    plan = slimformer.calibrate(model, None, TempScale, data=task, temperatures=taus, hold_out=False)
     curve = plan.provenance["temperature"]
     assert curve["tau"] == [2.0, 1.0, 0.5, 0.2]
     for tau, score in zip(curve["tau"], curve["scores"], strict=True):
@@ -58,7 +57,7 @@ def test_the_best_temperature_of_a_task_is_the_plan(model: Any) -> None:
 
 
 def test_only_a_part_of_the_task_is_looked_at(model: Any) -> None:
-    plan = calibrate_temperature(model, pairs(), temperatures=[0.5])
+    plan = slimformer.calibrate(model, None, TempScale, data=pairs(), temperatures=[0.5])
     assert plan.provenance["data"] == "pairs, every other pair"
 
 
@@ -78,7 +77,9 @@ def test_spread_is_the_mean_distance_between_texts_of_a_length(model: Any) -> No
 
 def test_without_labels_the_mildest_that_keeps_the_spread_is_taken(model: Any) -> None:
     model.max_seq_length = 32
-    plan = calibrate_temperature(model, NeighbourTask("words", sentences(60, 16)), temperatures=[0.3, 0.6])
+    plan = slimformer.calibrate(
+        model, None, TempScale, data=NeighbourTask("words", sentences(60, 16)), temperatures=[0.3, 0.6]
+    )
     curve = plan.provenance["temperature"]
     assert curve["lengths"] == [16, 32]
     figures = [min(long / short, 1.0) for short, long in curve["spread"]]
@@ -93,7 +94,7 @@ def test_a_real_model_is_swept_and_left_as_it_was() -> None:
     model = SentenceTransformer(str(minilm()), device="cpu")
     texts = sentences(6, 12)
     before = model.encode(texts)
-    plan = calibrate_temperature(model, pairs(8), temperatures=[0.8], hold_out=False)
+    plan = slimformer.calibrate(model, None, TempScale, data=pairs(8), temperatures=[0.8], hold_out=False)
     assert (model.encode(texts) == before).all()
     slimformer.patch(model, TempScale(0.8))
     assert abs(model.encode(texts) - before).max() > 1e-3
@@ -102,14 +103,17 @@ def test_a_real_model_is_swept_and_left_as_it_was() -> None:
 
 def test_what_cannot_be_swept_is_refused(model: Any) -> None:
     with pytest.raises(PlanError, match="takes a number above 0, got 0"):
-        calibrate_temperature(model, pairs(), temperatures=[0])
+        slimformer.calibrate(model, None, TempScale, data=pairs(), temperatures=[0])
     with pytest.raises(DataError, match="fills 1 texts of 128 tokens, and 8 are needed"):
-        calibrate_temperature(model, NeighbourTask("words", sentences(10, 4)))
+        slimformer.calibrate(model, None, TempScale, data=NeighbourTask("words", sentences(10, 4)))
     with pytest.raises(CalibrationError, match="Call unpatch first"):
-        calibrate_temperature(slimformer.patch(model), pairs())
+        slimformer.calibrate(slimformer.patch(model), None, TempScale, data=pairs())
     with pytest.raises(CalibrationError, match="measured with a SentenceTransformer, got BertModel"):
-        calibrate_temperature(
-            transformer_of(slimformer.unpatch(model)), NeighbourTask("words", sentences(10, 4))
+        slimformer.calibrate(
+            transformer_of(slimformer.unpatch(model)),
+            None,
+            TempScale,
+            data=NeighbourTask("words", sentences(10, 4)),
         )
 
 

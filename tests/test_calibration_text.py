@@ -11,9 +11,9 @@ from tokenizers import processors
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import slimformer
+from slimformer import LayerDrop, TokenElimination
 from slimformer.calibration.drops.budgets import BUDGETS
 from slimformer.calibration.drops.calibration_text import longest, read_text
-from slimformer.calibration.elimination import calibrate_elimination
 from slimformer.errors import DataError, SlimformerWarning
 from slimformer.evaluation.quality import measure_quality
 from slimformer.model.anatomy import find_anatomy
@@ -34,9 +34,11 @@ def foreign() -> Any:
 
 
 @pytest.mark.parametrize("call", [
-    lambda model, **given: slimformer.calibrate(model, drop=1, **given),
+    lambda model, **given: slimformer.calibrate(model, method=LayerDrop, drop=1, **given),
     lambda model, **given: calibrate_arank(model, number=1, **given),
-    lambda model, **given: calibrate_elimination(model, max_divergence=1.0, prompt=240, answer=8, least=64, **given),
+    lambda model, **given: slimformer.calibrate(
+        model, method=TokenElimination(least=64), max_loss=1.0, length=240, answer=8, **given
+    ),
     lambda model, **given: slimformer.repair(
         model, slimformer.Plan([slimformer.LayerDrop(mlp=[1])]), what=("norms",), length=32,
         settings=TrainingSettings(steps=1, rows=1), **given),
@@ -54,7 +56,7 @@ def test_ids_that_the_model_has_no_embedding_for_are_refused(call: Any) -> None:
 
 def test_an_encoder_is_refused_such_ids_too() -> None:
     with pytest.raises(DataError, match="the model knows 0 to 63"):
-        slimformer.calibrate(tiny_model("bert"), foreign(), data=TEXTS, drop=1)
+        slimformer.calibrate(tiny_model("bert"), foreign(), LayerDrop, data=TEXTS, drop=1)
     batch = {"input_ids": torch.tensor([[1, 64]])}
     with pytest.raises(DataError, match="ids from 1 to 64, and the model knows 0 to 63"):
         measure_quality(tiny_model("bert"), slimformer.LayerDrop(mlp=[1]), batches=batch)
@@ -77,7 +79,7 @@ def test_texts_are_cut_to_the_positions_a_model_has_whatever_its_tokenizer_says(
         assert model(ids).last_hidden_state.isfinite().all()
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, length + 1), 7))
-    assert slimformer.calibrate(model, tokenizer, data=TEXTS, drop=1).drops
+    assert slimformer.calibrate(model, tokenizer, LayerDrop, data=TEXTS, drop=1).drops
 
 
 def test_blocks_begin_as_the_tokenizer_begins_texts_and_no_iterator_is_read_to_its_end() -> None:
@@ -91,7 +93,7 @@ def test_blocks_begin_as_the_tokenizer_begins_texts_and_no_iterator_is_read_to_i
     assert text.rows["input_ids"].shape == (36, 128)
     assert (text.rows["input_ids"][:, 0] == 1).all()
     assert len(read) < 10_000
-    assert slimformer.calibrate(model, tokenizer, data=itertools.cycle(TEXTS), drop=1).drops
+    assert slimformer.calibrate(model, tokenizer, LayerDrop, data=itertools.cycle(TEXTS), drop=1).drops
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
@@ -101,9 +103,11 @@ def test_too_few_texts_to_choose_by_are_said_with_how_many_would_do(name: str) -
         SlimformerWarning, match="gives 3 blocks .* Give 12 times as much text: .* reads 36 blocks"
     ):
         slimformer.calibrate(
-            model, tiny_tokenizer(), data=TEXTS[:3], drop=1, hold_out=False
+            model, tiny_tokenizer(), LayerDrop, data=TEXTS[:3], drop=1, hold_out=False
         ) if name == "bert" else (
-            slimformer.calibrate(model, tiny_tokenizer(), data=["abc" * 129], drop=1, hold_out=False)
+            slimformer.calibrate(
+                model, tiny_tokenizer(), LayerDrop, data=["abc" * 129], drop=1, hold_out=False
+            )
         )
     with pytest.raises(DataError, match="at least two blocks"):
-        slimformer.calibrate(model, tiny_tokenizer(), data=["abc" * 50], drop=1, hold_out=False)
+        slimformer.calibrate(model, tiny_tokenizer(), LayerDrop, data=["abc" * 50], drop=1, hold_out=False)

@@ -15,7 +15,6 @@ from typer.testing import CliRunner, Result
 import slimformer
 from embedding_data import GOLD, PAIRS, TEXTS, beir, pipeline, tsv
 from slimformer import EarlyExit, LayerDrop, Plan
-from slimformer.calibration.elastic import calibrate_elastic
 from slimformer.calibration.exit_heads import fit_exits
 from slimformer.cli import app
 from slimformer.errors import CalibrationError, PlanError
@@ -56,7 +55,7 @@ def test_an_elastic_calibration_measures_every_exit_at_every_width(
     task = {"beir": lambda: read_retrieval(beir(tmp_path / "tiny")), "pairs": lambda: PairTask("pairs", PAIRS, GOLD),
             "text": lambda: NeighbourTask("text", TEXTS)}[kind]()  # fmt: skip
     dense = model.encode(TEXTS)
-    plan = calibrate_elastic(model, task, layer=2, dimensions=[8, 16])
+    plan = slimformer.calibrate(model, None, EarlyExit(2), data=task, dimensions=[8, 16])
     assert (model.encode(TEXTS) == dense).all()
     assert slimformer.status(model) == {}
     grid = Grid.from_dict(plan.provenance["elastic"])
@@ -89,22 +88,22 @@ def test_an_interrupted_calibration_goes_on_from_what_it_has_measured(
 
     task = Interrupted("text", TEXTS)
     with pytest.raises(KeyboardInterrupt):
-        calibrate_elastic(model, task, layer=2, checkpoint=tmp_path)
+        slimformer.calibrate(model, None, EarlyExit(2), data=task, checkpoint=tmp_path)
     assert slimformer.status(model) == {}
-    plan = calibrate_elastic(model, task, layer=2, checkpoint=tmp_path)
+    plan = slimformer.calibrate(model, None, EarlyExit(2), data=task, checkpoint=tmp_path)
     # Five rows, of which two were there.
     assert len(task.seen) == 3 + 3
-    anew = calibrate_elastic(model, NeighbourTask("text", TEXTS), layer=2)
+    anew = slimformer.calibrate(model, None, EarlyExit(2), data=NeighbourTask("text", TEXTS))
     assert plan.provenance["elastic"] == anew.provenance["elastic"]
     assert len(task.seen) == 6
-    calibrate_elastic(model, task, layer=2, checkpoint=tmp_path, head=False)
+    slimformer.calibrate(model, None, EarlyExit(2), data=task, checkpoint=tmp_path, head=False)
     assert len(task.seen) == 11
 
 
 @pytest.mark.parametrize("mode", ["mean", "lasttoken"])
 def test_a_generative_model_goes_the_same_way(tmp_path: Path, mode: str) -> None:
     model = pipeline(tmp_path, mode, "llama")
-    plan = calibrate_elastic(model, NeighbourTask("text", TEXTS), layer=2)
+    plan = slimformer.calibrate(model, None, EarlyExit(2), data=NeighbourTask("text", TEXTS))
     grid = Grid.from_dict(plan.provenance["elastic"])
     # Positions are counted in the cache of an attention, so one layer runs at least.
     assert grid.layers == (1, 2, 3, 4)
@@ -115,19 +114,24 @@ def test_a_generative_model_goes_the_same_way(tmp_path: Path, mode: str) -> None
         bare = model.encode(TEXTS)
     assert abs(slim - dense).mean() < abs(bare - dense).mean()
     with pytest.raises(CalibrationError, match="no exit 0: allowed are 1 to 3"):
-        calibrate_elastic(model, NeighbourTask("text", TEXTS), layer=0)
+        slimformer.calibrate(model, None, EarlyExit(0), data=NeighbourTask("text", TEXTS))
 
 
 def test_the_lowest_exit_within_the_loss_is_taken(model: SentenceTransformer) -> None:
     task = NeighbourTask("text", TEXTS)
-    grid = Grid.from_dict(calibrate_elastic(model, task, layer=1, head=False).provenance["elastic"])
+    grid = Grid.from_dict(
+        slimformer.calibrate(model, None, EarlyExit(1), data=task, head=False).provenance["elastic"]
+    )
     lost = {index: 1 - row[0] / grid.dense for index, row in zip(grid.layers, grid.scores, strict=True)}
     assert len(set(lost.values())) > 2
     for loss in sorted(lost.values()):
         within = [index for index in grid.layers[:-1] if lost[index] <= loss + 1e-9]
         if within:
             assert (
-                calibrate_elastic(model, task, max_loss=loss + 1e-9, head=False).methods[0].layer == within[0]
+                slimformer.calibrate(model, None, EarlyExit, data=task, max_loss=loss + 1e-9, head=False)
+                .methods[0]
+                .layer
+                == within[0]
             )
 
 
@@ -136,43 +140,50 @@ def test_of_a_dense_figure_below_zero_no_fraction_can_be_lost(model: SentenceTra
     dense = PairTask("pairs", PAIRS, gold).scores(model)[0]
     worse = gold if dense < 0 else [-score for score in gold]
     with pytest.raises(CalibrationError, match="no fraction can be lost"):
-        calibrate_elastic(
-            model, PairTask("pairs", PAIRS, worse), max_loss=0.1, hold_out=False, layers=[1], fit_on=TEXTS
+        slimformer.calibrate(
+            model,
+            None,
+            EarlyExit,
+            data=PairTask("pairs", PAIRS, worse),
+            max_loss=0.1,
+            hold_out=False,
+            layers=[1],
+            fit_on=TEXTS,
         )
 
 
 def test_without_a_head_any_pooling_will_do(tmp_path: Path) -> None:
     model = pipeline(tmp_path, "max")
     with pytest.raises(CalibrationError, match="pooling 'max'"):
-        calibrate_elastic(model, NeighbourTask("text", TEXTS), layer=2)
-    plan = calibrate_elastic(model, NeighbourTask("text", TEXTS), layer=2, head=False)
+        slimformer.calibrate(model, None, EarlyExit(2), data=NeighbourTask("text", TEXTS))
+    plan = slimformer.calibrate(model, None, EarlyExit(2), data=NeighbourTask("text", TEXTS), head=False)
     assert plan.methods == (EarlyExit(2),)
     assert plan.methods[0].weights == {}
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({}, "either layer or max_loss, got neither"),
-    ({"layer": 1, "max_loss": 0.1}, "got both"),
-    ({"max_loss": 1.0}, "fraction from 0 to below 1"),
-    ({"layer": 4}, "no exit 4: allowed are 0 to 3"),
-    ({"layer": 1, "layers": [1, 9]}, "no exit 9"),
-    ({"layer": 1, "layers": []}, "at least one exit"),
-    ({"layer": 1, "dimensions": [33]}, "no dimension 33: allowed are 1 to 32"),
-    ({"layer": 1, "dimensions": [8.5]}, "no dimension 8.5"),
+@pytest.mark.parametrize(("method", "options", "message"), [
+    (EarlyExit, {}, r"either EarlyExit\(layer\) or max_loss, got neither"),
+    (EarlyExit(1), {"max_loss": 0.1}, "got both"),
+    (EarlyExit, {"max_loss": 1.0}, "fraction from 0 to below 1"),
+    (EarlyExit(4), {}, "no exit 4: allowed are 0 to 3"),
+    (EarlyExit(1), {"layers": [1, 9]}, "no exit 9"),
+    (EarlyExit(1), {"layers": []}, "at least one exit"),
+    (EarlyExit(1), {"dimensions": [33]}, "no dimension 33: allowed are 1 to 32"),
+    (EarlyExit(1), {"dimensions": [8.5]}, "no dimension 8.5"),
 ])  # fmt: skip
 def test_arguments_that_cannot_be_are_refused(
-    model: SentenceTransformer, options: dict[str, Any], message: str
+    model: SentenceTransformer, method: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CalibrationError, match=message):
-        calibrate_elastic(model, NeighbourTask("text", TEXTS), **options)
+        slimformer.calibrate(model, None, method, data=NeighbourTask("text", TEXTS), **options)
     assert slimformer.status(model) == {}
 
 
 def test_models_that_cannot_be_calibrated_are_refused(model: SentenceTransformer) -> None:
     with pytest.raises(CalibrationError, match="unpatch"):
-        calibrate_elastic(slimformer.patch(model), NeighbourTask("text", TEXTS), layer=1)
+        slimformer.calibrate(slimformer.patch(model), None, EarlyExit(1), data=NeighbourTask("text", TEXTS))
     with pytest.raises(CalibrationError, match="got BertModel"):
-        calibrate_elastic(tiny_model("bert"), NeighbourTask("text", TEXTS), layer=1)
+        slimformer.calibrate(tiny_model("bert"), None, EarlyExit(1), data=NeighbourTask("text", TEXTS))
     with pytest.raises(CalibrationError, match="SentenceTransformer, got BertModel"):
         RetrievalTask("none", {"q": "a"}, {"d": "b"}, {"q": {"d"}}).figures(tiny_model("bert"))
 
@@ -181,13 +192,15 @@ def test_a_loss_that_no_exit_keeps_to_names_what_there_is(model: SentenceTransfo
     with pytest.raises(
         CalibrationError, match=r"No exit loses at most 0 of the dense .*full width: 0: 0\.\d+, 4: 1\."
     ):
-        calibrate_elastic(model, NeighbourTask("text", TEXTS), max_loss=0.0, layers=[0], head=False)
+        slimformer.calibrate(
+            model, None, EarlyExit, data=NeighbourTask("text", TEXTS), max_loss=0.0, layers=[0], head=False
+        )
 
 
 def test_removals_are_chosen_by_the_task(tmp_path: Path, model: SentenceTransformer) -> None:
     task = read_retrieval(beir(tmp_path / "tiny"))
     plan = slimformer.calibrate(
-        model, objective=task, kinds=("block",), drop=2, budget="standard", hold_out=False
+        model, None, LayerDrop, data=task, kinds=("block",), drop=2, budget="standard", hold_out=False
     )
     dense, lost = task.scores(model)[0], {}
     for first in range(4):
@@ -204,21 +217,25 @@ def test_removals_are_chosen_by_the_task(tmp_path: Path, model: SentenceTransfor
 
 def test_what_is_left_in_place_is_fitted_before_the_task_judges(model: SentenceTransformer) -> None:
     task = NeighbourTask("text", TEXTS)
-    plan = slimformer.calibrate(model, objective=task, drop=1, replace="filter", taps=1, budget="standard")
+    plan = slimformer.calibrate(
+        model, None, LayerDrop(replace="filter"), task=task, drop=1, budget="standard"
+    )
     assert plan.methods[0].weights.keys() == {
         f"attention.{plan.methods[0].attention[0]}.{part}" for part in ("weight", "bias")
     }
-    assert plan.provenance["arguments"]["objective"] == "text, four fifths"
+    assert plan.provenance["arguments"]["task"] == "text, four fifths"
     assert plan.provenance["steps"][0]["divergence"] < 1
 
 
-def test_an_objective_that_would_not_be_used_is_refused(model: SentenceTransformer) -> None:
+def test_a_task_that_would_not_be_used_is_refused(model: SentenceTransformer) -> None:
     task = NeighbourTask("text", TEXTS)
-    with pytest.raises(CalibrationError, match="Nothing is judged by the objective"):
-        slimformer.calibrate(model, objective=task, drop=1, selection="cosine")
+    with pytest.raises(CalibrationError, match="Nothing is judged by the task"):
+        slimformer.calibrate(model, None, LayerDrop, data=task, drop=1, selection="cosine")
     with pytest.raises(CalibrationError, match="SentenceTransformer, got BertModel"):
-        slimformer.calibrate(tiny_model("bert"), model.tokenizer, objective=task, drop=1)
-    limited = slimformer.calibrate(model, objective=task, selection="cosine", max_divergence=0.9, drop=1)
+        slimformer.calibrate(tiny_model("bert"), model.tokenizer, LayerDrop, task=task, drop=1)
+    limited = slimformer.calibrate(
+        model, None, LayerDrop, task=task, selection="cosine", max_loss=0.9, drop=1
+    )
     assert limited.provenance["steps"][0]["divergence"] <= 0.9
 
 

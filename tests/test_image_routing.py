@@ -22,7 +22,7 @@ from slimformer.model.anatomy import find_anatomy
 from slimformer.patching import keep_ratios
 from slimformer.training.arank import layer_ranks
 from slimformer.training.loop import TrainingSettings
-from slimformer.training.routers import train_routers
+from slimformer.training.routers import learn_routers
 from slow_rows import one_thread, rows_through, slowly  # noqa: F401
 from test_mixture_of_depths import Decisions, routed
 from tiny_models import COMMON, tiny_model
@@ -132,7 +132,7 @@ def test_routers_of_image_tokens_learn_from_images_with_text(name: str, routing:
         32, attention=[1, 2], mlp=[1, 2], keep=0.5, tokens="image", routing=routing
     )
     settings = TrainingSettings(steps=10, rows=2, learning_rate=1e-2)
-    plan = train_routers(model, method=method, data=examples, settings=settings)
+    plan = learn_routers(model, None, method, data=examples, settings=settings)
     found = plan.measured["routers"]
     assert found["keep"] == pytest.approx(0.5, abs=0.05)
     slimformer.patch(model, plan)
@@ -171,10 +171,10 @@ def test_what_has_no_images_is_refused() -> None:
         model(inputs_embeds=torch.randn(1, 8, 32))
     slimformer.unpatch(model)
     with pytest.raises(DataError, match="images with text"):
-        train_routers(model, method=method, data=["only text"])
+        learn_routers(model, None, method, data=["only text"])
     words = {"input_ids": torch.arange(3, 20)[None]}
     with pytest.raises(DataError, match="no image token"):
-        train_routers(model, method=method, data=[words, words])
+        learn_routers(model, None, method, data=[words, words])
     with pytest.raises(PlanError, match="goes with routing='threshold' and tokens='all'"):
         routed(mlp=[1], tokens="image", per="sequence")
 

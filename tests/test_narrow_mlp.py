@@ -18,7 +18,7 @@ from embedding_data import TEXTS, beir, pipeline
 from real_models import minilm
 from slimformer import EarlyExit, LayerDrop, Plan
 from slimformer.calibration import narrow_mlps
-from slimformer.calibration.narrow_mlps import calibrate_narrow, fit_narrow
+from slimformer.calibration.narrow_mlps import fit_narrow
 from slimformer.cli import app
 from slimformer.errors import CalibrationError, DataError, PlanError, UnsupportedModelError
 from slimformer.evaluation.embedding_tasks import NeighbourTask
@@ -209,7 +209,7 @@ def test_the_real_model_keeps_its_vectors_with_a_linear_last_mlp() -> None:
 def test_the_narrowest_within_the_loss_is_taken(tmp_path: Path, model: SentenceTransformer) -> None:
     task = read_retrieval(beir(tmp_path / "tiny"))
     dense = model.encode(TEXTS)
-    plan = calibrate_narrow(model, task, max_loss=0.99)
+    plan = slimformer.calibrate(model, None, NarrowMlp, data=task, max_loss=0.99)
     assert np.array_equal(model.encode(TEXTS), dense)
     found = plan.provenance["narrow"]
     assert [point["keep"] for point in found["curve"]] == list(narrow_mlps.KEEPS)
@@ -217,7 +217,7 @@ def test_the_narrowest_within_the_loss_is_taken(tmp_path: Path, model: SentenceT
     assert plan.methods[0].units == {0: 8, 1: 8, 2: 8, 3: 0}
     with slimformer.patched(model, plan):
         assert task.split()[0].scores(model)[0] == pytest.approx(found["curve"][-1]["score"], abs=1e-9)
-    one = calibrate_narrow(model, task, keep=0.5)
+    one = slimformer.calibrate(model, None, NarrowMlp, data=task, keep=0.5)
     assert one.methods[0].units == {0: 24, 1: 24, 2: 24, 3: 0}
     assert one.provenance["narrow"]["curve"][0]["score"] == found["curve"][0]["score"]
 
@@ -231,7 +231,7 @@ def test_arguments_that_cannot_be_are_refused(
     model: SentenceTransformer, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CalibrationError, match=message):
-        calibrate_narrow(model, NeighbourTask("text", TEXTS), **options)
+        slimformer.calibrate(model, None, NarrowMlp, data=NeighbourTask("text", TEXTS), **options)
     assert slimformer.status(model) == {}
 
 

@@ -18,7 +18,7 @@ from slimformer.patching import keep_ratios
 from slimformer.training.arank import attention_ranks, calibrate_arank, layer_ranks, lowest
 from slimformer.training.loop import TrainingSettings
 from slimformer.training.routed_model import Routed
-from slimformer.training.routers import train_routers
+from slimformer.training.routers import learn_routers
 from slow_rows import small
 from test_training import TEXTS
 from tiny_checkpoints import tiny_tokenizer
@@ -119,10 +119,10 @@ def test_routers_meet_their_budget_and_the_model_stays_as_it_was(name: str, shar
     model = tiny_model(name)
     before = copy.deepcopy(model.state_dict())
     method = MixtureOfDepths.keeping_everything(32, attention=[1, 2], mlp=[1, 3], keep=0.6, shared=shared)
-    plan = train_routers(
+    plan = learn_routers(
         model,
         tiny_tokenizer(),
-        method=method,
+        method,
         data=TEXTS,
         length=64,
         settings=TrainingSettings(steps=30, rows=2, learning_rate=1e-2),
@@ -146,7 +146,7 @@ def test_what_looks_at_whole_texts_is_trained_so(fields: dict[str, Any]) -> None
     model = tiny_model("bert")
     method = MixtureOfDepths.keeping_everything(32, mlp=[1, 2, 3], keep=0.5, **fields)
     settings = TrainingSettings(steps=20, rows=4, learning_rate=1e-2)
-    plan = train_routers(model, tiny_tokenizer(), method=method, data=TEXTS, length=32, settings=settings)
+    plan = learn_routers(model, tiny_tokenizer(), method, data=TEXTS, length=32, settings=settings)
     found = plan.measured["routers"]
     assert found["keep"] == pytest.approx(0.5, abs=0.2 if "per" in fields else 0.01)
     ids = torch.randint(3, 60, (4, 32))
@@ -161,10 +161,10 @@ def test_training_beats_chance() -> None:
     model = small("llama")
     method = MixtureOfDepths.keeping_everything(32, mlp=[1, 2, 3], keep=0.5)
     short, long = (
-        train_routers(
+        learn_routers(
             model,
             tiny_tokenizer(),
-            method=method,
+            method,
             data=TEXTS,
             length=64,
             settings=TrainingSettings(steps=steps, rows=4, learning_rate=rate),
@@ -179,9 +179,9 @@ def test_an_interrupted_training_of_routers_goes_on_where_it_was(tmp_path: Path)
     method = MixtureOfDepths.keeping_everything(32, mlp=[1, 2], keep=0.5)
     given: dict[str, Any] = {"method": method, "data": TEXTS, "length": 48}
     settings = TrainingSettings(steps=8, keep_every=3)
-    first = train_routers(model, tiny_tokenizer(), settings=settings, checkpoint=tmp_path, **given)
+    first = learn_routers(model, tiny_tokenizer(), settings=settings, checkpoint=tmp_path, **given)
     # The checkpoint of step 6 is what is left; two steps are trained again.
-    again = train_routers(model, tiny_tokenizer(), settings=settings, checkpoint=tmp_path, **given)
+    again = learn_routers(model, tiny_tokenizer(), settings=settings, checkpoint=tmp_path, **given)
     assert again.provenance["losses"] == first.provenance["losses"]
     for name, tensor in first.methods[0].tensors().items():
         assert torch.equal(again.methods[0].tensors()[name], tensor)
@@ -192,10 +192,10 @@ def test_an_interrupted_training_of_routers_goes_on_where_it_was(tmp_path: Path)
 def test_routers_refuse_what_does_not_fit() -> None:
     model, method = tiny_model("llama"), MixtureOfDepths.keeping_everything(48, mlp=[1])
     with pytest.raises(PlanError, match="hidden size of 48"):
-        train_routers(model, tiny_tokenizer(), method=method, data=TEXTS)
+        learn_routers(model, tiny_tokenizer(), method, data=TEXTS)
     fits = MixtureOfDepths.keeping_everything(32, mlp=[1])
     with slimformer.patched(model, fits), pytest.raises(CalibrationError, match="Call unpatch first"):
-        train_routers(model, tiny_tokenizer(), method=fits, data=TEXTS)
+        learn_routers(model, tiny_tokenizer(), fits, data=TEXTS)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import slimformer
 from slimformer import Plan, TokenElimination
-from slimformer.calibration.elimination import calibrate_elimination, prefill_flops
+from slimformer.calibration.elimination import prefill_flops
 from slimformer.errors import CalibrationError, DataError, PlanError
 from slimformer.model.anatomy import find_anatomy
 from slimformer.training.loop import EarlyStop, TrainingSettings, fit
-from slimformer.training.predictors import recall, train_predictors
+from slimformer.training.predictors import learn_predictors, recall
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import tiny_model
 
@@ -113,17 +113,17 @@ def test_predictors_learn_and_the_model_does_not(name: str) -> None:
     before = copy.deepcopy(model.state_dict())
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 512
-    options: dict[str, Any] = {"revivable": True} if name == "modernbert" else {}
-    plan = train_predictors(
+    method = TokenElimination(scorer="predictor", revivable=name == "modernbert")
+    plan = slimformer.calibrate(
         model,
         tokenizer,
+        method,
         schedule={1: 0.5, 2: 0.25},
         data=TEXTS,
         length=384,
         size=24,
         rank=8,
         settings=TrainingSettings(steps=60, learning_rate=3e-3),
-        **options,
     )
     losses, measured = plan.provenance["losses"], plan.measured["predictors"]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
@@ -152,8 +152,8 @@ def test_predictors_and_their_plan_survive_a_checkpoint_and_a_folder(tmp_path: P
         "settings": TrainingSettings(steps=8, keep_every=4),
     }
     model = tiny_model("llama", max_position_embeddings=512)
-    first = train_predictors(model, tokenizer, checkpoint=tmp_path / "state", **given)
-    again = train_predictors(model, tokenizer, checkpoint=tmp_path / "state", **given)
+    first = learn_predictors(model, tokenizer, checkpoint=tmp_path / "state", **given)
+    again = learn_predictors(model, tokenizer, checkpoint=tmp_path / "state", **given)
     first.save_pretrained(tmp_path / "plan")
     loaded = Plan.from_pretrained(tmp_path / "plan")
     for plan in (again, loaded):
@@ -164,14 +164,14 @@ def test_predictors_and_their_plan_survive_a_checkpoint_and_a_folder(tmp_path: P
 def test_predictors_refuse_what_they_cannot_learn_from() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     with pytest.raises(PlanError, match="names layer 9"):
-        train_predictors(model, tokenizer, schedule={9: 0.5}, data=TEXTS)
+        learn_predictors(model, tokenizer, schedule={9: 0.5}, data=TEXTS)
     with pytest.raises(DataError, match="Give more text"):
-        train_predictors(model, tokenizer, schedule={2: 0.5}, data=["short"], length=128)
+        learn_predictors(model, tokenizer, schedule={2: 0.5}, data=["short"], length=128)
     with (
         slimformer.patched(model, TokenElimination({2: 0.5})),
         pytest.raises(CalibrationError, match="Call unpatch first"),
     ):
-        train_predictors(model, tokenizer, schedule={2: 0.5}, data=TEXTS)
+        learn_predictors(model, tokenizer, schedule={2: 0.5}, data=TEXTS)
 
 
 def test_recall_counts_blocks_found() -> None:
@@ -181,18 +181,21 @@ def test_recall_counts_blocks_found() -> None:
     assert recall(torch.tensor([[9.0, 0.0, 8.0, 7.0, 0.0, 0.0]]), target, 0.5) == pytest.approx(2 / 3)
 
 
-def schedule_for(tmp_path: Path | None, budget: float, **options: Any) -> Plan:
+def schedule_for(
+    tmp_path: Path | None, budget: float, method: Any = TokenElimination, **options: Any
+) -> Plan:
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 512
-    return calibrate_elimination(
+    return slimformer.calibrate(
         tiny_model("llama", max_position_embeddings=512),
         tokenizer,
-        max_divergence=budget,
+        method,
+        max_loss=budget,
         data=TEXTS,
-        prompt=300,
+        length=300,
         answer=16,
         texts=4,
-        keeps=(0.8, 0.4),
+        keep=(0.8, 0.4),
         layers=(1, 3),
         checkpoint=tmp_path,
         **options,
@@ -220,9 +223,9 @@ def test_a_budget_that_nothing_keeps_and_numbers_that_make_no_sense_are_refused(
     with pytest.raises(CalibrationError, match="above 0"):
         schedule_for(None, 0.0)
     with pytest.raises(CalibrationError, match="a prompt of 300 must be as long"):
-        schedule_for(None, 1.0, least=400)
+        schedule_for(None, 1.0, TokenElimination(least=400))
     with pytest.raises(CalibrationError, match="predicts no tokens"):
-        calibrate_elimination(tiny_model("bert"), tiny_tokenizer(), data=TEXTS)
+        slimformer.calibrate(tiny_model("bert"), tiny_tokenizer(), TokenElimination, data=TEXTS)
 
 
 def test_flops_are_those_of_the_matrix_products() -> None:

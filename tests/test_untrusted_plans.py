@@ -20,6 +20,7 @@ from rich.console import Console
 
 import slimformer
 from slimformer import EarlyExit, LayerDrop, MixtureOfDepths, Plan, SelfExtend, TempScale, TokenElimination
+from slimformer.decisions.registry import registered
 from slimformer.errors import PlanError, SlimformerError
 from slimformer.methods.absolute_positions import GroupedPositions
 from slimformer.methods.elimination.block_predictor import BlockPredictor
@@ -27,7 +28,7 @@ from slimformer.methods.narrow_mlp import NarrowMlp
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
 from slimformer.methods.weight_delta import WeightDelta
-from slimformer.plans.plan import FILE, METHODS, WEIGHTS
+from slimformer.plans.plan import FILE, WEIGHTS
 from slimformer.report import (
     comparison_table,
     curve_table,
@@ -103,9 +104,9 @@ def read(folder: Path) -> Plan | None:
 @pytest.mark.filterwarnings("ignore::slimformer.errors.SlimformerWarning")
 @FUZZ
 @given(document=JSON, methods=st.lists(
-    st.fixed_dictionaries({"method": st.sampled_from(sorted(METHODS))}).flatmap(lambda entry: st.fixed_dictionaries(
+    st.fixed_dictionaries({"method": st.sampled_from(sorted(registered()))}).flatmap(lambda entry: st.fixed_dictionaries(
         entry and {"method": st.just(entry["method"])},
-        optional={f.name: JSON for f in dataclasses.fields(METHODS[entry["method"]])},
+        optional={f.name: JSON for f in dataclasses.fields(registered()[entry["method"]])},
     )), max_size=2))  # fmt: skip
 def test_any_json_is_a_plan_or_refused(tmp_path: Path, document: Any, methods: list[Any]) -> None:
     read(write(tmp_path / "plain", document))

@@ -6,12 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimformer.calibration.drops.drop import calibrate
+    from slimformer.choosing import calibrate
+    from slimformer.decisions.registry import register
     from slimformer.examination.tiers import support
     from slimformer.methods.early_exit import EarlyExit
     from slimformer.methods.elimination.token_elimination import TokenElimination
     from slimformer.methods.layer_drop import LayerDrop
     from slimformer.methods.mixture_of_depths import MixtureOfDepths
+    from slimformer.methods.narrow_mlp import NarrowMlp
     from slimformer.methods.self_extend import SelfExtend
     from slimformer.methods.temperature import TempScale
     from slimformer.patching import patch, patched, status, unpatch
@@ -23,6 +25,7 @@ __all__ = [
     "EarlyExit",
     "LayerDrop",
     "MixtureOfDepths",
+    "NarrowMlp",
     "Plan",
     "SelfExtend",
     "TempScale",
@@ -30,6 +33,7 @@ __all__ = [
     "calibrate",
     "patch",
     "patched",
+    "register",
     "repair",
     "status",
     "support",
@@ -41,11 +45,13 @@ _HOMES = {
     "EarlyExit": "slimformer.methods.early_exit",
     "LayerDrop": "slimformer.methods.layer_drop",
     "MixtureOfDepths": "slimformer.methods.mixture_of_depths",
+    "NarrowMlp": "slimformer.methods.narrow_mlp",
     "SelfExtend": "slimformer.methods.self_extend",
     "TempScale": "slimformer.methods.temperature",
     "TokenElimination": "slimformer.methods.elimination.token_elimination",
     "Plan": "slimformer.plans.plan",
-    "calibrate": "slimformer.calibration.drops.drop",
+    "calibrate": "slimformer.choosing",
+    "register": "slimformer.decisions.registry",
     "repair": "slimformer.training.repair",
     "support": "slimformer.examination.tiers",
     **dict.fromkeys(("patch", "patched", "status", "unpatch"), "slimformer.patching"),

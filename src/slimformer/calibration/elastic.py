@@ -13,7 +13,7 @@ from slimformer.calibration.drops.partial_results import PartialResults
 from slimformer.calibration.exit_heads import fit_exits, pooling_of
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.elastic_grid import Grid
-from slimformer.evaluation.embedding_tasks import EmbeddingTask, read_task
+from slimformer.evaluation.embedding_tasks import EmbeddingTask, task_of
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.early_exit import EarlyExit
@@ -25,11 +25,12 @@ from slimformer.text.progress import Stages
 _NARROWEST = 16
 
 
-def calibrate_elastic(
+def choose_exit(
     model: Any,
-    data: EmbeddingTask | str | os.PathLike[str] | None = None,
+    method: EarlyExit | None = None,
     *,
-    layer: int | None = None,
+    data: EmbeddingTask | str | os.PathLike[str] | Iterable[str] | None = None,
+    text_field: str = "text",
     max_loss: float | None = None,
     layers: Sequence[int] | None = None,
     dimensions: Sequence[int] | None = None,
@@ -44,10 +45,12 @@ def calibrate_elastic(
 
     Args:
         model: An unpatched SentenceTransformer; it is left as it was.
+        method: The exit of the plan, as `EarlyExit(layer)`: how many layers run.
         data: What quality is: a folder in BEIR's layout (nDCG@10), a `.tsv` file of scored pairs (Spearman), text
             without labels (agreement with the dense model's neighbour lists), or a task made from one of them.
-        layer: The exit of the plan: how many layers run.
-        max_loss: Instead of `layer`: the lowest exit that loses at most this fraction of the dense figure, 0.01 for 1%.
+        text_field: The field with the text, for text without labels.
+        max_loss: Instead of `method`: the lowest exit that loses at most this fraction of the dense figure, 0.01 for
+            1%.
         layers: The exits to measure; None for all that there are.
         dimensions: The widths to measure; None for the whole and its halves, down to 16.
         head: Fit a linear head for every exit; without, embeddings are what the layer holds.
@@ -61,19 +64,26 @@ def calibrate_elastic(
         A plan with one `EarlyExit`, the grid and its Pareto front in `plan.provenance["elastic"]`.
 
     Raises:
-        CalibrationError: If not exactly one of `layer` and `max_loss` is given, a layer or dimension does not exist,
-            no exit loses so little, the model is patched or is no SentenceTransformer, or heads cannot be fitted.
+        CalibrationError: If not exactly one of a layer and `max_loss` is given, the method has a head, a layer or
+            dimension does not exist, no exit loses so little, the model is patched or is no SentenceTransformer, or
+            heads cannot be fitted.
         DataError: If the data cannot be read.
 
     Example:
         >>> from sentence_transformers import SentenceTransformer  # doctest: +SKIP
         >>> model = SentenceTransformer("all-MiniLM-L6-v2")  # doctest: +SKIP
-        >>> plan = calibrate_elastic(model, "cranfield", layer=5)  # doctest: +SKIP
+        >>> plan = slimformer.calibrate(model, None, EarlyExit(layer=5), data="cranfield")  # doctest: +SKIP
         >>> slimformer.patch(model, plan)  # doctest: +SKIP
     """
+    layer = None if method is None else method.layer
     if (layer is None) == (max_loss is None):
         raise CalibrationError(
-            f"Say where to exit: give either layer or max_loss, got {'neither' if layer is None else 'both'}."
+            f"Say where to exit: give either EarlyExit(layer) or max_loss, got "
+            f"{'neither' if layer is None else 'both'}."
+        )
+    if method is not None and method.weights:
+        raise CalibrationError(
+            "The EarlyExit has a head already, and calibration fits one. Patch it as it is, or give EarlyExit(layer)."
         )
     if max_loss is not None and not 0 <= max_loss < 1:
         raise CalibrationError(f"max_loss must be a fraction from 0 to below 1, got {max_loss!r}.")
@@ -84,7 +94,7 @@ def calibrate_elastic(
             "The model is patched; plans are made for the dense model. Call unpatch first."
         )
     anatomy, inner = known_anatomy(model), transformer_of(model)
-    task: EmbeddingTask = read_task(data) if data is None or isinstance(data, (str, os.PathLike)) else data
+    task = task_of(data, text_field)
     if hold_out:
         task = task.split()[0]
     # Heads that are judged have not seen what judges them; the one that goes into the plan has seen everything.
@@ -122,7 +132,6 @@ def calibrate_elastic(
         if len(final) > len(texts):
             methods = fit_exits(model, final, [chosen], batch_size=batch_size)
     arguments = {
-        "method": "elastic",
         "layer": layer,
         "max_loss": max_loss,
         "head": head,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -54,24 +54,24 @@ class Point:
     chosen: bool = False
 
 
-def calibrate_elimination(
+def choose_elimination(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    method: TokenElimination | None = None,
     *,
-    max_divergence: float = 0.05,
+    max_loss: float = 0.05,
     data: str | os.PathLike[str] | Iterable[str] | None = None,
     text_field: str = "text",
     hold_out: bool = True,
-    prompt: int = 2048,
+    length: int = 2048,
     answer: int = 64,
     texts: int = 8,
     recall: bool = True,
     layers: Sequence[int] | None = None,
-    keeps: Sequence[float] = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1),
+    keep: float | Sequence[float] = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1),
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
-    **elimination: Any,
 ) -> Plan:
     """Choose the layer and the fraction of tokens that save most of the prefill within a budget.
 
@@ -82,33 +82,38 @@ def calibrate_elimination(
     Args:
         model: An unpatched decoder; it is left as it was.
         tokenizer: Its tokenizer; a Pipeline brings its own.
-        max_divergence: The budget, in nats per answer token.
+        method: What is not chosen, such as `TokenElimination(scorer="norm", window=128)`; None for its defaults.
+        max_loss: The budget, in nats per answer token.
         data: As for `slimformer.calibrate`; its texts are read one behind the other.
         text_field: The field with the text, in JSON lines, Parquet and Hub datasets.
         hold_out: Leave every fifth text alone, so that `slimformer eval` can measure on it.
-        prompt: Tokens of a prompt: as many as yours have.
+        length: Tokens of a prompt: as many as yours have.
         answer: Tokens of an answer.
         texts: How many prompts are tried.
         recall: Whether every other answer is to be recalled from further up.
         layers: Candidates; None takes five, spread over the model.
-        keeps: Candidate fractions.
+        keep: Candidate fractions, or the only one.
         seed: Which of the text is read.
         checkpoint: A folder for partial results. The same call resumes from them after an interruption.
         progress: Show progress bars with the time left.
-        elimination: Further fields of `TokenElimination`, such as `scorer` or `window`.
 
     Returns:
         The plan; `plan.provenance["curve"]` has every setting tried.
 
     Raises:
-        CalibrationError: If the model is patched or no decoder, an argument is not one of those allowed, or no setting
-            stays within the budget.
+        CalibrationError: If the method has a schedule, the model is patched or no decoder, an argument is not one of
+            those allowed, or no setting stays within the budget.
         DataError: If the text is too short.
 
     Example:
-        >>> from slimformer.calibration.elimination import calibrate_elimination
-        >>> plan = calibrate_elimination(model, tokenizer, data="notes.txt", max_divergence=0.02)  # doctest: +SKIP
+        >>> plan = slimformer.calibrate(model, tokenizer, TokenElimination, max_loss=0.02)  # doctest: +SKIP
     """
+    settings = TokenElimination() if method is None else method
+    if settings.schedule:
+        raise CalibrationError(
+            "TokenElimination(schedule=...) says already from which layers on how many tokens stay, and calibration "
+            "chooses that. Patch it as it is, or leave the schedule out."
+        )
     if status(model):
         raise CalibrationError(
             "The model is patched; plans are made for the dense model. Call unpatch first."
@@ -123,27 +128,27 @@ def calibrate_elimination(
     count = len(anatomy.layers)
     spread = sorted({round(count * part / 6) for part in range(1, 6)} - {0})
     candidates = spread if layers is None else list(layers)
-    _check(max_divergence, prompt, answer, texts, keeps, candidates, count, longest(anatomy, tokenizer))
-    settings = TokenElimination({1: 1.0}, **elimination)
+    fractions = sorted([keep] if isinstance(keep, (int, float)) else keep, reverse=True)
+    _check(max_loss, length, answer, texts, fractions, candidates, count, longest(anatomy, tokenizer))
     if settings.threshold or settings.revivable:
         raise CalibrationError(
             "Calibration chooses fractions of tokens that leave for good: threshold and revivable are not for it. "
             "Choose such a TokenElimination by hand."
         )
     least = settings.least
-    if not answer < least <= prompt:
+    if not answer < least <= length:
         raise CalibrationError(
-            f"Tokens leave texts of {least} tokens and more: a prompt of {prompt} must be as long, and an answer of "
+            f"Tokens leave texts of {least} tokens and more: a prompt of {length} must be as long, and an answer of "
             f"{answer} shorter."
         )
-    rows, source = _rows(tokenizer, data, text_field, hold_out, prompt + answer, texts, seed)
+    rows, source = _rows(tokenizer, data, text_field, hold_out, length + answer, texts, seed)
     check_token_ids(rows, inner)
     identity = {
         "data": source,
         "model": fingerprint(inner),
-        "arguments": [prompt, answer, texts, recall, seed, max_divergence, candidates, list(keeps)],
+        "arguments": [length, answer, texts, recall, seed, max_loss, candidates, fractions],
         "text": [text_field, hold_out],
-        "elimination": repr(sorted(elimination.items())),
+        "method": settings.settings(),
     }
     partial = PartialResults(checkpoint, identity)
     with evaluating(inner), Stages(progress) as stages:
@@ -152,30 +157,30 @@ def calibrate_elimination(
         ]
         curve = [Point(**point) for point in partial.kept("curve") or []]
         for layer in stages.track(candidates, "layers"):
-            for keep in sorted(keeps, reverse=True):
-                if any(p.layer == layer and (p.keep == keep or p.divergence > max_divergence) for p in curve):
+            for part in fractions:
+                if any(p.layer == layer and (p.keep == part or p.divergence > max_loss) for p in curve):
                     # Measured before, or already too far with more tokens.
                     continue
-                method = TokenElimination({layer: keep}, **elimination)
-                curve.append(_measure(inner, anatomy, method, layer, keep, trials))
+                tried = replace(settings, schedule={layer: part})
+                curve.append(_measure(inner, anatomy, tried, layer, part, trials))
                 partial.keep("curve", [asdict(point) for point in curve])
-    within = [point for point in curve if point.divergence <= max_divergence]
+    within = [point for point in curve if point.divergence <= max_loss]
     if not within:
         nearest = min(curve, key=lambda point: point.divergence)
         raise CalibrationError(
-            f"No setting stays within {max_divergence} nats per answer token; the nearest, {nearest.keep} of the "
+            f"No setting stays within {max_loss} nats per answer token; the nearest, {nearest.keep} of the "
             f"tokens from layer {nearest.layer} on, is {nearest.divergence:.4f} away. Allow more, or later layers."
         )
     best = min(within, key=lambda point: point.flops)
     provenance = {
         **versions(anatomy),
-        "arguments": {"prompt": prompt, "answer": answer, "texts": texts, "recall": recall, "seed": seed,
-                      "max_divergence": max_divergence, "hold_out": hold_out},
+        "arguments": {"length": length, "answer": answer, "texts": texts, "recall": recall, "seed": seed,
+                      "max_loss": max_loss, "hold_out": hold_out},
         "data": source,
         "tokens": rows.numel(),
         "curve": [{**asdict(point), "chosen": point == best} for point in curve],
     }  # fmt: skip
-    return Plan([TokenElimination({best.layer: best.keep}, **elimination)], fingerprint(inner), provenance)
+    return Plan([replace(settings, schedule={best.layer: best.keep})], fingerprint(inner), provenance)
 
 
 def prefill_flops(anatomy: Anatomy, tokens: int, layer: int, keep: float) -> float:
@@ -287,31 +292,31 @@ def _rows(
 
 
 def _check(
-    max_divergence: float,
-    prompt: int,
+    max_loss: float,
+    length: int,
     answer: int,
     texts: int,
-    keeps: Sequence[float],
+    keep: Sequence[float],
     layers: Sequence[int],
     count: int,
     most: int,
 ) -> None:
-    if not max_divergence > 0:
-        raise CalibrationError(f"max_divergence must be above 0, got {max_divergence!r}.")
+    if not max_loss > 0:
+        raise CalibrationError(f"max_loss must be above 0, got {max_loss!r}.")
     for name, value, least in (
         ("answer", answer, 2),
         ("texts", texts, 1),
-        ("prompt", prompt, 6 * (answer + _CUE)),
+        ("length", length, 6 * (answer + _CUE)),
     ):
         if value < least:
             raise CalibrationError(f"{name} must be at least {least}, got {value!r}.")
-    if prompt + answer > most:
+    if length + answer > most:
         raise CalibrationError(
-            f"A prompt of {prompt} tokens and an answer of {answer} are longer than the {most} that the model reads. "
+            f"A prompt of {length} tokens and an answer of {answer} are longer than the {most} that the model reads. "
             "Ask for shorter ones."
         )
-    if not keeps or not all(0 < keep < 1 for keep in keeps):
-        raise CalibrationError(f"keeps must be fractions between 0 and 1, got {list(keeps)!r}.")
+    if not keep or not all(0 < part < 1 for part in keep):
+        raise CalibrationError(f"keep must be fractions between 0 and 1, got {list(keep)!r}.")
     wrong = [layer for layer in layers if not 1 <= layer < count]
     if wrong or not layers:
         raise CalibrationError(f"layers must be from 1 to {count - 1}, got {list(layers)!r}.")

@@ -23,7 +23,7 @@ from slimformer.calibration.drops.replay import Call, record_call
 from slimformer.calibration.exit_heads import RIDGE as HEAD_RIDGE
 from slimformer.calibration.exit_heads import check_texts, pooling_of
 from slimformer.errors import CalibrationError
-from slimformer.evaluation.embedding_tasks import EmbeddingTask, read_task
+from slimformer.evaluation.embedding_tasks import EmbeddingTask, task_of
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.evaluation.retrieval import RetrievalTask
 from slimformer.examination.tiers import known_anatomy
@@ -45,10 +45,11 @@ _SENTENCES = 4
 _SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
-def calibrate_narrow(
+def choose_narrow(
     model: Any,
-    data: EmbeddingTask | str | os.PathLike[str] | None = None,
     *,
+    data: EmbeddingTask | str | os.PathLike[str] | Iterable[str] | None = None,
+    text_field: str = "text",
     keep: float | None = None,
     max_loss: float | None = None,
     fit_on: Iterable[str] | None = None,
@@ -62,7 +63,8 @@ def calibrate_narrow(
 
     Args:
         model: An unpatched SentenceTransformer of BERT's structure; it is left as it was.
-        data: As `calibrate_elastic` takes it: a folder in BEIR's layout, a `.tsv` file of pairs, text, or a task.
+        data: A folder in BEIR's layout, a `.tsv` file of pairs, text without labels, or a task made from one of them.
+        text_field: The field with the text, for text without labels.
         keep: The fraction of every other layer's hidden units that stays.
         max_loss: Instead of `keep`: the smallest of `KEEPS` that loses at most this fraction of the dense figure, 0.01
             for 1%. A smaller one is only tried where the one before was good enough.
@@ -83,7 +85,7 @@ def calibrate_narrow(
     Example:
         >>> from sentence_transformers import SentenceTransformer  # doctest: +SKIP
         >>> model = SentenceTransformer("all-MiniLM-L6-v2")  # doctest: +SKIP
-        >>> plan = calibrate_narrow(model, "cranfield", max_loss=0.01)  # doctest: +SKIP
+        >>> plan = slimformer.calibrate(model, None, NarrowMlp, data="cranfield", max_loss=0.01)  # doctest: +SKIP
         >>> slimformer.patch(model, plan)  # doctest: +SKIP
     """
     if (keep is None) == (max_loss is None):
@@ -94,7 +96,7 @@ def calibrate_narrow(
         if value is not None and not 0 <= value < 1:
             raise CalibrationError(f"{name} must be a fraction from 0 to below 1, got {value!r}.")
     anatomy, inner = _checked(model), transformer_of(model)
-    task: EmbeddingTask = read_task(data) if data is None or isinstance(data, (str, os.PathLike)) else data
+    task = task_of(data, text_field)
     if hold_out:
         task = task.split()[0]
     judged, texts = task.apart() if fit_on is None else (task, list(fit_on))
@@ -125,7 +127,7 @@ def calibrate_narrow(
         )
     provenance = {
         **versions(anatomy),
-        "arguments": {"method": "narrow", "keep": keep, "max_loss": max_loss, "hold_out": hold_out},
+        "arguments": {"keep": keep, "max_loss": max_loss, "hold_out": hold_out},
         "data": task.source,
         "fitted_on": f"{len(texts)} texts and {len(queries)} queries",
         "narrow": {"name": judged.name, "dense": dense, "curve": curve},

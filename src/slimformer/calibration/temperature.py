@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from slimformer.calibration.drops.drop import versions
 from slimformer.errors import CalibrationError
-from slimformer.evaluation.embedding_tasks import EmbeddingTask, NeighbourTask, read_task
+from slimformer.evaluation.embedding_tasks import EmbeddingTask, NeighbourTask, task_of
 from slimformer.evaluation.length_spread import LengthSpread
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.methods.temperature import TempScale
@@ -21,10 +21,11 @@ from slimformer.text.progress import Stages
 TEMPERATURES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 
 
-def calibrate_temperature(
+def choose_temperature(
     model: Any,
-    data: EmbeddingTask | LengthSpread | str | os.PathLike[str] | None = None,
     *,
+    data: EmbeddingTask | LengthSpread | str | os.PathLike[str] | Iterable[str] | None = None,
+    text_field: str = "text",
     temperatures: Sequence[float] = TEMPERATURES,
     hold_out: bool = True,
     batch_size: int = 32,
@@ -39,6 +40,7 @@ def calibrate_temperature(
         model: An unpatched SentenceTransformer; it is left as it was.
         data: A folder in BEIR's layout (nDCG@10), a `.tsv` file of scored pairs (Spearman), text without labels (how
             much of the spread of short texts long ones keep), or a task made from one of them.
+        text_field: The field with the text, for text without labels.
         temperatures: What is tried; 1, the unpatched model, is always among them.
         hold_out: Choose by a part of the data, and leave the rest for `slimformer eval --task`.
         batch_size: Texts per forward, where spread is measured.
@@ -57,14 +59,14 @@ def calibrate_temperature(
     Example:
         >>> from sentence_transformers import SentenceTransformer  # doctest: +SKIP
         >>> model = SentenceTransformer("all-MiniLM-L6-v2")  # doctest: +SKIP
-        >>> slimformer.patch(model, calibrate_temperature(model, "my-beir"))  # doctest: +SKIP
+        >>> plan = slimformer.calibrate(model, None, TempScale, data="my-beir")  # doctest: +SKIP
     """
     if status(model):
         raise CalibrationError(
             "The model is patched; plans are made for the dense model. Call unpatch first."
         )
     tried = sorted({1.0, *(TempScale(tau).tau for tau in temperatures)}, reverse=True)
-    task = _task(data, batch_size)
+    task = _task(data, text_field, batch_size)
     if hold_out:
         task = task.split()[0]
     scores, spreads = [], []
@@ -83,16 +85,14 @@ def calibrate_temperature(
         curve |= {"lengths": list(spreads[0]), "spread": [list(found.values()) for found in spreads]}
     provenance = {
         **versions(find_anatomy(model)),
-        "arguments": {"method": "temperature", "hold_out": hold_out},
+        "arguments": {"hold_out": hold_out},
         "data": task.source,
         "temperature": curve,
     }
     return Plan([TempScale(tried[best])], fingerprint(transformer_of(model)), provenance)
 
 
-def _task(data: Any, batch_size: int) -> EmbeddingTask | LengthSpread:
-    task: EmbeddingTask | LengthSpread = (
-        read_task(data) if data is None or isinstance(data, (str, os.PathLike)) else data
-    )
+def _task(data: Any, text_field: str, batch_size: int) -> EmbeddingTask | LengthSpread:
+    task: EmbeddingTask | LengthSpread = data if isinstance(data, LengthSpread) else task_of(data, text_field)
     # Agreement with the dense model would always choose the dense model.
     return LengthSpread(task.source, task.texts, batch_size) if isinstance(task, NeighbourTask) else task

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -240,6 +240,38 @@ def read_task(
         return PairTask(f"file {path.name}, {len(pairs)} pairs", pairs, gold)
     texts, name = load_texts(None if source is None else os.fspath(source), text_field=text_field)
     return NeighbourTask(name, texts)
+
+
+def task_of(
+    data: EmbeddingTask | str | os.PathLike[str] | Iterable[str] | None, text_field: str = "text"
+) -> EmbeddingTask:
+    """A task as it is, or what `read_task` makes of a source, or of strings as texts without labels.
+
+    Raises:
+        DataError: If it cannot be read.
+
+    Example:
+        >>> task_of(["One text.", "Another."]).texts
+        ['One text.', 'Another.']
+    """
+    if data is None or isinstance(data, (str, os.PathLike)):
+        return read_task(data, text_field=text_field)
+    if hasattr(data, "source"):
+        return cast(EmbeddingTask, data)
+    texts, name = load_texts(data)
+    return NeighbourTask(name, texts)
+
+
+def is_labelled(data: Any) -> bool:
+    """Whether data say what embeddings are for: a task, a folder in BEIR's layout or a `.tsv` file of pairs.
+
+    Example:
+        >>> is_labelled("pairs.tsv"), is_labelled("notes.txt"), is_labelled(["a text"])
+        (True, False, False)
+    """
+    if isinstance(data, (str, os.PathLike)):
+        return os.path.isdir(data) or Path(data).suffix == ".tsv"
+    return hasattr(data, "source")
 
 
 def _encode(model: Any, texts: list[str], batch_size: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from slimformer.decisions.registry import register
 from slimformer.transforms.position_table import place_texts
 from slimformer.transforms.transform import Attentions, checked_length
 
@@ -23,6 +24,7 @@ def checked_trained(method: Any) -> None:
         checked_length(type(method).__name__, "trained_length", method.trained_length, least=2)
 
 
+@register("GroupedPositions")
 @dataclass(frozen=True)
 class GroupedPositions:
     """Neighbours share a row of the position table: the token at p has position `p // factor`.
@@ -83,6 +85,7 @@ class GroupedPositions:
         return {}
 
 
+@register("PositionInterpolation")
 @dataclass(frozen=True)
 class PositionInterpolation:
     """Positions in between: the token at p has position `p / factor`, interpolated between two rows of the table.
@@ -134,6 +137,7 @@ class PositionInterpolation:
         return {}
 
 
+@register("RecurrentPositions")
 @dataclass(frozen=True)
 class RecurrentPositions:
     """Positions start again: the token at p has position `p mod L0`. Texts of any length.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slimformer.decisions.fields import checked_weights, checked_width, is_whole
 from slimformer.decisions.policy import Decision, Replacement
+from slimformer.decisions.registry import register
 from slimformer.decisions.replacements import LinearFilter, weight_names
 from slimformer.errors import PlanError
 from slimformer.model.anatomy import Anatomy
@@ -18,6 +19,7 @@ from slimformer.model.layer_parts import KINDS, Kind
 HEAD = ("head.weight", "head.bias")
 
 
+@register("EarlyExit")
 @dataclass(frozen=True)
 class EarlyExit:
     """No sublayer from `layer` on computes a token; the stack's final norm, the pooling and any head stay.
@@ -26,7 +28,7 @@ class EarlyExit:
 
     Attributes:
         layer: How many layers run. Layer `layer` is the first that does not.
-        weights: Nothing, or a linear head as `slimformer.calibration.elastic` fits it: `"head.weight"`
+        weights: Nothing, or a linear head as `slimformer.calibrate` fits it: `"head.weight"`
             `[hidden, hidden]` and `"head.bias"` `[hidden]`. The residual `x` at the exit becomes
             `x + W norm(x) + b`, where `norm` is what the last layer's MLP has in front of it: nothing in post-norm
             encoders such as BERT. A pooling whose weights sum to one, as the mean and [CLS] do, carries that over from
@@ -59,7 +61,7 @@ class EarlyExit:
         if set(self.weights) != set(HEAD):
             raise PlanError(
                 f"EarlyExit(weights=...) takes {' and '.join(HEAD)} or nothing, got {', '.join(sorted(self.weights))}. "
-                "slimformer.calibration.elastic.calibrate_elastic fits them."
+                "slimformer.calibrate(model, None, EarlyExit(layer)) fits them."
             )
         matrix, bias = (self.weights[name] for name in HEAD)
         if bias.dim() != 1 or tuple(matrix.shape) != (bias.numel(), bias.numel()):

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from slimformer.decisions.fields import as_tuple, checked_weights, checked_width, is_whole
 from slimformer.decisions.policy import Decision, Replacement
+from slimformer.decisions.registry import register
 from slimformer.decisions.replacements import REPLACE, LinearFilter, Mean, Replace, taps_of, weight_names
 from slimformer.errors import PlanError
 from slimformer.model.anatomy import Anatomy
 from slimformer.model.layer_parts import Kind
 
 
+@register("LayerDrop")
 @dataclass(frozen=True)
 class LayerDrop:
     """Sublayers that compute no token at all; the norm in front of each goes with it.
@@ -114,7 +116,7 @@ class LayerDrop:
                 if bias is None or (self.replace == "filter" and matrix is None):
                     raise PlanError(
                         f"LayerDrop(replace={self.replace!r}) has no fitted weights for {kind} {index}. "
-                        f"slimformer.calibrate(model, tokenizer, replace={self.replace!r}, ...) makes them."
+                        f"slimformer.calibrate(model, tokenizer, LayerDrop(replace={self.replace!r}), ...) makes them."
                     )
                 if bias.dim() != 1:
                     raise PlanError(

@@ -21,6 +21,7 @@ from slimformer.decisions.fields import (
 )
 from slimformer.decisions.image_tokens import image_tokens, read_images
 from slimformer.decisions.policy import Decision
+from slimformer.decisions.registry import register
 from slimformer.errors import PlanError
 from slimformer.methods.elimination.token_selection import Owner, open_blocks, protected_tokens, protecting
 from slimformer.model.anatomy import Anatomy
@@ -36,6 +37,7 @@ _ALLOWED = {
 }
 
 
+@register("MixtureOfDepths")
 @dataclass(frozen=True)
 class MixtureOfDepths:
     """Sublayers that compute only the tokens that a trained router sends through them; the others pass by.
@@ -46,7 +48,8 @@ class MixtureOfDepths:
 
     Attributes:
         attention: Layers whose attention is routed.
-        mlp: Layers whose MLP is routed.
+        mlp: Layers whose MLP is routed. With neither, `slimformer.calibrate` chooses them, and nothing can be patched
+            before.
         keep: The fraction of tokens computed: what thresholds were trained for, and how many `"top_k"` takes.
         routing: `"threshold"`, or `"top_k"`: the tokens of every text with the highest scores. That looks at the whole
             text, so it is for encoders, for prompts on their own, and for image tokens.
@@ -57,7 +60,7 @@ class MixtureOfDepths:
             vision-language models; text never does then, and the ratio counts image tokens alone.
         keep_kv: Whether tokens that pass an attention by supply keys and values; without, no cache can be used.
         weights: The routers by name, such as `"attention.5.weight"` `[hidden]` and `"attention.5.bias"` `[1]`, as
-            `slimformer train-router` makes them; `"5.weight"` per layer, `"all.weight"` for one.
+            `slimformer calibrate route` makes them; `"5.weight"` per layer, `"all.weight"` for one.
 
     Raises:
         PlanError: If a field is not one of those allowed, or a router is missing or damaged.
@@ -86,10 +89,6 @@ class MixtureOfDepths:
                     f"MixtureOfDepths({kind}=...) takes layer indices from 0 up, each once; got {list(given)!r}."
                 )
             object.__setattr__(self, kind, given)
-        if not (self.attention or self.mlp):
-            raise PlanError(
-                "MixtureOfDepths takes at least one layer, as attention=[...] or mlp=[...]; got none."
-            )
         if not is_number(self.keep) or not 0 < self.keep <= 1:
             raise PlanError(
                 f"MixtureOfDepths(keep=...) takes a fraction above 0 and up to 1, got {self.keep!r}."
@@ -112,7 +111,7 @@ class MixtureOfDepths:
             if weight is None or bias is None:
                 raise PlanError(
                     f"MixtureOfDepths has no router for {kind} {layer}: the weights {name}.weight and {name}.bias are "
-                    "missing. `slimformer train-router` trains them."
+                    "missing. `slimformer calibrate route` trains them."
                 )
             if weight.dim() != 1 or bias.shape != (1,):
                 raise PlanError(
@@ -152,8 +151,13 @@ class MixtureOfDepths:
         """The rows that each routed sublayer's router chooses.
 
         Raises:
-            PlanError: If a layer does not exist, or a router reads another hidden size.
+            PlanError: If no layer is named, one does not exist, or a router reads another hidden size.
         """
+        if not self.sublayers:
+            raise PlanError(
+                "MixtureOfDepths takes at least one layer, as attention=[...] or mlp=[...]; got none. "
+                "slimformer.calibrate(model, tokenizer, MixtureOfDepths) chooses them."
+            )
         count, hidden = len(anatomy.layers), anatomy.stack.config.hidden_size
         plans: dict[tuple[int, Kind], Decision] = {}
         for kind, layer in self.sublayers:

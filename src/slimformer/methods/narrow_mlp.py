@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slimformer.decisions.fields import checked_weights, checked_width, is_whole
 from slimformer.decisions.policy import Decision
+from slimformer.decisions.registry import register
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.model.anatomy import Anatomy
 from slimformer.model.layer_parts import Kind
@@ -22,14 +23,15 @@ PARTS = ("up.weight", "up.bias", "down.weight", "linear.weight", "linear.bias")
 HEAD = ("head.weight", "head.bias")
 
 
+@register("NarrowMlp")
 @dataclass(frozen=True)
 class NarrowMlp:
     """Whole MLPs compute no token; narrow ones with a linear layer beside them stand there instead.
 
     For post-norm encoders such as BERT. With `x` the residual, the sublayer becomes
     `norm(linear(x) + down(activation(up(x))))`, where `norm` and `activation` are the model's own. At the last layer
-    a linear head may follow, as in `EarlyExit`. `slimformer.calibration.narrow_mlps` chooses the units and fits the
-    rest in closed form.
+    a linear head may follow, as in `EarlyExit`. `slimformer.calibrate` chooses the units and fits the rest in closed
+    form.
 
     Attributes:
         units: Layer to how many hidden units stay; 0 leaves the linear layer alone.
@@ -68,7 +70,7 @@ class NarrowMlp:
         bias = next((t for name, t in self.weights.items() if name.endswith("linear.bias")), None)
         if bias is None:
             raise PlanError(
-                "NarrowMlp has no fitted weights. slimformer.calibration.narrow_mlps.fit_narrow makes them."
+                "NarrowMlp has no fitted weights. slimformer.calibrate(model, None, NarrowMlp, ...) makes them."
             )
         expected = _shapes(units, bias.numel(), HEAD[0] in self.weights)
         found = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slimformer.decisions.fields import MOST, is_number
+from slimformer.decisions.registry import register
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.transforms.rotary import Rotary, find_rotary, rope_type
 from slimformer.transforms.scaled_rotary import Angles, ScaledRotary
@@ -26,6 +27,7 @@ _DOUBLINGS = 8
 _DEFAULTS: dict[str, dict[str, Any]] = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
 
 
+@register("RopeScaling")
 @dataclass(frozen=True)
 class RopeScaling:
     """Texts longer than the model was trained for are read with slower rotary positions.

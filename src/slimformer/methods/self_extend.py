@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slimformer.calls.texts import Texts
+from slimformer.decisions.registry import register
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.model.anatomy import find_anatomy
 from slimformer.transforms.rotary import Rotary, find_rotary, rope_type
@@ -20,6 +21,7 @@ from slimformer_kernels.self_extend import self_extend
 from slimformer_kernels.self_extend_reference import far_turns
 
 
+@register("SelfExtend")
 @dataclass(frozen=True)
 class SelfExtend:
     """Near keys keep their distance; far ones share positions in groups, so that no distance is new to the model.

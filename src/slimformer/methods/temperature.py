@@ -11,10 +11,12 @@ from torch import Tensor
 
 from slimformer.calls.texts import Texts
 from slimformer.decisions.fields import is_number
+from slimformer.decisions.registry import register
 from slimformer.errors import PlanError
 from slimformer.transforms.transform import Attentions, checked_length
 
 
+@register("TempScale")
 @dataclass(frozen=True)
 class TempScale:
     """Attention weights are `softmax(scores / tau)`, in all layers and heads, at every length.
@@ -68,6 +70,7 @@ class TempScale:
         return {}
 
 
+@register("LogNScale")
 @dataclass(frozen=True)
 class LogNScale:
     """Queries grow with the logarithm of the length: as many keys as before then get most of the attention.

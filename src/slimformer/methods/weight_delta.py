@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slimformer.decisions.fields import checked_weights, layer_number
 from slimformer.decisions.policy import Decision
+from slimformer.decisions.registry import register
 from slimformer.errors import PlanError
 from slimformer.model.anatomy import Anatomy
 from slimformer.model.layer_parts import KINDS, Kind
@@ -19,6 +20,7 @@ from slimformer.model.layer_parts import KINDS, Kind
 LEFT, RIGHT, ADDED = "left", "right", "added"
 
 
+@register("WeightDelta")
 @dataclass(frozen=True)
 class WeightDelta:
     """Weights of layers become `W + left @ right` (LoRA, arXiv 2106.09685), or `w + added` for norms and biases.

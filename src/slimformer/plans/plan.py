@@ -7,7 +7,6 @@ it can run code.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias, cast
 
 import safetensors.torch
 import torch
@@ -26,54 +25,25 @@ from torch import Tensor, nn
 
 from slimformer.calls.layer_calls import layers_by_depth
 from slimformer.decisions.policy import Decision, TokenPolicy
+from slimformer.decisions.registry import field_names, made, name_of, registered, settings_of, tensors_of
 from slimformer.errors import PlanError, SlimformerWarning
-from slimformer.methods.absolute_positions import GroupedPositions, PositionInterpolation, RecurrentPositions
+from slimformer.methods import load_all
 from slimformer.methods.early_exit import EarlyExit
-from slimformer.methods.elimination.token_elimination import TokenElimination
 from slimformer.methods.layer_drop import LayerDrop
-from slimformer.methods.mixture_of_depths import MixtureOfDepths
-from slimformer.methods.narrow_mlp import NarrowMlp
-from slimformer.methods.rope_scaling import RopeScaling
-from slimformer.methods.self_extend import SelfExtend
-from slimformer.methods.temperature import LogNScale, TempScale
-from slimformer.methods.weight_delta import WeightDelta
 from slimformer.model.anatomy import Anatomy, find_anatomy
 from slimformer.model.layer_parts import Kind
 from slimformer.plans.files import mapping, read_json, read_weights
-from slimformer.transforms.transform import Attentions, transformed_by
+from slimformer.transforms.transform import Attentions, AttentionTransform, transformed_by
 
 FORMAT = 1
 FILE = "slimformer.json"
 WEIGHTS = "slimformer.safetensors"
 
 
-class PlannedMethod(Protocol):
-    """A token policy or an attention transform that a plan can save."""
-
-    def settings(self) -> dict[str, Any]:
-        """What goes into the JSON."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What goes into the safetensors file."""
-        ...
-
-
-METHODS: dict[str, type[Any]] = {
-    "EarlyExit": EarlyExit,
-    "LayerDrop": LayerDrop,
-    "MixtureOfDepths": MixtureOfDepths,
-    "NarrowMlp": NarrowMlp,
-    "TokenElimination": TokenElimination,
-    "TempScale": TempScale,
-    "LogNScale": LogNScale,
-    "SelfExtend": SelfExtend,
-    "RopeScaling": RopeScaling,
-    "PositionInterpolation": PositionInterpolation,
-    "GroupedPositions": GroupedPositions,
-    "RecurrentPositions": RecurrentPositions,
-    "WeightDelta": WeightDelta,
-}
+# A token policy or an attention transform, registered under a name.
+PlannedMethod: TypeAlias = TokenPolicy | AttentionTransform
+# Every name that a plan of this library has is known from here on; reading one imports nothing.
+load_all()
 _MOST_LAYERS = 10_000
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
@@ -174,7 +144,7 @@ class Plan:
         return {
             "format": FORMAT,
             "fingerprint": dict(self.fingerprint),
-            "methods": [{"method": type(m).__name__, **m.settings()} for m in self.methods],
+            "methods": [{"method": _name(method), **settings_of(method)} for method in self.methods],
             # The vocabulary of transformers' own per-layer configuration.
             "per_layer_config": {
                 index: {"skip": names} for index, names in sorted(skip.items(), key=lambda s: int(s[0]))
@@ -188,7 +158,7 @@ class Plan:
         return {
             f"{number}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for number, method in enumerate(self.methods)
-            for name, tensor in method.tensors().items()
+            for name, tensor in tensors_of(method).items()
         }
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -333,20 +303,33 @@ def _of_method(number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(lead) :]: tensor for name, tensor in tensors.items() if name.startswith(lead)}
 
 
+def _name(method: PlannedMethod) -> str:
+    name = name_of(method)
+    if name is None:
+        kind = type(method).__name__
+        raise PlanError(
+            f"{kind} is not registered, so no plan that holds it could be read again. Write "
+            f'@slimformer.register("a-name") above the class {kind}.'
+        )
+    return name
+
+
 def _read_method(entry: dict[str, Any], weights: Mapping[str, Tensor], file: Path) -> PlannedMethod:
     name = entry.pop("method")
-    if name not in METHODS:
+    method = registered().get(name)
+    if method is None:
         raise PlanError(
-            f"{file} uses the method {name!r}, which this version does not know; known are {', '.join(METHODS)}. "
-            "Ignoring it would change results. Upgrade slimformer."
+            f"{file} uses the method {name!r}, which is not known here; known are {', '.join(registered())}. Ignoring "
+            "it would change results. If a newer version made the plan, upgrade slimformer. If the method is your own "
+            f"or a library's, import what defines it, with @slimformer.register({name!r}) above the class, before the "
+            "plan is read: a plan imports nothing."
         )
-    fields = {f.name for f in dataclasses.fields(METHODS[name])}
-    known = fields - {"weights"}
-    unknown = sorted(set(entry) - known)
+    known = field_names(method)
+    unknown = sorted(set(entry) - set(known))
     if unknown:
         warnings.warn(
             f"{file}: {name} has newer fields that are ignored: {unknown}.", SlimformerWarning, stacklevel=4
         )
-    settings = {key: value for key, value in entry.items() if key in known}
-    method: PlannedMethod = METHODS[name](**settings, **({"weights": weights} if "weights" in fields else {}))
-    return method
+    return cast(
+        PlannedMethod, made(method, {key: value for key, value in entry.items() if key in known}, weights)
+    )

@@ -19,9 +19,10 @@ from huggingface_hub.errors import (
 )
 from transformers import PreTrainedModel
 
+from slimformer.decisions.registry import name_of, registered
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.methods.unpadding import Unpadding
-from slimformer.plans.plan import FILE, METHODS, WEIGHTS, Plan, PlannedMethod, fingerprint
+from slimformer.plans.plan import FILE, WEIGHTS, Plan, PlannedMethod, fingerprint
 
 # Patching a model waits no longer than this for the Hub, in seconds.
 _PATIENCE = 3.0
@@ -123,12 +124,13 @@ def _plan_of(model: PreTrainedModel, methods: Sequence[object]) -> Plan | None:
     for method in methods:
         if isinstance(method, Plan):
             flat.extend(method.methods)
-        elif type(method) in METHODS.values():
+        elif name_of(method) is not None:
             flat.append(cast(PlannedMethod, method))
         elif not isinstance(method, Unpadding):
             warnings.warn(
                 f"{type(method).__name__} has no form in which a plan could be saved, so the checkpoint was written "
-                f"without a plan. Methods that a plan holds: {', '.join(METHODS)}.",
+                f"without a plan. Methods that a plan holds: {', '.join(registered())}; your own too, with "
+                '@slimformer.register("a-name") above its class.',
                 SlimformerWarning,
                 stacklevel=3,
             )

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from slimformer.decisions.registry import settings_of
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.plans.plan import Plan, PlannedMethod
 from slimformer.report.summary import Summary, comparison, figure
@@ -89,7 +90,7 @@ def _settings(method: PlannedMethod) -> str:
     fields: Iterable[Any] = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
     defaults = {field.name: words(field.default) for field in fields}
     parts = []
-    for name, value in method.settings().items():
+    for name, value in settings_of(method).items():
         if isinstance(value, Mapping):
             # As the command line takes it.
             parts.append(f"{name} " + " ".join(f"{key}={words(entry)}" for key, entry in value.items()))

@@ -20,7 +20,7 @@ from slimformer.examination.layers import examine_layers, row_sublayers
 from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
 from slimformer.model.anatomy import Anatomy, transformer_of
-from slimformer.model.layer_parts import Kind
+from slimformer.model.layer_parts import KINDS, Kind
 from slimformer.patching import status
 from slimformer.plans.plan import Plan, fingerprint
 from slimformer.rows.attention import RowAttention
@@ -153,7 +153,7 @@ def calibrate_arank(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Plan:
-    """Choose the layers to route, and make a plan whose routers keep every token until `train-router` trains them.
+    """Choose the layers to route, and make a plan whose routers keep every token until they are trained.
 
     Args:
         model: An unpatched decoder or encoder; it is left as it was.
@@ -162,7 +162,7 @@ def calibrate_arank(
         kinds: What is routed in them.
         keep: The fraction of tokens that routers are to be trained for.
         metric: `"effective_rank"`, or the published `"rank"`; or `"skip_cost"`, which reads no maps: the part of the
-            divergence from dense that skipping all tokens would bring, to second order, as `train_routers` estimates
+            divergence from dense that skipping all tokens would bring, to second order, as training routers estimates
             it.
         data: As for `slimformer.calibrate`; its texts are read one behind the other. For a vision-language model, a
             list of what its processor makes of images with text.
@@ -199,6 +199,8 @@ def calibrate_arank(
     wanted = max(most // 2, 1) if number is None else number
     if not 1 <= wanted <= most:
         raise CalibrationError(f"number must be from 1 to {most}, got {number!r}.")
+    if not kinds or set(kinds) - set(KINDS):
+        raise CalibrationError(f"kinds must be some of {', '.join(KINDS)}, got {tuple(kinds)!r}.")
     if metric not in get_args(LayerOrder):
         raise CalibrationError(f"metric must be one of {', '.join(get_args(LayerOrder))}, got {metric!r}.")
     rows: Sequence[Tensor | Mapping[str, Tensor]] | None = examples(data)

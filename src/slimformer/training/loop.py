@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -73,6 +73,16 @@ class TrainingSettings:
         # As launchers say it, since nothing has been started yet.
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         return self.steps * self.rows * self.accumulate * processes
+
+
+def seeded(settings: TrainingSettings, seed: int | None) -> TrainingSettings:
+    """The settings with another seed; None leaves their own.
+
+    Example:
+        >>> seeded(TrainingSettings(), 3).seed
+        3
+    """
+    return settings if seed is None else replace(settings, seed=seed)
 
 
 @dataclass(frozen=True)

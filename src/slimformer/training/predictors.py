@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from slimformer.calibration.drops.calibration_text import longest
 from slimformer.calibration.drops.drop import tokenizer_of, versions
 from slimformer.calibration.drops.replay import executors, record_call, run_layer
+from slimformer.decisions.registry import field_names
 from slimformer.errors import CalibrationError, UnsupportedModelError
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.examination.layers import examine_layers, row_sublayers
@@ -29,7 +31,7 @@ from slimformer.runtime.sublayers import RowSublayers
 from slimformer.text.progress import Stages
 from slimformer.text.rows import training_rows
 from slimformer.text.sources import check_token_ids
-from slimformer.training.loop import TrainingSettings, fit
+from slimformer.training.loop import TrainingSettings, fit, seeded
 from slimformer_kernels import pooled_scores
 
 _HELD_OUT_ROWS = 16
@@ -37,9 +39,10 @@ _HELD_OUT_ROWS = 16
 _RETIRE_AT = (0.25, 0.5, 0.75)
 
 
-def train_predictors(
+def learn_predictors(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    method: TokenElimination | None = None,
     *,
     schedule: Mapping[int, float],
     data: str | os.PathLike[str] | Iterable[str] | None = None,
@@ -49,15 +52,16 @@ def train_predictors(
     size: int = 256,
     rank: int = 64,
     settings: TrainingSettings | None = None,
+    seed: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
-    **elimination: Any,
 ) -> Plan:
     """Train one predictor per layer of a schedule, and make the plan that eliminates tokens by them.
 
     Args:
         model: An unpatched decoder or encoder; its weights stay as they are.
         tokenizer: Its tokenizer; a SentenceTransformer or Pipeline brings its own.
+        method: Its other fields, such as `TokenElimination(scorer="predictor", window=128)`; None for its defaults.
         schedule: As `TokenElimination`'s.
         data: As for `slimformer.calibrate`. Its texts are read one behind the other.
         text_field: The field with the text, in JSON lines, Parquet and Hub datasets.
@@ -66,9 +70,9 @@ def train_predictors(
         size: Neurons of a predictor's towers; those that are seldom used are taken out during training.
         rank: Width of the vectors whose products are the scores.
         settings: How long and how fast.
+        seed: Instead of that of the settings.
         checkpoint: A folder for checkpoints. The same call resumes from them after an interruption.
         progress: Show progress bars with the time left.
-        elimination: Further fields of `TokenElimination`, such as `window`.
 
     Returns:
         The plan. `plan.measured["predictors"]` has, per layer and on text not trained on, the loss, the final sizes and
@@ -76,19 +80,26 @@ def train_predictors(
         column sums (`"all"`, LeMo's) and by what the last blocks attend to (`"last"`).
 
     Raises:
-        CalibrationError: If the model is patched, an argument is not one of those allowed, or training fails.
+        CalibrationError: If the method has a schedule, the model is patched, an argument is not one of those allowed,
+            or training fails.
         DataError: If the text is too short.
         PlanError: If the schedule does not fit the model.
         UnsupportedModelError: If the model's attention is one whose queries and keys are not known.
     """
-    settings = TrainingSettings() if settings is None else settings
+    settings = seeded(settings or TrainingSettings(), seed)
+    method = TokenElimination(scorer="predictor") if method is None else method
+    if method.schedule or method.weights:
+        raise CalibrationError(
+            "The TokenElimination has predictors already, and they are to be trained. Patch it as it is, or give "
+            "schedule=... beside TokenElimination(scorer='predictor')."
+        )
     if status(model):
         raise CalibrationError(
             "The model is patched; predictors learn from the dense model. Call unpatch first."
         )
     inner, anatomy = transformer_of(model), known_anatomy(model)
     # Refuses what cannot be patched before anything is trained.
-    TokenElimination(schedule, scorer="attention", **elimination).decisions(anatomy)
+    replace(method, schedule=schedule, scorer="attention").decisions(anatomy)
     tokens = min(length, longest(anatomy, tokenizer or tokenizer_of(model)))
     read, held_out, source = training_rows(
         tokenizer or tokenizer_of(model),
@@ -142,7 +153,7 @@ def train_predictors(
         }
         found = {layer: BlockPredictor.from_tensors(weights, layer).to(device) for layer in schedule}
         measured = _measure(teacher, found, schedule, stages.track(held_out.split(1), "held-out text"))
-    method = TokenElimination(schedule, scorer="predictor", weights=weights, **elimination)
+    trained_method = replace(method, schedule=schedule, scorer="predictor", weights=weights)
     provenance = {
         **versions(anatomy),
         "arguments": {"length": tokens, "size": size, "rank": rank, "hold_out": hold_out, **vars(settings)},
@@ -150,7 +161,27 @@ def train_predictors(
         "tokens": read.numel(),
         "losses": history.losses,
     }
-    return Plan([method], fingerprint(inner), provenance, {"predictors": measured})
+    return Plan([trained_method], fingerprint(inner), provenance, {"predictors": measured})
+
+
+def train_predictors(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    schedule: Mapping[int, float],
+    **options: Any,
+) -> Plan:
+    """Deprecated: `slimformer.calibrate` with `TokenElimination(scorer="predictor")`."""
+    warnings.warn(
+        "train_predictors is deprecated. Call slimformer.calibrate(model, tokenizer, "
+        "TokenElimination(scorer='predictor'), schedule=..., data=...).",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    own = {name: options.pop(name) for name in field_names(TokenElimination) if name in options}
+    return learn_predictors(
+        model, tokenizer, TokenElimination(**{**own, "scorer": "predictor"}), schedule=schedule, **options
+    )
 
 
 class _Predictors(nn.Module):

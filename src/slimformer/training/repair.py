@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from slimformer.calibration.drops.calibration_text import longest
 from slimformer.calibration.drops.drop import tokenizer_of, versions
 from slimformer.calibration.keep_ratio import meet_keep_ratio
+from slimformer.decisions.registry import tensors_of
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.methods.weight_delta import WeightDelta
@@ -254,12 +255,12 @@ def _with(methods: Sequence[PlannedMethod], learnt: Sequence[PlannedMethod]) -> 
     known = {
         (type(method).__name__, name): tensor
         for method in learnt
-        for name, tensor in method.tensors().items()
+        for name, tensor in tensors_of(method).items()
     }
     found: list[Any] = [m for m in methods if not (learnt and isinstance(m, WeightDelta))]
     for place, method in enumerate(found):
         lead = type(method).__name__
-        weights = {name: known.get((lead, name), tensor) for name, tensor in method.tensors().items()}
+        weights = {name: known.get((lead, name), tensor) for name, tensor in tensors_of(method).items()}
         if weights:
             found[place] = dataclasses.replace(method, weights=weights)
     return [*found, *(method for method in learnt if isinstance(method, WeightDelta))]

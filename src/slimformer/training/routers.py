@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -18,22 +20,118 @@ from slimformer.evaluation.perplexity import evaluating
 from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
 from slimformer.model.anatomy import transformer_of
+from slimformer.model.layer_parts import KINDS, Kind
 from slimformer.patching import status
 from slimformer.plans.plan import Plan, fingerprint
 from slimformer.text.progress import Stages
 from slimformer.text.rows import examples, rows_of_examples, training_rows
 from slimformer.text.sources import check_token_ids
-from slimformer.training.loop import TrainingSettings, fit, frozen
+from slimformer.training.arank import LayerOrder, calibrate_arank
+from slimformer.training.loop import TrainingSettings, fit, frozen, seeded
 from slimformer.training.routed_model import Batch, Routed
 
 _HELD_OUT_ROWS = 8
+# The peak of the learning rate, where nothing else is said.
+_RATE = 5e-3
 
 
-def train_routers(
+def learn_routing(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    method: MixtureOfDepths | None = None,
     *,
+    data: str | os.PathLike[str] | Iterable[str] | Sequence[Mapping[str, Tensor]] | None = None,
+    text_field: str = "text",
+    hold_out: bool = True,
+    number: int | None = None,
+    kinds: Sequence[Kind] = ("attention",),
+    metric: LayerOrder = "skip_cost",
+    texts: int = 16,
+    length: int = 1024,
+    train: bool = True,
+    settings: TrainingSettings | None = None,
+    seed: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Plan:
+    """Choose the layers to route, unless the method names them, and train their routers.
+
+    Args:
+        model: An unpatched decoder or encoder; its weights stay as they are.
+        tokenizer: Its tokenizer; a SentenceTransformer or Pipeline brings its own.
+        method: How they route, such as `MixtureOfDepths(keep=0.5)`; None for its defaults. One that names layers, as
+            `MixtureOfDepths.keeping_everything` makes it, gets routers for those.
+        data: As for `learn_routers`.
+        text_field: The field with the text, in JSON lines, Parquet and Hub datasets.
+        hold_out: Set thresholds and measure on every fifth text, which is not trained on; without, on the last rows.
+        number: How many layers; None takes half of those that may be.
+        kinds: What is routed in them.
+        metric: What layers are chosen by, as for `calibrate_arank`.
+        texts: How many texts they are chosen on.
+        length: Tokens per text.
+        train: Whether the routers are trained; without, they keep every token.
+        settings: How long and how fast.
+        seed: Instead of that of the settings.
+        checkpoint: A folder for partial results. The same call resumes from them after an interruption.
+        progress: Show progress bars with the time left.
+
+    Returns:
+        The plan; `plan.provenance["arank"]` has what layers were chosen by.
+
+    Raises:
+        CalibrationError: If the method names layers and there is nothing to do, or for the reasons of
+            `calibrate_arank` and `learn_routers`.
+        DataError: If the text is too short.
+        PlanError: If the method does not fit the model.
+    """
+    settings = seeded(settings or TrainingSettings(learning_rate=_RATE), seed)
+    method = MixtureOfDepths() if method is None else method
+    common: dict[str, Any] = {"data": data, "text_field": text_field, "hold_out": hold_out, "length": length,
+                              "checkpoint": checkpoint, "progress": progress}  # fmt: skip
+    if method.sublayers:
+        if not train:
+            raise CalibrationError(
+                "The MixtureOfDepths names its layers, and train=False would leave its routers as they are. Patch it "
+                "as it is, or name no layers."
+            )
+        return learn_routers(model, tokenizer, method, settings=settings, **common)
+    # Read twice: to choose layers, and to train their routers.
+    if isinstance(data, str) and data == "-":
+        raise DataError(
+            "Layers are chosen and routers are trained on the same text, and standard input can be read once. Give a "
+            "file, a dataset or a list of strings."
+        )
+    again: dict[str, Any] = {}
+    if isinstance(data, Iterator):
+        common["data"], again["data"] = itertools.tee(data)
+    ranked = calibrate_arank(
+        model,
+        tokenizer,
+        number=number,
+        kinds=kinds,
+        keep=method.keep,
+        metric=metric,
+        texts=texts,
+        seed=settings.seed,
+        **common,
+    )
+    (found,) = ranked.methods
+    layers = {kind: getattr(found, kind) for kind in KINDS}
+    hidden = known_anatomy(model).stack.config.hidden_size
+    given = {f.name: getattr(method, f.name) for f in fields(method) if f.name not in (*KINDS, "weights")}
+    routed = MixtureOfDepths.keeping_everything(hidden, **given, **layers)
+    if not train:
+        return replace(ranked, methods=[routed])
+    plan = learn_routers(model, tokenizer, routed, settings=settings, **{**common, **again})
+    chosen_by = {name: ranked.provenance[name] for name in ("arank", "layers_by")}
+    return replace(plan, provenance={**plan.provenance, **chosen_by})
+
+
+def learn_routers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     method: MixtureOfDepths,
+    *,
     data: str | os.PathLike[str] | Iterable[str] | Sequence[Mapping[str, Tensor]] | None = None,
     text_field: str = "text",
     hold_out: bool = True,
@@ -73,7 +171,7 @@ def train_routers(
         DataError: If the text is too short.
         PlanError: If the method does not fit the model.
     """
-    settings = TrainingSettings(learning_rate=5e-3) if settings is None else settings
+    settings = settings or TrainingSettings(learning_rate=_RATE)
     if status(model):
         raise CalibrationError(
             "The model is patched; routers learn from the dense model. Call unpatch first."
@@ -143,3 +241,19 @@ def train_routers(
     }
     trained = replace(method, weights={name: tensor.cpu() for name, tensor in routers.tensors().items()})
     return Plan([trained], fingerprint(inner), provenance, {"routers": measured})
+
+
+def train_routers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    method: MixtureOfDepths,
+    **options: Any,
+) -> Plan:
+    """Deprecated: `slimformer.calibrate` with a `MixtureOfDepths` that names its layers."""
+    warnings.warn(
+        "train_routers is deprecated. Call slimformer.calibrate(model, tokenizer, method, data=...).",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return learn_routers(model, tokenizer, method, **options)

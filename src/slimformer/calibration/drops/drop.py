@@ -1,4 +1,4 @@
-"""`slimformer.calibrate`: from a model and text to a plan."""
+"""Which sublayers a model can lose: from a model and text to a plan."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from slimformer.calibration.drops.search import Search, Step, may_drop, sublayer
 from slimformer.calibration.drops.similarity import UNITS, Similarity, Unit, measure_similarity
 from slimformer.calibration.drops.stopping import Stop, dense_seconds
 from slimformer.calibration.drops.task_judge import TaskJudge
-from slimformer.decisions.replacements import REPLACE, Replace
 from slimformer.errors import CalibrationError
-from slimformer.evaluation.embedding_tasks import EmbeddingTask
+from slimformer.evaluation.embedding_tasks import EmbeddingTask, is_labelled, task_of
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.layer_drop import LayerDrop
@@ -32,24 +31,23 @@ from slimformer.patching import status
 from slimformer.plans.plan import Plan, fingerprint
 from slimformer.text.progress import Stages
 
-_WHEN_TO_STOP = ("drop", "max_divergence", "speedup")
+_WHEN_TO_STOP = ("drop", "max_loss", "speedup")
 
 
-def calibrate(
+def choose_drops(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    method: LayerDrop | None = None,
     *,
-    data: str | os.PathLike[str] | Iterable[str] | None = None,
+    data: EmbeddingTask | str | os.PathLike[str] | Iterable[str] | None = None,
     text_field: str = "text",
     hold_out: bool = True,
     selection: str = "greedy",
     kinds: Sequence[Unit] = ("attention",),
     drop: int | None = None,
-    max_divergence: float | None = None,
+    max_loss: float | None = None,
     speedup: float | None = None,
-    replace: Replace = "nothing",
-    taps: int = 4,
-    objective: EmbeddingTask | None = None,
+    task: EmbeddingTask | str | os.PathLike[str] | None = None,
     budget: BudgetName = "quick",
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -60,8 +58,10 @@ def calibrate(
     Args:
         model: An unpatched decoder or encoder; it is left as it was.
         tokenizer: Its tokenizer; a SentenceTransformer or Pipeline brings its own.
+        method: What a dropped sublayer leaves behind, such as `LayerDrop(replace="filter", taps=4)`; None for nothing.
         data: A `.txt`, `.jsonl` or `.parquet` file, a Hub dataset id, `"-"` for standard input, a list of strings, or
-            None for a text that every Python carries. Text like that of your own application is better.
+            None for a text that every Python carries. Text like that of your own application is better. For a
+            SentenceTransformer also what `task` takes with labels, which is then the task.
         text_field: The field with the text, in JSON lines, Parquet and Hub datasets.
         hold_out: Leave every fifth text alone, so that `slimformer eval` can measure on it.
         selection: `"greedy"` removes, one after the other, what moves the model's output least (in decoders the KL
@@ -69,13 +69,12 @@ def calibrate(
             LLM-Drop's one pass (arXiv 2406.15786).
         kinds: What may be dropped: `"attention"`, `"mlp"`, both (joint), or `"block"`.
         drop: Stop after so many removals.
-        max_divergence: Stop before the divergence on the calibration text passes this.
+        max_loss: Stop before the divergence on the calibration text passes this: nats of KL, or 1 - cosine.
         speedup: Stop once a forward over one block is so many times as fast, by times measured here.
-        replace: What a dropped sublayer leaves behind: `"nothing"`, its `"mean"` output, or a linear `"filter"`.
-        taps: How many tokens a filter reads.
-        objective: For a SentenceTransformer, what `"greedy"` removals are to keep instead, as `read_task` of
-            `slimformer.evaluation.embedding_tasks` makes it: retrieval, scored pairs or neighbour lists. A divergence
-            is then the share lost of its figure; without `data`, its texts are read.
+        task: For a SentenceTransformer, what `"greedy"` removals are to keep instead: a folder in BEIR's layout, a
+            `.tsv` file of scored pairs, text for lists of neighbours, or what `read_task` of
+            `slimformer.evaluation.embedding_tasks` makes of them. What is lost is then a share of its figure; without
+            `data`, its texts are read.
         budget: `"quick"`, `"standard"` or `"thorough"`: how much text is read (`slimformer.calibration.drops.budgets`).
         seed: Which of the text is read.
         checkpoint: A folder for partial results. The same call resumes from them after an interruption.
@@ -92,21 +91,30 @@ def calibrate(
 
     Example:
         >>> import slimformer
-        >>> plan = slimformer.calibrate(model, tokenizer, data="notes.txt", drop=4)  # doctest: +SKIP
+        >>> plan = slimformer.calibrate(model, tokenizer, LayerDrop, data="notes.txt", drop=4)  # doctest: +SKIP
         >>> slimformer.patch(model, plan)  # doctest: +SKIP
     """
+    method = LayerDrop() if method is None else method
+    if method.attention or method.mlp or method.block:
+        raise CalibrationError(
+            f"{method!r} names its sublayers, and calibration chooses them. Patch it as it is, or leave them out."
+        )
+    replace, taps = method.replace, method.taps
+    if task is None and is_labelled(data):
+        task, data = cast(EmbeddingTask, data), None
+    kept = None if task is None else task_of(task, text_field)
     arguments: dict[str, Any] = {
         "selection": selection,
         "kinds": list(kinds),
         "drop": drop,
-        "max_divergence": max_divergence,
+        "max_loss": max_loss,
         "speedup": speedup,
         "replace": replace,
         "taps": taps,
         "budget": budget,
         "seed": seed,
         "hold_out": hold_out,
-        "objective": None if objective is None else objective.source,
+        "task": None if kept is None else kept.source,
     }
     _check(arguments)
     if status(model):
@@ -114,17 +122,24 @@ def calibrate(
             "The model is patched; plans are made for the dense model. Call unpatch first."
         )
     inner, anatomy = transformer_of(model), known_anatomy(model)
-    task = objective.split()[0] if objective is not None and hold_out else objective
-    if task is not None:
-        arguments["objective"] = task.source
+    if kept is not None:
+        kept = kept.split()[0] if hold_out else kept
+        arguments["task"] = kept.source
         if data is None:
             # A task holds out what it is measured by, not what it reads.
-            data, hold_out = task.texts, False
-    stop = Stop(drop, max_divergence, speedup)
+            data, hold_out = kept.texts, False
+    stop = Stop(drop, max_loss, speedup)
     sizes = BUDGETS[budget]
     with evaluating(inner), Stages(progress) as stages:
         text = read_text(
-            inner, anatomy, tokenizer or tokenizer_of(model), data, text_field, hold_out, sizes, seed
+            inner,
+            anatomy,
+            tokenizer or tokenizer_of(model),
+            cast(Any, data),
+            text_field,
+            hold_out,
+            sizes,
+            seed,
         )
         pool = None if sizes.pool is None or drop is None else max(sizes.pool * drop, drop + 1)
         deciding = {name: arguments[name] for name in arguments if name not in _WHEN_TO_STOP}
@@ -139,8 +154,8 @@ def calibrate(
         if speedup is not None:
             stop.seconds = dense_seconds(inner, anatomy, text.final_batches()[0], kinds)
         search = None
-        if selection == "greedy" or max_divergence is not None:
-            judge = None if task is None else TaskJudge.record(model, task, replace, taps)
+        if selection == "greedy" or max_loss is not None:
+            judge = None if kept is None else TaskJudge.record(model, kept, replace, taps)
             search = text.search(replace, taps, stages.advance("candidates judged"), judge)
         steps = (
             _greedy(units[:pool], stop, cast(Search, search), partial)
@@ -154,7 +169,7 @@ def calibrate(
     layers: dict[str, list[int]] = {
         unit: sorted(step.layer for step in steps if step.kind == unit) for unit in UNITS
     }
-    method = LayerDrop(
+    dropping = LayerDrop(
         layers["attention"],
         layers["mlp"],
         layers["block"],
@@ -162,7 +177,7 @@ def calibrate(
         taps=taps if replace == "filter" else 1,
         weights=saved_weights(fitted),
     )
-    return Plan([method], fingerprint(inner), _provenance(arguments, text, similarity, steps, search))
+    return Plan([dropping], fingerprint(inner), _provenance(arguments, text, similarity, steps, search))
 
 
 def _greedy(
@@ -215,8 +230,8 @@ def _in_order(
 def _some(steps: list[Step], stop: Stop) -> list[Step]:
     if not steps:
         raise CalibrationError(
-            f"Nothing can be dropped within a divergence of {stop.max_divergence}. Allow more, or try "
-            "replace='filter'."
+            f"Nothing can be dropped within a loss of {stop.max_loss}. Allow more, or try "
+            "LayerDrop(replace='filter')."
         )
     return steps
 
@@ -228,7 +243,6 @@ def _ranked(similarity: Similarity, kinds: Sequence[Unit]) -> list[tuple[Unit, i
 def _check(arguments: dict[str, Any]) -> None:
     allowed: dict[str, tuple[Any, ...]] = {
         "selection": ("greedy", "cosine"),
-        "replace": REPLACE,
         "budget": get_args(BudgetName),
     }
     for name, values in allowed.items():
@@ -244,18 +258,16 @@ def _check(arguments: dict[str, Any]) -> None:
         raise CalibrationError(
             f"kinds must be ('attention',), ('mlp',), ('attention', 'mlp') or ('block',), got {tuple(kinds)!r}."
         )
-    if arguments["drop"] is None and arguments["max_divergence"] is None and arguments["speedup"] is None:
-        raise CalibrationError("Say when to stop: give drop, max_divergence or speedup.")
-    if (
-        arguments["objective"] is not None
-        and arguments["selection"] == "cosine"
-        and arguments["max_divergence"] is None
-    ):
+    if all(arguments[name] is None for name in _WHEN_TO_STOP):
         raise CalibrationError(
-            "Nothing is judged by the objective with selection='cosine' and no max_divergence. Take "
-            "selection='greedy', or give max_divergence."
+            f"Say when to stop: give {', '.join(_WHEN_TO_STOP[:-1])} or {_WHEN_TO_STOP[-1]}."
         )
-    for name, least in (("drop", 1), ("max_divergence", 0), ("speedup", 1), ("taps", 1)):
+    if arguments["task"] is not None and arguments["selection"] == "cosine" and arguments["max_loss"] is None:
+        raise CalibrationError(
+            "Nothing is judged by the task with selection='cosine' and no max_loss. Take selection='greedy', or give "
+            "max_loss."
+        )
+    for name, least in (("drop", 1), ("max_loss", 0), ("speedup", 1)):
         if arguments[name] is not None and not arguments[name] >= least:
             raise CalibrationError(f"{name} must be at least {least}, got {arguments[name]!r}.")
 

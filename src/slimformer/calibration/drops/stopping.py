@@ -36,7 +36,7 @@ class Stop:
     """The stop rules of one calibration; the first that applies ends it."""
 
     drop: int | None
-    max_divergence: float | None
+    max_loss: float | None
     speedup: float | None
     seconds: Seconds | None = None
 
@@ -50,7 +50,7 @@ class Stop:
 
     def too_far(self, divergence: float | None) -> bool:
         """Whether a removal with this divergence must not be made."""
-        return self.max_divergence is not None and divergence is not None and divergence > self.max_divergence
+        return self.max_loss is not None and divergence is not None and divergence > self.max_loss
 
     def give_up(self, steps: Sequence[Step]) -> None:
         """Nothing is left to drop: fine where a divergence was the limit.

@@ -20,6 +20,7 @@ from slimformer.decisions.fields import (
     layer_number,
 )
 from slimformer.decisions.policy import Decision
+from slimformer.decisions.registry import register
 from slimformer.errors import PlanError
 from slimformer.methods.elimination.block_predictor import BlockPredictor
 from slimformer.methods.elimination.token_scores import (
@@ -42,6 +43,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 
 
+@register("TokenElimination")
 @dataclass(frozen=True)
 class TokenElimination:
     """Tokens of a prompt are no longer computed from chosen layers on.
@@ -52,7 +54,7 @@ class TokenElimination:
 
     Attributes:
         schedule: Layer to the fraction of the text's tokens that is computed from it on. Fractions never grow, unless
-            tokens may come back.
+            tokens may come back. Left out, `slimformer.calibrate` chooses it, and nothing can be patched before.
         scorer: Which are: those that others attend to (`"attention"`), those of which a trained predictor says so
             before anything is computed (`"predictor"`), those with small keys (`"norm"`), or some by chance
             (`"random"`, to compare with).
@@ -71,7 +73,7 @@ class TokenElimination:
         left_as: What comes out for tokens that left: the `"residual"` that they had, or the `"mean"` of those that
             stayed in their text, so that mean pooling reads only these (exactly so where no norm follows the layers).
         seed: For `"random"`.
-        weights: The predictors' weights by name, as `slimformer train-predictor` makes them.
+        weights: The predictors' weights by name, as `slimformer calibrate eliminate --predictor` makes them.
 
     Raises:
         PlanError: If a field is not one of those allowed, the schedule grows, or a predictor is missing or damaged.
@@ -81,7 +83,7 @@ class TokenElimination:
         {15: 0.5, 20: 0.25}
     """
 
-    schedule: Mapping[int, float]
+    schedule: Mapping[int, float] = field(default_factory=dict)
     scorer: Literal["attention", "norm", "predictor", "random"] = "attention"
     block: int = 1
     sink: int = 4
@@ -153,9 +155,14 @@ class TokenElimination:
         """A selection before the attention of every layer in the schedule, or for every sublayer from the first on.
 
         Raises:
-            PlanError: If a layer does not exist, or tokens would leave one that has a sliding window: distances in it
-                would be counted without the tokens that left.
+            PlanError: If the schedule is empty, a layer does not exist, or tokens would leave one that has a sliding
+                window: distances in it would be counted without the tokens that left.
         """
+        if not self.schedule:
+            raise PlanError(
+                "TokenElimination(schedule=...) takes at least one layer and number, such as {15: 0.5}, got none. "
+                "slimformer.calibrate(model, tokenizer, TokenElimination) chooses them."
+            )
         count, name = len(anatomy.layers), type(anatomy.stack).__name__
         for layer in self.schedule:
             if layer >= count:
@@ -232,13 +239,11 @@ def _checked(given: Mapping[Any, Any], threshold: bool, revivable: bool) -> dict
     """The schedule in the order of layers; JSON has only text for keys.
 
     Raises:
-        PlanError: If it is empty, names what is no layer or number, or computes more tokens later than earlier.
+        PlanError: If it names what is no layer or number, or computes more tokens later than earlier.
     """
     where = "TokenElimination(schedule=...)"
-    if not isinstance(given, Mapping) or not given:
-        raise PlanError(
-            f"{where} takes at least one layer and number, such as {{15: 0.5}}, got {given or 'none'}."
-        )
+    if not isinstance(given, Mapping):
+        raise PlanError(f"{where} takes layers and numbers, such as {{15: 0.5}}, got {given!r}.")
     schedule = {layer_number(k): v for k, v in given.items()}
     before: float | None = None
     for layer, keep in sorted(schedule.items(), key=lambda entry: str(entry[0]).zfill(9)):
