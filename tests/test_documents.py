@@ -110,7 +110,7 @@ def reader(named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.mark.parametrize("page", pages_with_code(), ids=name)
 def test_every_block_of_a_page_runs(page: Path, reader: Path) -> None:
     torch.manual_seed(0)
-    namespace: dict[str, Any] = {}
+    namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.language == "python":
             # Lines as on the page, for the traceback.
