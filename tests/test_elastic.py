@@ -127,12 +127,8 @@ def test_the_lowest_exit_within_the_loss_is_taken(model: SentenceTransformer) ->
     for loss in sorted(lost.values()):
         within = [index for index in grid.layers[:-1] if lost[index] <= loss + 1e-9]
         if within:
-            assert (
-                slimformer.calibrate(model, None, EarlyExit, data=task, max_loss=loss + 1e-9, head=False)
-                .methods[0]
-                .layer
-                == within[0]
-            )
+            plan = slimformer.calibrate(model, None, EarlyExit, data=task, max_loss=loss + 1e-9, head=False)
+            assert plan.methods[0].layer == within[0]
 
 
 def test_of_a_dense_figure_below_zero_no_fraction_can_be_lost(model: SentenceTransformer) -> None:

@@ -260,7 +260,6 @@ def test_generate_and_plans_and_undo(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "at least one layer"),
         ({"mlp": [1, 1]}, "each once"),
         ({"mlp": [-1]}, "from 0 up"),
         ({"mlp": [1], "keep": 0.0}, "above 0 and up to 1"),
@@ -279,6 +278,11 @@ def test_generate_and_plans_and_undo(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         MixtureOfDepths(**fields)
+
+
+def test_a_method_without_layers_is_for_calibration_alone() -> None:
+    with pytest.raises(PlanError, match=r"at least one layer.* chooses them"):
+        slimformer.patch(tiny_model("llama"), MixtureOfDepths(keep=0.5))
 
 
 def test_routers_for_another_model_are_refused() -> None:

@@ -259,7 +259,7 @@ def test_undo_is_exact_and_plans_carry_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": {}}, "at least one layer"),
+        ({"schedule": None}, "takes layers and numbers"),
         ({"schedule": {0: 0.5}}, "layers from 1 up"),
         ({"schedule": {1: 0.0}}, "above 0 and up to 1"),
         ({"schedule": {1: 1.5}}, "above 0 and up to 1"),
@@ -272,6 +272,11 @@ def test_undo_is_exact_and_plans_carry_it(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         TokenElimination(**settings)
+
+
+def test_a_method_without_a_schedule_is_for_calibration_alone() -> None:
+    with pytest.raises(PlanError, match=r"at least one layer.* chooses them"):
+        slimformer.patch(tiny_model("llama"), TokenElimination(scorer="norm"))
 
 
 def test_models_and_caches_that_cannot_lose_tokens_are_refused() -> None:

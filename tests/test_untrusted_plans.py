@@ -93,6 +93,9 @@ def write(folder: Path, document: object, weights: bytes | None = None) -> Path:
     return folder
 
 
+NAMES = sorted(registered())
+
+
 def read(folder: Path) -> Plan | None:
     """The plan, or None where it is refused; any other error than a PlanError is a failure."""
     try:
@@ -104,7 +107,7 @@ def read(folder: Path) -> Plan | None:
 @pytest.mark.filterwarnings("ignore::slimformer.errors.SlimformerWarning")
 @FUZZ
 @given(document=JSON, methods=st.lists(
-    st.fixed_dictionaries({"method": st.sampled_from(sorted(registered()))}).flatmap(lambda entry: st.fixed_dictionaries(
+    st.fixed_dictionaries({"method": st.sampled_from(NAMES)}).flatmap(lambda entry: st.fixed_dictionaries(
         entry and {"method": st.just(entry["method"])},
         optional={f.name: JSON for f in dataclasses.fields(registered()[entry["method"]])},
     )), max_size=2))  # fmt: skip

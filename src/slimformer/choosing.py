@@ -87,7 +87,7 @@ def calibrate(
             list of strings, or None for a text that every Python carries. For a SentenceTransformer also a folder in
             BEIR's layout or a `.tsv` file of scored pairs, by whose figure it is then chosen. Data like that of your
             own application are better.
-        options: See `slimformer.choosing.options_of(method)`, and the functions named there.
+        options: As the table says; the docstring of `slimformer.choosing.chosen_by(method)` has all of them.
 
     Returns:
         The plan, with what it was chosen by in `plan.provenance`.
@@ -104,28 +104,28 @@ def calibrate(
         >>> plan = slimformer.calibrate(model, tokenizer, LayerDrop, data="notes.txt", drop=4)  # doctest: +SKIP
         >>> slimformer.patch(model, plan)  # doctest: +SKIP
     """
+    if _names_a_method(tokenizer):
+        name = _kind(tokenizer).__name__
+        raise CalibrationError(
+            f"{name} stands where the tokenizer belongs. Call calibrate(model, tokenizer, {name}, ...), with None for "
+            "the tokenizer of a SentenceTransformer or Pipeline."
+        )
     if method is None:
         method, options = _as_before(options)
-    kind, given = _kind(tokenizer if _names_a_method(tokenizer) else method), method
-    if _names_a_method(tokenizer):
-        raise CalibrationError(
-            f"{kind.__name__} stands where the tokenizer belongs. Call calibrate(model, tokenizer, {kind.__name__}, "
-            "...), with None for the tokenizer of a SentenceTransformer or Pipeline."
-        )
-    chosen_by = _chosen_by(given)
-    _check_options(kind, chosen_by, options)
+    choose, kind = chosen_by(method), _kind(method)
+    _check_options(kind, choose, options)
     arguments: dict[str, Any] = {"data": data, **options}
-    takes = inspect.signature(chosen_by).parameters
-    if "method" in takes and not isinstance(given, type):
-        arguments["method"] = given
+    takes = inspect.signature(choose).parameters
+    if "method" in takes and not isinstance(method, type):
+        arguments["method"] = method
     if "tokenizer" in takes:
-        return chosen_by(model, tokenizer, **arguments)
+        return choose(model, tokenizer, **arguments)
     if tokenizer is not None and tokenizer is not getattr(model, "tokenizer", None):
         raise CalibrationError(
             f"{kind.__name__} is chosen by a SentenceTransformer's embeddings, with its own tokenizer. Give None "
             "for it."
         )
-    return chosen_by(model, **arguments)
+    return choose(model, **arguments)
 
 
 def options_of(method: object) -> tuple[str, ...]:
@@ -141,8 +141,28 @@ def options_of(method: object) -> tuple[str, ...]:
         >>> options_of(TempScale)
         ('data', 'text_field', 'temperatures', 'hold_out', 'batch_size', 'progress')
     """
-    parameters = inspect.signature(_chosen_by(method)).parameters.values()
+    parameters = inspect.signature(chosen_by(method)).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def chosen_by(method: object) -> Callable[..., Plan]:
+    """The function that chooses a method: its keyword-only parameters are the options, and its docstring says more.
+
+    Raises:
+        CalibrationError: If the method cannot be calibrated, or leaves nothing to choose.
+
+    Example:
+        >>> chosen_by(LayerDrop).__name__
+        'choose_drops'
+    """
+    if isinstance(method, TokenElimination) and method.scorer == "predictor":
+        return learn_predictors
+    kind = _kind(method)
+    if not isinstance(method, type) and "method" not in inspect.signature(_CHOSEN_BY[kind]).parameters:
+        raise CalibrationError(
+            f"{method!r} leaves nothing to choose: patch it as it is, or give the class {kind.__name__}."
+        )
+    return _CHOSEN_BY[kind]
 
 
 def _as_before(options: Mapping[str, Any]) -> tuple[LayerDrop, dict[str, Any]]:
@@ -172,19 +192,8 @@ def _kind(method: object) -> type[Any]:
     return kind
 
 
-def _chosen_by(method: object) -> Callable[..., Plan]:
-    if isinstance(method, TokenElimination) and method.scorer == "predictor":
-        return learn_predictors
-    kind = _kind(method)
-    if not isinstance(method, type) and "method" not in inspect.signature(_CHOSEN_BY[kind]).parameters:
-        raise CalibrationError(
-            f"{method!r} leaves nothing to choose: patch it as it is, or give the class {kind.__name__}."
-        )
-    return _CHOSEN_BY[kind]
-
-
-def _check_options(kind: type[Any], chosen_by: Callable[..., Plan], options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(chosen_by).parameters.values()
+def _check_options(kind: type[Any], choose: Callable[..., Plan], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(choose).parameters.values()
     allowed = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
     absent = [name for name, p in allowed.items() if p.default is p.empty and name not in options]
     if absent:

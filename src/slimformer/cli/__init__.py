@@ -16,16 +16,14 @@ import typer
 from typer.core import TyperGroup
 
 from slimformer import __version__
-from slimformer.cli.commands import (
-    calibrate,
-    demo,
-    generate,
-    measure,
-    repair,
-    show,
-    train_predictor,
-    train_router,
-)
+from slimformer.cli.commands.bench import bench
+from slimformer.cli.commands.calibrate import calibrate
+from slimformer.cli.commands.demo import demo
+from slimformer.cli.commands.deprecated import train_predictor, train_router
+from slimformer.cli.commands.eval import eval_plan
+from slimformer.cli.commands.generate import generate
+from slimformer.cli.commands.repair import repair
+from slimformer.cli.commands.show import show
 from slimformer.cli.output import note
 from slimformer.errors import SlimformerError, SlimformerWarning
 
@@ -91,19 +89,43 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (
-    calibrate.calibrate,
-    train_predictor.train_predictor,
-    train_router.train_router,
-    repair.repair,
-    measure.eval_plan,
-    measure.bench,
-    generate.generate,
-    show.show,
-    demo.demo,
+# Which command serves which wish; lines of their own, so that each can be copied.
+_WISHES = (
+    ("faster generation", "slimformer calibrate drop MODEL -o PLAN --drop 4"),
+    ("long prompts", "slimformer calibrate eliminate MODEL -o PLAN"),
+    ("faster embeddings", "slimformer calibrate narrow MODEL -o PLAN --data TASK --max-loss 0.01"),
+    ("less memory", "slimformer calibrate drop MODEL -o PLAN --drop 8   (and slimformer repair)"),
+    ("longer context", "Python: slimformer.patch(model, slimformer.SelfExtend(...))"),
+    ("undo, or share", "Python: slimformer.unpatch(model), plan.push_to_hub(...); MODEL is never changed"),
+)
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # A paragraph a line.
+    epilog="\n\n".join(
+        ("Which command for which wish:", *(f"{wish:<19}{command}" for wish, command in _WISHES),
+         "Then for example: slimformer eval MODEL --plan PLAN, and in Python slimformer.patch(model, PLAN)")
+    ),
+)  # fmt: skip
+app.add_typer(calibrate, name="calibrate")
+for _command, _name, _example in (
+    (repair, "repair", "MODEL --plan plans/mine -o plans/repaired --data text.jsonl"),
+    (eval_plan, "eval", "MODEL --plan plans/mine --save"),
+    (bench, "bench", "MODEL --plan plans/mine --prompt-tokens 2048"),
+    (generate, "generate", 'MODEL "A prompt" --plan plans/mine'),
+    (show, "show", "plans/mine --html plan.html"),
+    (demo, "demo", "MODEL -o demo-output"),
 ):
-    app.command(_command.__name__.removesuffix("_plan").replace("_", "-"))(_command)
+    app.command(_name, epilog=f"Example: slimformer {_name} {_example}")(_command)
+for _name, _old in (("train-router", train_router), ("train-predictor", train_predictor)):
+    # Help is that of the command that does its work.
+    app.command(
+        _name,
+        hidden=True,
+        deprecated=True,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    )(_old)
 
 
 @app.callback()

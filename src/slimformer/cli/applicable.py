@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from slimformer.cli.settings import Settings
+
 
 def given(ctx: typer.Context, name: str) -> bool:
     """Whether an option was typed, whatever its value."""
@@ -37,6 +39,16 @@ def refuse_text_field(ctx: typer.Context, *sources: Any) -> None:
     """
     if all(source is None for source in sources):
         refuse(ctx, {"text_field": "a source of texts, and none was given"})
+
+
+def refuse_settings_without_data(settings: Settings, data: str | None) -> None:
+    """Refuse `--set text_field=...` where no source of texts was given.
+
+    Raises:
+        typer.BadParameter: If it was typed.
+    """
+    if data is None and "text_field" in settings.left and "task" not in settings.left:
+        raise typer.BadParameter("--set text_field=... goes with a source of texts, and none was given.")
 
 
 def _option(ctx: typer.Context, name: str) -> str:

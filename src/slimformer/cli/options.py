@@ -33,6 +33,34 @@ Data = Annotated[
         "standard input. Left out, the language reference that comes with Python.",
     ),
 ]
+AnyData = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        show_default=False,
+        help="Text: a .txt, .jsonl or .parquet file, a Hub dataset, or - for standard input. For embeddings also a "
+        "folder in BEIR's layout or a .tsv file of pairs, whose figure is then kept. Left out, the language reference "
+        "that comes with Python.",
+    ),
+]
+TaskData = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        show_default=False,
+        help="What embeddings are for: a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/), a .tsv file of "
+        "pairs (score, sentence1, sentence2), or text, for what the unpatched model makes of it.",
+    ),
+]
+More = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        show_default=False,
+        help="Any other setting, such as seed=3; may be repeated.",
+    ),
+]
 TextField = Annotated[
     str, typer.Option(metavar="NAME", help="Where the text is in .jsonl, .parquet and Hub datasets.")
 ]
@@ -65,3 +93,18 @@ Output = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the plan that the output folder holds.")]
 Save = Annotated[bool, typer.Option("--save", help="Keep the figures in the plan, for `slimformer show`.")]
+Length = Annotated[int, typer.Option(min=16, help="Tokens per row.")]
+
+
+class Precision(str, Enum):
+    """What is trained in."""
+
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option("--precision", help="Mixed precision; no is float32, or what the weights are held in."),
+]

@@ -1,17 +1,20 @@
-"""`slimformer eval` and `slimformer bench`: quality and speed beside the dense model."""
+"""`slimformer eval`: quality beside the dense model."""
 
 # Commands import torch when they run, so that --help does not wait for it.
 # ruff: noqa: PLC0415
 
 from __future__ import annotations
 
-from typing import Annotated
+import logging
+from typing import Annotated, Any
 
 import typer
 
 from slimformer.cli import options
 from slimformer.cli.applicable import refuse, refuse_text_field
 from slimformer.cli.output import print_json, print_tables
+
+_logger = logging.getLogger("slimformer")
 
 
 def eval_plan(
@@ -42,7 +45,6 @@ def eval_plan(
         refuse(ctx, dict.fromkeys(("data", "blocks", "sequence_length", "seed"), without))
     refuse_text_field(ctx, data, task)
 
-    from slimformer.cli.commands.embeddings import measure_task
     from slimformer.cli.loading import load_model, load_tokenizer
     from slimformer.cli.work import evaluate, keep, plan_folder
     from slimformer.plans.plan import Plan
@@ -51,7 +53,7 @@ def eval_plan(
     found = Plan.from_pretrained(plan)
     folder = plan_folder(plan) if save else None
     if task is not None:
-        kind, figures = "task", measure_task(model, plan, task, text_field, device, dtype.value)
+        kind, figures = "task", _measure_task(model, plan, task, text_field, device, dtype.value)
     else:
         tokenizer = load_tokenizer(model)
         quality, source = evaluate(
@@ -73,48 +75,39 @@ def eval_plan(
         print_tables(comparison_table({kind: figures}, f"quality on {figures['data']}"))
 
 
-def bench(
-    ctx: typer.Context,
-    model: options.Model,
-    plan: options.PlanPath,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Times per median.")] = 5,
-    device: options.Device = "auto",
-    dtype: options.DtypeOption = options.Dtype.auto,
-    save: options.Save = False,
-    as_json: options.AsJson = False,
-) -> None:
-    """Measure what PLAN saves in time and memory, the dense and the patched model taking turns."""
-    from slimformer.calibration.drops.calibration_text import predicts_tokens
-    from slimformer.cli.loading import load_model
-    from slimformer.cli.work import keep, plan_folder
-    from slimformer.evaluation.timing.speed import measure_speed
-    from slimformer.model.anatomy import find_anatomy
+def _measure_task(
+    model: str, plan: str, source: str, text_field: str, device: str, dtype: str
+) -> dict[str, Any]:
+    """With --task: every figure of the dense pipeline and of the patched one.
+
+    Where the plan was chosen by the same task, only the part that was held out then is measured.
+
+    Raises:
+        DataError: If the task cannot be read.
+    """
+    import rich
+
+    import slimformer
+    from slimformer.cli.loading import load_embedder
+    from slimformer.evaluation.embedding_tasks import EmbeddingTask, read_task
     from slimformer.plans.plan import Plan
-    from slimformer.report import comparison_table
 
     found = Plan.from_pretrained(plan)
-    folder = plan_folder(plan) if save else None
-    loaded = load_model(model, device, dtype.value)
-    if not predicts_tokens(loaded, find_anatomy(loaded)):
-        refuse(ctx, {"new_tokens": f"a model that generates, and {type(loaded).__name__} makes embeddings"})
-    speed = measure_speed(
-        loaded,
-        found,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch_size=batch_size,
-        repeats=repeats,
-        progress=True,
-    )
-    measured = {"speed": speed.to_dict()}
-    if folder is not None:
-        keep(folder, found, measured)
-    if as_json:
-        print_json(measured["speed"])
-    else:
-        print_tables(
-            comparison_table(measured, f"{prompt_tokens} tokens read, {new_tokens} made, batch {batch_size}")
+    task: EmbeddingTask = read_task(source, text_field=text_field)
+    arguments = found.provenance.get("arguments")
+    said = arguments if isinstance(arguments, dict) else {}
+    # Plans of version 0.1.0 call it the objective.
+    chosen_by = str(said.get("task") or said.get("objective") or found.provenance.get("data"))
+    if chosen_by == task.source:
+        _logger.warning(
+            "The plan was chosen by all of this task, so its quality is overestimated: measure by another."
         )
+    elif chosen_by.startswith(task.source):
+        task = task.split()[1]
+    loaded = load_embedder(model, device, dtype)
+    with rich.get_console().status("measuring embeddings"):
+        task = task.recorded(loaded)
+        dense = task.figures(loaded)
+        with slimformer.patched(loaded, found):
+            slim = task.figures(loaded)
+    return {"data": task.source, "dense": dense, "slim": slim}

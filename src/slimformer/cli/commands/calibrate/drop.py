@@ -1,0 +1,93 @@
+"""`slimformer calibrate drop`: which attentions and MLPs can go."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from slimformer.cli import options
+from slimformer.cli.choice import choose
+
+
+class Kinds(str, Enum):
+    """What may be dropped."""
+
+    attention = "attention"
+    mlp = "mlp"
+    joint = "attention,mlp"
+    block = "block"
+
+
+class Replace(str, Enum):
+    """What stands in for a dropped sublayer."""
+
+    nothing = "nothing"
+    mean = "mean"
+    filter = "filter"
+
+
+class Budget(str, Enum):
+    """How much time calibration may take."""
+
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+
+
+def drop(
+    model: options.Model,
+    output: options.Output,
+    data: options.AnyData = None,
+    drop: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Stop after so many drops.")
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(min=0, show_default=False, help="Stop before the divergence from dense passes this."),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(min=1, show_default=False, help="Stop once so many times as fast as dense."),
+    ] = None,
+    kinds: Annotated[
+        Kinds,
+        typer.Option(help="What may be dropped; attention,mlp chooses among both, block drops layers."),
+    ] = Kinds.attention,
+    replace: Annotated[
+        Replace,
+        typer.Option(help="What stands in for a dropped sublayer: nothing, its mean, a fitted filter."),
+    ] = Replace.nothing,
+    budget: Annotated[Budget, typer.Option(help="quick: a minute for a small model.")] = Budget.quick,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    force: options.Force = False,
+    more: options.More = None,
+) -> None:
+    """Choose the attentions and MLPs that MODEL can lose: faster generation, a smaller cache.
+
+    Say when to stop: --drop, --max-loss or --speedup. Ctrl-C keeps what is measured: the same command goes on.
+    --set takes selection, task, taps, hold_out, seed and text_field.
+    """
+    if drop is None and max_loss is None and speedup is None:
+        raise typer.BadParameter("Say when to stop: give --drop, --max-loss or --speedup.")
+    choose(
+        "LayerDrop",
+        model,
+        output,
+        data=data,
+        fields={"replace": replace.value},
+        options={
+            "drop": drop,
+            "max_loss": max_loss,
+            "speedup": speedup,
+            "kinds": tuple(kinds.value.split(",")),
+            "budget": budget.value,
+        },
+        more=more,
+        device=device,
+        dtype=dtype.value,
+        force=force,
+        table="plan_table",
+    )

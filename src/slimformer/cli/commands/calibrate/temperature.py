@@ -1,0 +1,36 @@
+"""`slimformer calibrate temperature`: which temperature of attention serves embeddings best."""
+
+from __future__ import annotations
+
+from slimformer.cli import options
+from slimformer.cli.choice import choose
+
+
+def temperature(
+    model: options.Model,
+    output: options.Output,
+    data: options.TaskData = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    force: options.Force = False,
+    more: options.More = None,
+) -> None:
+    """Sharpen an embedding model's attention by the temperature that is best on --data: better embeddings of long texts.
+
+    For text without labels, the mildest that keeps embeddings of long texts apart. slimformer show draws the curve.
+    --set takes temperatures, batch_size, hold_out and text_field.
+    """
+    choose(
+        "TempScale",
+        model,
+        output,
+        data=data,
+        fields={},
+        options={},
+        more=more,
+        embeddings=True,
+        device=device,
+        dtype=dtype.value,
+        force=force,
+        table="temperature_table",
+    )
