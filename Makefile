@@ -13,8 +13,8 @@ FULL ?=
 WORKERS ?= 2
 VENV ?= .venv
 BIN = $(VENV)/bin
-# torchao above that imports what this torch lacks, and transformers imports torchao.
-OLDEST = torch==2.9.* transformers==5.16.* torchao<0.15
+# torchao above that imports what this torch lacks, and PEFT above that asks for one above that.
+OLDEST = torch==2.9.* transformers==5.16.* torchao<0.15 peft==0.18.*
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal $(FULL)
 # Triton compiles for most of the time, in as many processes as share the GPU.
 GPU_WORKERS ?= 4

@@ -47,24 +47,39 @@ _NOTHING = _StackCall()
 _current: ContextVar[_StackCall] = ContextVar("slimformer_stack_call", default=_NOTHING)
 
 
+@dataclass(eq=False)
+class _Traced:
+    """The forward pass that is being traced into one graph, in which older compilers follow no context variable."""
+
+    call: _StackCall | None = None
+
+
+_traced = _Traced()
+
+
+def _running() -> _StackCall:
+    traced = _traced.call if torch.compiler.is_compiling() else None
+    return _current.get() if traced is None else traced
+
+
 def callers_masks() -> tuple[Tensor, ...]:
     """The masks over queries and keys that the caller of the stack made for the forward pass that runs."""
-    return _current.get().masks
+    return _running().masks
 
 
 def callers_positions() -> Tensor | None:
     """The position of every token, `[1 or batch, tokens]`, as the caller of the stack gave them."""
-    return _current.get().positions
+    return _running().positions
 
 
 def callers_keys() -> Tensor | None:
     """Which keys are text, flags `[batch, keys]`, as the caller of the stack says: all keys, whatever windows hide."""
-    return _current.get().keys
+    return _running().keys
 
 
 def puts_features_between() -> bool:
     """Whether the stack that runs got arguments that it may put between its layers, at tokens of the batch."""
-    return _current.get().features
+    return _running().features
 
 
 @dataclass(eq=False)
@@ -86,9 +101,13 @@ class StackReader:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stack's own `forward`, with the same arguments."""
+        call = self._noted({**{name: args[i] for i, name in enumerate(self.names[: len(args)])}, **kwargs})
         if torch.compiler.is_compiling():
-            return self.had(*args, **kwargs)
-        token = _current.set(self._noted({**dict(zip(self.names, args, strict=False)), **kwargs}))
+            outer, _traced.call = _traced.call, call
+            output = self.had(*args, **kwargs)
+            _traced.call = outer
+            return output
+        token = _current.set(call)
         try:
             return self.had(*args, **kwargs)
         finally:
