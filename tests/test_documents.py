@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # What a page says in the size that a reader wants, and what it becomes where only its working is of interest.
 _SMALLER = {"steps=250": "steps=2", "length=1024": "length=32", "max_new_tokens=20": "max_new_tokens=2"}
+# Blocks with these words in them need a package that not every supported Python has.
+_NEEDS = {"mteb_task": "mteb"}
 # What is added to a command of which these words are a part; the first that are count.
 _ADDED = {
     "--task ": "",
@@ -113,6 +116,9 @@ def test_every_block_of_a_page_runs(page: Path, reader: Path) -> None:
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
+        needed = {package for words, package in _NEEDS.items() if words in block.text}
+        if not all(map(find_spec, needed)):
+            continue
         if block.language == "python":
             # Lines as on the page, for the traceback.
             code = "\n" * (block.line - 1) + smaller(block.text)
@@ -173,6 +179,43 @@ def test_drawings_are_those_of_the_results_and_of_the_floors() -> None:
 def test_every_floor_is_a_folder_or_a_module_of_the_library() -> None:
     found = {path.stem for path in (ROOT / "src/slimformer").iterdir() if path.suffix in ("", ".py")}
     assert set(ordered()) == found - {"__init__", "__pycache__"}
+
+
+def answers() -> dict[str, list[str]]:
+    """The steps that answer each question of the architecture's page."""
+    sections = (ROOT / "docs/architecture.md").read_text("utf-8").split("\n## ")[1:]
+    titled = dict(section.split("\n", 1) for section in sections)
+    return {
+        title: [
+            " ".join(step.split())
+            for step in re.split(r"^\d\. ", text.strip().split("\n\n")[0], flags=re.MULTILINE)[1:]
+        ]
+        for title, text in titled.items()
+        if title.endswith("?")
+    }
+
+
+def test_five_questions_are_answered_by_three_files_each() -> None:
+    assert len(answers()) == 5
+    assert {len(steps) for steps in answers().values()} == {3}
+
+
+@pytest.mark.parametrize("question", answers())
+def test_an_answer_names_files_and_what_stands_in_them(question: str) -> None:
+    for step in answers()[question]:
+        spans = re.findall(r"`([^`]+)`", step)
+        files = [file_named(span) for span in spans if span.endswith(".py")]
+        # What is said of your own file is in none of ours.
+        if not files:
+            assert step.startswith("Your own file"), step
+            continue
+        text = "".join(file.read_text("utf-8") for file in files)
+        names = [span for span in spans if re.fullmatch(r"[\w.]+", span) and not span.endswith(".py")]
+        assert [name for span in names for name in span.split(".") if name not in text] == [], step
+
+
+def file_named(span: str) -> Path:
+    return next(path for path in (ROOT / "src/slimformer" / span, ROOT / span) if path.exists())
 
 
 def test_the_readme_fits_and_counts_the_models_that_the_page_lists() -> None:
