@@ -64,7 +64,7 @@ def choose(
     from slimformer.choosing import chosen_by, options_of
     from slimformer.cli.loading import load_embedder, load_model, load_tokenizer
     from slimformer.decisions.registry import field_names
-    from slimformer.evaluation.embedding_tasks import is_labelled
+    from slimformer.evaluation.embedding_tasks import is_labelled, read_task
     from slimformer.training.loop import TrainingSettings
 
     kind = getattr(methods, method)
@@ -82,20 +82,27 @@ def choose(
         default = {name: value for name, value in training.items() if value is not None}
         asked["settings"] = TrainingSettings(**{**default, **settings.take(TrainingSettings, names)})
     settings.check_none_left(method)
+    read: Any = data
+    text_field = asked.get("text_field", "text")
+    # What embeddings are for is read before the model is.
+    if embeddings or (data is not None and "task" in known and is_labelled(data)):
+        read = read_task(data, text_field=text_field)
+    if "task" in asked:
+        asked["task"] = read_task(asked["task"], text_field=text_field)
     loaded: Any
     tokenizer: Any = None
-    if embeddings or "task" in asked or (data is not None and method == "LayerDrop" and is_labelled(data)):
+    if read is not data or "task" in asked:
         loaded = load_embedder(model, device, dtype)
     else:
         tokenizer, loaded = load_tokenizer(model), load_model(model, device, dtype)
     if "checkpoint" in known:
         with partial_results(output) as partial:
             plan = slimformer.calibrate(
-                loaded, tokenizer, given, data=data, checkpoint=partial, progress=True, **asked
+                loaded, tokenizer, given, data=read, checkpoint=partial, progress=True, **asked
             )
             plan.save_pretrained(output)
     else:
-        plan = slimformer.calibrate(loaded, tokenizer, given, data=data, progress=True, **asked)
+        plan = slimformer.calibrate(loaded, tokenizer, given, data=read, progress=True, **asked)
         plan.save_pretrained(output)
     note(f"The plan is in {output}. slimformer show {output} says more of it, slimformer eval what it costs.")
     found = getattr(report, table)(plan)

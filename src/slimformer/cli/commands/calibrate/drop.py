@@ -41,25 +41,32 @@ def drop(
     output: options.Output,
     data: options.AnyData = None,
     drop: Annotated[
-        int | None, typer.Option(min=1, show_default=False, help="Stop after so many drops.")
+        int | None, typer.Option(metavar="N", min=1, show_default=False, help="Stop after so many drops.")
     ] = None,
     max_loss: Annotated[
         float | None,
-        typer.Option(min=0, show_default=False, help="Stop before the divergence from dense passes this."),
+        typer.Option(
+            metavar="X", min=0, show_default=False, help="Stop before the divergence from dense passes this."
+        ),
     ] = None,
     speedup: Annotated[
         float | None,
-        typer.Option(min=1, show_default=False, help="Stop once so many times as fast as dense."),
+        typer.Option(
+            metavar="X", min=1, show_default=False, help="Stop once so many times as fast as dense."
+        ),
     ] = None,
     kinds: Annotated[
         Kinds,
-        typer.Option(help="What may be dropped; attention,mlp chooses among both, block drops layers."),
+        typer.Option(metavar="KINDS", help="attention, mlp, attention,mlp or block."),
     ] = Kinds.attention,
     replace: Annotated[
         Replace,
-        typer.Option(help="What stands in for a dropped sublayer: nothing, its mean, a fitted filter."),
+        typer.Option(metavar="WHAT", help="nothing, mean or filter in its place."),
     ] = Replace.nothing,
-    budget: Annotated[Budget, typer.Option(help="quick: a minute for a small model.")] = Budget.quick,
+    budget: Annotated[
+        Budget,
+        typer.Option(metavar="NAME", help="quick (a minute), standard or thorough."),
+    ] = Budget.quick,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     force: options.Force = False,
@@ -67,7 +74,7 @@ def drop(
 ) -> None:
     """Choose the attentions and MLPs that MODEL can lose: faster generation, a smaller cache.
 
-    Say when to stop: --drop, --max-loss or --speedup. Ctrl-C keeps what is measured: the same command goes on.
+    Say when to stop: --drop, --max-loss or --speedup. After Ctrl-C the same command goes on.
     --set takes selection, task, taps, hold_out, seed and text_field.
     """
     if drop is None and max_loss is None and speedup is None:
