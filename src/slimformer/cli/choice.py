@@ -27,6 +27,7 @@ def choose(
     data: str | None,
     fields: Mapping[str, Any],
     options: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     more: Sequence[str] | None,
     embeddings: bool = False,
@@ -44,6 +45,7 @@ def choose(
         data: What is read.
         fields: What the command fixes of the method; None leaves a field open.
         options: What it passes on; None leaves an option to its default.
+        defaults: Fields that are not the method's own defaults, unless `--set` says otherwise.
         training: For what is trained, how, unless `--set` says otherwise.
         more: What `--set` was given.
         embeddings: Whether it takes an embedding pipeline, whatever the data are.
@@ -73,7 +75,7 @@ def choose(
     fixed = {name: value for name, value in fields.items() if value is not None}
     known = options_of(kind(**fixed) if fixed else kind)
     own = [name for name in field_names(kind) if name not in (*named, *known)]
-    fixed |= settings.take(kind, own)
+    fixed |= {**(defaults or {}), **settings.take(kind, own)}
     given = kind(**fixed) if fixed else kind
     asked = {name: value for name, value in options.items() if value is not None}
     asked |= settings.take(chosen_by(given), [name for name in known if name not in (*named, *_OWN, *own)])

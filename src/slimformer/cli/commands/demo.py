@@ -165,7 +165,7 @@ def _decoder(
     if not predicts_tokens(loaded, find_anatomy(loaded)):
         raise CalibrationError(
             f"{type(loaded).__name__} predicts no tokens, and the demo reads prompts. Give a decoder with a "
-            "language-model head; for embeddings try slimformer calibrate --method elastic."
+            "language-model head; for embeddings try slimformer calibrate exit."
         )
     return model or "SmolLM2-135M-Instruct", loaded, tokenizer
 

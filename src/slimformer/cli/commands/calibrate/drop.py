@@ -9,6 +9,10 @@ import typer
 
 from slimformer.cli import options
 from slimformer.cli.choice import choose
+from slimformer.cli.settings import Settings
+
+# How many tokens a fitted filter reads.
+_TAPS = 4
 
 
 class Kinds(str, Enum):
@@ -79,12 +83,16 @@ def drop(
     """
     if drop is None and max_loss is None and speedup is None:
         raise typer.BadParameter("Say when to stop: give --drop, --max-loss or --speedup.")
+    filters = replace is Replace.filter
+    if not filters and "taps" in Settings(more).left:
+        raise typer.BadParameter("--set taps=... goes with --replace filter.")
     choose(
         "LayerDrop",
         model,
         output,
         data=data,
         fields={"replace": replace.value},
+        defaults={"taps": _TAPS} if filters else None,
         options={
             "drop": drop,
             "max_loss": max_loss,
