@@ -18,6 +18,7 @@ from benchmarks.long_prompts import HELD_OUT_BOOKS, HELD_OUT_MEETINGS, LongTexts
 from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.results import Measurement, Parameters
 from slimformer import TokenElimination
+from slimformer.decisions.registry import tensors_of
 from slimformer.model.anatomy import find_anatomy
 from slimformer.text.sources import load_texts
 from slimformer.training.loop import TrainingSettings
@@ -71,7 +72,7 @@ def run(settings: Settings) -> Iterator[Measurement]:
         settings=TrainingSettings(steps=settings.pick(800, 2)),
         progress=False,
     )
-    weights = plan.methods[0].tensors()
+    weights = tensors_of(plan.methods[0])
     for layer, found in plan.measured["predictors"].items():
         values = {
             "loss": found["loss"],

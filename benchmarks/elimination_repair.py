@@ -26,6 +26,7 @@ from benchmarks.registry import MissingInput, Settings, benchmark, table
 from benchmarks.repair import kept
 from benchmarks.results import Measurement, Parameters
 from slimformer import Plan, TokenElimination
+from slimformer.decisions.registry import tensors_of
 from slimformer.model.anatomy import find_anatomy
 from slimformer.text.sources import load_texts
 from slimformer.training.loop import TrainingSettings
@@ -109,7 +110,7 @@ def _predicted(settings: Settings, model: Any, tokenizer: Any, schedule: dict[in
         progress=False,
     )
     options: dict[str, Any] = settings.pick(SCORERS[SCORER], _TINY_OPTIONS)
-    elimination = TokenElimination(schedule, **options, weights=plan.methods[0].tensors())
+    elimination = TokenElimination(schedule, **options, weights=tensors_of(plan.methods[0]))
     return Plan([elimination], plan.fingerprint)
 
 

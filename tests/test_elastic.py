@@ -10,13 +10,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from typer.testing import CliRunner, Result
 
 import slimformer
+from command_line import run
 from embedding_data import GOLD, PAIRS, TEXTS, beir, pipeline, tsv
 from slimformer import EarlyExit, LayerDrop, Plan
 from slimformer.calibration.exit_heads import fit_exits
-from slimformer.cli import app
 from slimformer.errors import CalibrationError, PlanError
 from slimformer.evaluation.elastic_grid import Grid
 from slimformer.evaluation.embedding_tasks import (
@@ -235,16 +234,10 @@ def test_a_task_that_would_not_be_used_is_refused(model: SentenceTransformer) ->
     assert limited.provenance["steps"][0]["divergence"] <= 0.9
 
 
-def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result
-
-
 def test_the_command_calibrates_measures_and_shows(tmp_path: Path) -> None:
     folder, data, out = tmp_path / "model", beir(tmp_path / "tiny"), tmp_path / "plan"
     pipeline(folder).save_pretrained(str(folder))
-    shown = run("calibrate", folder, "-o", out, "--method", "elastic", "--layer", 2, "--data", data).stdout
+    shown = run("calibrate", "exit", folder, "-o", out, "--layer", 2, "--data", data).stdout
     assert "▸ 2" in shown
     document = json.loads(run("show", out, "--json", "--html", tmp_path / "plan.html").stdout)
     assert document["per_layer_config"] == {str(index): {"skip": ["self_attn", "mlp"]} for index in (2, 3)}
@@ -263,17 +256,8 @@ def test_the_command_calibrates_measures_and_shows(tmp_path: Path) -> None:
     assert "Spearman" in result.stdout
     whole = tmp_path / "whole"
     run(
-        "calibrate",
-        folder,
-        "-o",
-        whole,
-        "--method",
-        "elastic",
-        "--max-loss",
-        0.99,
-        "--data",
-        data,
-        "--no-hold-out",
+        *("calibrate", "exit", folder, "-o", whole, "--data", data),
+        *("--max-loss", 0.99, "--set", "hold_out=false"),
     )
     assert "overestimated" in run("eval", folder, "--plan", whole, "--task", data).stderr
 
@@ -281,44 +265,22 @@ def test_the_command_calibrates_measures_and_shows(tmp_path: Path) -> None:
 def test_the_command_drops_by_a_task_and_reports_on_the_rest(tmp_path: Path) -> None:
     folder, data, out = tmp_path / "model", beir(tmp_path / "tiny"), tmp_path / "plan"
     pipeline(folder).save_pretrained(str(folder))
-    shown = run("calibrate", folder, "-o", out, "--task", data, "--drop", 1, "--budget", "standard").stdout
+    arguments = ("calibrate", "drop", folder, "--data", data, "--drop", 1, "--budget", "standard")
+    shown = run(*arguments, "-o", out).stdout
     assert "attention" in shown
     figures = json.loads(run("eval", folder, "--plan", out, "--task", data, "--json").stdout)
     assert figures["data"].endswith("the held-out queries")
-    wrong = run(
-        "calibrate",
-        folder,
-        "-o",
-        out,
-        "--task",
-        data,
-        "--method",
-        "elimination",
-        "--max-divergence",
-        1,
-        code=2,
+    neighbours = tmp_path / "neighbours"
+    run(
+        "calibrate", "drop", folder, "-o", neighbours, "--drop", 1, "--set", f"task={tsv(tmp_path / 'p.tsv')}"
     )
-    assert "--task goes with --method drop" in " ".join(word for word in wrong.stderr.split() if word != "│")
+    assert "every other pair" in Plan.from_pretrained(neighbours).provenance["arguments"]["task"]
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (("--method", "elastic", "--layer", 1, "--drop", 1), "--drop goes with --method drop or arank, not elastic"),
-    (("--method", "elastic", "--layer", 1, "--task", "x"), "--task goes with --method drop"),
-    (("--drop", 1, "--layer", 1), "--layer goes with --method elastic, not drop"),
-    (("--drop", 1, "--max-loss", 0.1), "--max-loss goes with --method elastic or narrow, not drop"),
-])  # fmt: skip
-def test_options_that_would_not_be_used_are_refused(
-    tmp_path: Path, options: tuple[object, ...], message: str
-) -> None:
-    result = run("calibrate", "no/model", "-o", tmp_path / "plan", *options, code=2)
-    assert message in " ".join(word for word in result.stderr.split() if word != "│")
-
-
-def test_the_command_refuses_before_it_loads_a_model(tmp_path: Path) -> None:
-    wrong = run("calibrate", "no/model", "-o", tmp_path / "plan", "--method", "elastic", code=2)
-    assert "--layer or --max-loss" in " ".join(word for word in wrong.stderr.split() if word != "│")
-    missing = run("calibrate", "no/model", "-o", tmp_path / "plan", "--method", "elastic", "--layer", 1, "--data",
-                  tmp_path, code=1)  # fmt: skip
+def test_the_command_reads_the_task_before_it_loads_a_model(tmp_path: Path) -> None:
+    missing = run(
+        "calibrate", "exit", "no/model", "-o", tmp_path / "p", "--layer", 1, "--data", tmp_path, code=1
+    )
     assert "no qrels/test.tsv" in missing.stderr
     assert list(tmp_path.iterdir()) == []
 

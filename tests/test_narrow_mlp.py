@@ -11,15 +11,14 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 import slimformer
+from command_line import run
 from embedding_data import TEXTS, beir, pipeline
 from real_models import minilm
 from slimformer import EarlyExit, LayerDrop, Plan
 from slimformer.calibration import narrow_mlps
 from slimformer.calibration.narrow_mlps import fit_narrow
-from slimformer.cli import app
 from slimformer.errors import CalibrationError, DataError, PlanError, UnsupportedModelError
 from slimformer.evaluation.embedding_tasks import NeighbourTask
 from slimformer.evaluation.retrieval import read_retrieval
@@ -254,19 +253,8 @@ def test_the_command_makes_the_plan(tmp_path: Path) -> None:
     folder, data, out = tmp_path / "model", beir(tmp_path / "tiny"), tmp_path / "plan"
     bent(pipeline(folder)).save_pretrained(str(folder))
 
-    def run(*arguments: object, code: int = 0) -> Any:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exit_code == code, result.output
-        return result
-
-    shown = run(
-        "calibrate", folder, "-o", out, "--method", "narrow", "--max-loss", 0.99, "--data", data
-    ).stdout
+    shown = run("calibrate", "narrow", folder, "-o", out, "--max-loss", 0.99, "--data", data).stdout
     assert "17%" in shown
     assert "nDCG@10" in run("show", out).stdout
     figures = json.loads(run("eval", folder, "--plan", out, "--task", data, "--json").stdout)
     assert figures["data"].endswith("the held-out queries")
-    wrong = run("calibrate", folder, "-o", out, "--method", "narrow", "--layer", 1, "--data", data, code=2)
-    assert "--layer goes with --method elastic, not narrow" in " ".join(
-        word for word in wrong.stderr.split() if word != "│"
-    )

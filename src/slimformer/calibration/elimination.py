@@ -59,10 +59,10 @@ def choose_elimination(
     tokenizer: PreTrainedTokenizerBase | None = None,
     method: TokenElimination | None = None,
     *,
-    max_loss: float = 0.05,
     data: str | os.PathLike[str] | Iterable[str] | None = None,
     text_field: str = "text",
     hold_out: bool = True,
+    max_loss: float = 0.05,
     length: int = 2048,
     answer: int = 64,
     texts: int = 8,
@@ -114,6 +114,11 @@ def choose_elimination(
             "TokenElimination(schedule=...) says already from which layers on how many tokens stay, and calibration "
             "chooses that. Patch it as it is, or leave the schedule out."
         )
+    if settings.threshold or settings.revivable:
+        raise CalibrationError(
+            "Calibration chooses fractions of tokens that leave for good: threshold and revivable are not for it. "
+            "Choose such a TokenElimination by hand."
+        )
     if status(model):
         raise CalibrationError(
             "The model is patched; plans are made for the dense model. Call unpatch first."
@@ -130,11 +135,6 @@ def choose_elimination(
     candidates = spread if layers is None else list(layers)
     fractions = sorted([keep] if isinstance(keep, (int, float)) else keep, reverse=True)
     _check(max_loss, length, answer, texts, fractions, candidates, count, longest(anatomy, tokenizer))
-    if settings.threshold or settings.revivable:
-        raise CalibrationError(
-            "Calibration chooses fractions of tokens that leave for good: threshold and revivable are not for it. "
-            "Choose such a TokenElimination by hand."
-        )
     least = settings.least
     if not answer < least <= length:
         raise CalibrationError(

@@ -89,25 +89,37 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-# Which command serves which wish; lines of their own, so that each can be copied.
+# Which command serves which wish.
 _WISHES = (
-    ("faster generation", "slimformer calibrate drop MODEL -o PLAN --drop 4"),
-    ("long prompts", "slimformer calibrate eliminate MODEL -o PLAN"),
-    ("faster embeddings", "slimformer calibrate narrow MODEL -o PLAN --data TASK --max-loss 0.01"),
-    ("less memory", "slimformer calibrate drop MODEL -o PLAN --drop 8   (and slimformer repair)"),
-    ("longer context", "Python: slimformer.patch(model, slimformer.SelfExtend(...))"),
-    ("undo, or share", "Python: slimformer.unpatch(model), plan.push_to_hub(...); MODEL is never changed"),
+    ("faster generation", "slimformer calibrate drop MODEL -o plans/mine --drop 4"),
+    ("long prompts", "slimformer calibrate eliminate MODEL -o plans/mine --length 4096"),
+    ("faster embeddings", "slimformer calibrate narrow MODEL -o plans/mine --data my-beir --max-loss 0.01"),
+    ("less memory", "slimformer calibrate drop MODEL -o plans/mine --drop 8 --replace filter"),
+    ("longer context", "in Python: slimformer.patch(model, slimformer.SelfExtend(...))"),
+    ("undo, or share", 'in Python: slimformer.unpatch(model), plan.push_to_hub("me/my-plan")'),
 )
+_ALONE = """slimformer makes transformer models cheaper to run without retraining them.
+
+Which command for which wish (MODEL is a folder or Hub id, and is never changed):
+
+{wishes}
+
+Then look at the plan and use it:
+
+  slimformer eval MODEL --plan plans/mine        what it costs in quality
+  slimformer bench MODEL --plan plans/mine       what it saves in time and memory
+  slimformer repair MODEL --plan plans/mine -o plans/repaired        win quality back
+  slimformer generate MODEL "A prompt" --plan plans/mine
+  in Python: slimformer.patch(model, "plans/mine")
+
+Unsure? slimformer demo shows it on a real model. slimformer --help lists all commands."""
 app = typer.Typer(
     cls=_Commands,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
-    # A paragraph a line.
-    epilog="\n\n".join(
-        ("Which command for which wish:", *(f"{wish:<19}{command}" for wish, command in _WISHES),
-         "Then for example: slimformer eval MODEL --plan PLAN, and in Python slimformer.patch(model, PLAN)")
-    ),
-)  # fmt: skip
+    epilog="Example: slimformer calibrate drop MODEL -o plans/mine --drop 4. Which command for which wish: slimformer "
+    "alone says it.",
+)
 app.add_typer(calibrate, name="calibrate")
 for _command, _name, _example in (
     (repair, "repair", "MODEL --plan plans/mine -o plans/repaired --data text.jsonl"),
@@ -123,18 +135,20 @@ for _name, _old in (("train-router", train_router), ("train-predictor", train_pr
     app.command(
         _name,
         hidden=True,
-        deprecated=True,
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     )(_old)
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Make transformer models cheaper to run without retraining them."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(_ALONE.format(wishes="\n".join(f"  {wish:<19}{command}" for wish, command in _WISHES)))
 
 
 def main() -> None:

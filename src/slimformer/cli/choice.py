@@ -27,6 +27,7 @@ def choose(
     data: str | None,
     fields: Mapping[str, Any],
     options: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     more: Sequence[str] | None,
     embeddings: bool = False,
@@ -44,6 +45,7 @@ def choose(
         data: What is read.
         fields: What the command fixes of the method; None leaves a field open.
         options: What it passes on; None leaves an option to its default.
+        defaults: Fields that are not the method's own defaults, unless `--set` says otherwise.
         training: For what is trained, how, unless `--set` says otherwise.
         more: What `--set` was given.
         embeddings: Whether it takes an embedding pipeline, whatever the data are.
@@ -64,7 +66,7 @@ def choose(
     from slimformer.choosing import chosen_by, options_of
     from slimformer.cli.loading import load_embedder, load_model, load_tokenizer
     from slimformer.decisions.registry import field_names
-    from slimformer.evaluation.embedding_tasks import is_labelled
+    from slimformer.evaluation.embedding_tasks import is_labelled, read_task
     from slimformer.training.loop import TrainingSettings
 
     kind = getattr(methods, method)
@@ -73,7 +75,7 @@ def choose(
     fixed = {name: value for name, value in fields.items() if value is not None}
     known = options_of(kind(**fixed) if fixed else kind)
     own = [name for name in field_names(kind) if name not in (*named, *known)]
-    fixed |= settings.take(kind, own)
+    fixed |= {**(defaults or {}), **settings.take(kind, own)}
     given = kind(**fixed) if fixed else kind
     asked = {name: value for name, value in options.items() if value is not None}
     asked |= settings.take(chosen_by(given), [name for name in known if name not in (*named, *_OWN, *own)])
@@ -82,20 +84,27 @@ def choose(
         default = {name: value for name, value in training.items() if value is not None}
         asked["settings"] = TrainingSettings(**{**default, **settings.take(TrainingSettings, names)})
     settings.check_none_left(method)
+    read: Any = data
+    text_field = asked.get("text_field", "text")
+    # What embeddings are for is read before the model is.
+    if embeddings or (data is not None and "task" in known and is_labelled(data)):
+        read = read_task(data, text_field=text_field)
+    if "task" in asked:
+        asked["task"] = read_task(asked["task"], text_field=text_field)
     loaded: Any
     tokenizer: Any = None
-    if embeddings or "task" in asked or (data is not None and method == "LayerDrop" and is_labelled(data)):
+    if read is not data or "task" in asked:
         loaded = load_embedder(model, device, dtype)
     else:
         tokenizer, loaded = load_tokenizer(model), load_model(model, device, dtype)
     if "checkpoint" in known:
         with partial_results(output) as partial:
             plan = slimformer.calibrate(
-                loaded, tokenizer, given, data=data, checkpoint=partial, progress=True, **asked
+                loaded, tokenizer, given, data=read, checkpoint=partial, progress=True, **asked
             )
             plan.save_pretrained(output)
     else:
-        plan = slimformer.calibrate(loaded, tokenizer, given, data=data, progress=True, **asked)
+        plan = slimformer.calibrate(loaded, tokenizer, given, data=read, progress=True, **asked)
         plan.save_pretrained(output)
     note(f"The plan is in {output}. slimformer show {output} says more of it, slimformer eval what it costs.")
     found = getattr(report, table)(plan)

@@ -29,8 +29,8 @@ Data = Annotated[
     typer.Option(
         metavar="SOURCE",
         show_default=False,
-        help="Text: a .txt, .jsonl or .parquet file, a Hub dataset (owner/name or owner/name:config), or - for "
-        "standard input. Left out, the language reference that comes with Python.",
+        help="Text: a .txt, .jsonl or .parquet file, a Hub dataset (owner/name:config), or - for standard input. "
+        "Left out, the manual that comes with Python.",
     ),
 ]
 AnyData = Annotated[
@@ -38,9 +38,8 @@ AnyData = Annotated[
     typer.Option(
         metavar="SOURCE",
         show_default=False,
-        help="Text: a .txt, .jsonl or .parquet file, a Hub dataset, or - for standard input. For embeddings also a "
-        "folder in BEIR's layout or a .tsv file of pairs, whose figure is then kept. Left out, the language reference "
-        "that comes with Python.",
+        help="Text: a .txt, .jsonl or .parquet file, a Hub dataset (owner/name:config), or - for standard input. "
+        "For embeddings also what they are for: a BEIR folder or a .tsv file of pairs. Left out, Python's manual.",
     ),
 ]
 TaskData = Annotated[
@@ -58,11 +57,11 @@ More = Annotated[
         "--set",
         metavar="NAME=VALUE",
         show_default=False,
-        help="Any other setting, such as seed=3; may be repeated.",
+        help="Any other setting, such as seed=3. May be repeated.",
     ),
 ]
 TextField = Annotated[
-    str, typer.Option(metavar="NAME", help="Where the text is in .jsonl, .parquet and Hub datasets.")
+    str, typer.Option(metavar="NAME", help="The field of .jsonl, .parquet and Hub datasets.")
 ]
 Task = Annotated[
     str | None,
@@ -70,30 +69,35 @@ Task = Annotated[
         metavar="SOURCE",
         show_default=False,
         help="What embeddings are measured by: a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/), a .tsv "
-        "file of pairs (score, sentence1, sentence2), or text as --data takes it, for agreement with the dense model.",
+        "file of pairs (score, sentence1, sentence2), or text, for agreement with the dense model.",
     ),
 ]
 Device = Annotated[
-    str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.")
+    str,
+    typer.Option(
+        metavar="NAME",
+        show_default=False,
+        help="cpu, cuda, cuda:1 or mps. Left out, a GPU where there is one.",
+    ),
 ]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
         "--dtype",
-        help="What to hold the weights in; auto is the checkpoint's own, or float32 on a CPU that is slow in it.",
+        metavar="NAME",
+        show_default=False,
+        help="float32, bfloat16 or float16. Left out, the checkpoint's, unless slow here.",
     ),
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document to standard output instead of tables.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same result.")]
 Output = Annotated[
     Path,
-    typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="The folder to write to."),
+    typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the plan goes."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the plan that the output folder holds.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a plan in the output folder.")]
 Save = Annotated[bool, typer.Option("--save", help="Keep the figures in the plan, for `slimformer show`.")]
-Length = Annotated[int, typer.Option(min=16, help="Tokens per row.")]
+Length = Annotated[int, typer.Option(min=16, metavar="N", help="Tokens per row.")]
 
 
 class Precision(str, Enum):
@@ -106,5 +110,5 @@ class Precision(str, Enum):
 
 PrecisionOption = Annotated[
     Precision,
-    typer.Option("--precision", help="Mixed precision; no is float32, or what the weights are held in."),
+    typer.Option("--precision", metavar="NAME", help="Mixed precision: no, bf16 or fp16."),
 ]

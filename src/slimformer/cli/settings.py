@@ -56,8 +56,9 @@ class Settings:
             typer.BadParameter: If there are any; lists those that would do.
         """
         if self.left:
+            known = ", ".join(dict.fromkeys(self.known))
             raise typer.BadParameter(
-                f"--set {', '.join(self.left)} does not apply to {what}. What does: {', '.join(dict.fromkeys(self.known))}."
+                f"--set {', '.join(self.left)} does not apply to {what}. What does: {known}."
             )
 
 

@@ -123,7 +123,7 @@ def grid_picture(plan: Plan) -> str:
     grid = grid_of(plan)
     if grid is None:
         raise PlanError(
-            "The plan carries no grid of depth and width. slimformer calibrate --method elastic measures one."
+            "The plan carries no grid of depth and width. slimformer calibrate exit measures one."
         )
     head, _, body = elastic_chart(grid, plan.exit).partition(">")
     return f'{head} xmlns="http://www.w3.org/2000/svg">{_STYLE}{body}\n'

@@ -22,7 +22,7 @@ def predictor_table(plan: Plan) -> Table:
     """How well the predictors of a plan do on text that they were not trained on, a row per layer.
 
     Args:
-        plan: A plan that `train_predictors` made.
+        plan: A plan with trained predictors.
 
     Example:
         >>> from slimformer import TokenElimination
@@ -49,7 +49,7 @@ def curve_table(plan: Plan) -> Table:
     """Quality against FLOPs of the settings that a calibration tried, the cheapest first.
 
     Args:
-        plan: A plan that `calibrate_elimination` made.
+        plan: A plan that calibration of `TokenElimination` made.
 
     Example:
         >>> from slimformer import TokenElimination

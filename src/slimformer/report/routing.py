@@ -21,7 +21,7 @@ def router_table(plan: Plan) -> Table:
     """What each routed sublayer computes of held-out text, beside the rank of its layer's attention maps.
 
     Args:
-        plan: A plan that `train_routers` or `calibrate_arank` made.
+        plan: A plan with routers.
 
     Example:
         >>> from slimformer import MixtureOfDepths

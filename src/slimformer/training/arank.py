@@ -232,6 +232,8 @@ def calibrate_arank(
         reads = inner if tokens == 0 else None
         for row in stages.track(list(rows[len(done) :]), "layers"):
             if metric == "skip_cost":
+                # An estimate by chance, the same for a row whether the run was interrupted before it or not.
+                torch.manual_seed(seed + len(done))
                 done.append(layer_costs(inner, anatomy, row, kinds))
             else:
                 done.append(layer_ranks(anatomy, [row], model=reads, metric=metric))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import transformers
@@ -42,7 +42,7 @@ def choose_drops(
     data: EmbeddingTask | str | os.PathLike[str] | Iterable[str] | None = None,
     text_field: str = "text",
     hold_out: bool = True,
-    selection: str = "greedy",
+    selection: Literal["greedy", "cosine"] = "greedy",
     kinds: Sequence[Unit] = ("attention",),
     drop: int | None = None,
     max_loss: float | None = None,

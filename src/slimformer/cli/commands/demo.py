@@ -52,10 +52,12 @@ def demo(
     data: options.Data = None,
     text_field: options.TextField = "text",
     prompt: Annotated[
-        int, typer.Option(min=64, help="Tokens of a prompt; fewer where the model reads no more.")
+        int,
+        typer.Option(metavar="N", min=64, help="Tokens of a prompt; fewer where the model reads no more."),
     ] = 2048,
     prompts: Annotated[
-        int, typer.Option(min=1, help="How many prompts ask for a fact, and how many just go on.")
+        int,
+        typer.Option(metavar="N", min=1, help="How many prompts ask for a fact, and how many just go on."),
     ] = 3,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -163,7 +165,7 @@ def _decoder(
     if not predicts_tokens(loaded, find_anatomy(loaded)):
         raise CalibrationError(
             f"{type(loaded).__name__} predicts no tokens, and the demo reads prompts. Give a decoder with a "
-            "language-model head; for embeddings try slimformer calibrate --method elastic."
+            "language-model head; for embeddings try slimformer calibrate exit."
         )
     return model or "SmolLM2-135M-Instruct", loaded, tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -28,7 +29,8 @@ def train_predictor(ctx: typer.Context) -> None:
 def _hand_on(ctx: typer.Context, name: str, lead: Sequence[str], kept: set[str]) -> None:
     words = [*lead, *_translated(ctx.args, kept)]
     note(f"{ctx.info_name} is deprecated: slimformer calibrate {name} {' '.join(words)}")
-    command = typer.main.get_command(calibrate).get_command(ctx, name)  # type: ignore[attr-defined]
+    group: Any = typer.main.get_command(calibrate)
+    command = group.get_command(ctx, name)
     with command.make_context(f"slimformer calibrate {name}", words, parent=ctx.parent) as inner:
         command.invoke(inner)
 

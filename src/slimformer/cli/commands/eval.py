@@ -26,14 +26,17 @@ def eval_plan(
     blocks: Annotated[
         int | None,
         typer.Option(
-            min=1, show_default="16; for an encoder 64", help="Blocks of text, or texts for an encoder."
+            metavar="N",
+            min=1,
+            show_default="16; for an encoder 64",
+            help="Blocks of text, or texts for an encoder.",
         ),
     ] = None,
     sequence_length: Annotated[
-        int, typer.Option(min=2, help="Tokens per block, at most what the model can read.")
+        int, typer.Option(metavar="N", min=2, help="Tokens per block, at most what the model can read.")
     ] = 512,
     task: options.Task = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which blocks of the text are read.")] = 1,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Which blocks of the text are read.")] = 1,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     save: options.Save = False,

@@ -28,9 +28,9 @@ def generate(
             help="A plan's folder, file or Hub id; left out, the dense model.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Stop after so many tokens.")] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token; above, tokens are drawn.")
+        float, typer.Option(metavar="X", min=0, help="0 takes the likeliest token; above, tokens are drawn.")
     ] = 0.0,
     chat: Annotated[
         bool, typer.Option(help="Put the prompt into the model's chat template, where it has one.")

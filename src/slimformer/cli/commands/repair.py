@@ -27,15 +27,15 @@ def repair(
         str,
         typer.Option(
             metavar="WHAT",
-            help="What is trained, separated by commas: added (filters, means and heads of the plan), norms (with "
-            "biases), lora (low-rank changes of linear layers, merged when done).",
+            help="Some of added (the plan's filters, means, heads), norms (and biases), lora (merged when done).",
         ),
     ] = "added,norms,lora",
     rounds: Annotated[
-        int, typer.Option(min=1, help="Drop the plan's sublayers in so many rounds, repairing after each.")
+        int,
+        typer.Option(metavar="N", min=1, help="Drop in so many rounds, repairing after each."),
     ] = 1,
     length: options.Length = 1024,
-    steps: Annotated[int, typer.Option(min=1, help="Updates per round.")] = 400,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Updates per round.")] = 400,
     precision: options.PrecisionOption = options.Precision.no,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -44,9 +44,9 @@ def repair(
 ) -> None:
     """Win back what MODEL loses under PLAN: its dense self teaches it on your text, for minutes.
 
-    MODEL's checkpoint stays as it is; what is learnt goes into the plan. Ctrl-C keeps a checkpoint: the same command
-    goes on. Several GPUs: under accelerate launch. --set takes near (layers around each change that norms and lora
-    reach; null for all), rank, hidden, rows, accumulate, learning_rate, every, patience, seed, hold_out and text_field.
+    The checkpoint stays as it is; what is learnt goes into the plan. After Ctrl-C the same command
+    goes on. Several GPUs: under accelerate launch. --set takes near (layers that norms and lora reach;
+    null for all), rank, hidden, rows, learning_rate, every, patience, seed, text_field and others.
     """
     parts: Any = tuple(part.strip() for part in what.split(","))
     settings = Settings(more)
@@ -69,7 +69,7 @@ def repair(
     given = settings.take(
         slimformer.repair, [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in own]
     )
-    training = {"rows": 4, "steps": steps, "precision": precision.value}
+    training: dict[str, Any] = {"rows": 4, "steps": steps, "precision": precision.value}
     fields = [f.name for f in dataclasses.fields(TrainingSettings) if f.name not in ("steps", "precision")]
     training |= settings.take(TrainingSettings, fields)
     settings.check_none_left("repair")

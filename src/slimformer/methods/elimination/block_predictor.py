@@ -94,7 +94,7 @@ class BlockPredictor(nn.Module):
             if name not in tensors:
                 raise PlanError(
                     f"There is no trained predictor for layer {layer}: the weight {name!r} is missing. "
-                    "`slimformer train-predictor` trains one for every layer of a schedule."
+                    "`slimformer calibrate eliminate --predictor` trains one for every layer of a schedule."
                 )
             found[part] = tensors[name]
         predictor = BlockPredictor(1, 1, 1)

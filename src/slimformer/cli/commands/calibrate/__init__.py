@@ -34,10 +34,10 @@ calibrate = typer.Typer(
     epilog="Example: slimformer calibrate drop HuggingFaceTB/SmolLM2-135M -o plans/mine --drop 4",
 )
 for _command, _name, _example in (
-    (drop, "drop", "MODEL -o plans/mine --drop 4 --replace filter --data text.jsonl"),
+    (drop, "drop", "MODEL -o plans/mine --drop 4 --data text.jsonl"),
     (narrow, "narrow", "MODEL -o plans/mine --data my-beir --max-loss 0.01"),
     (exit_early, "exit", "MODEL -o plans/mine --data my-beir --layer 5"),
-    (eliminate, "eliminate", "MODEL -o plans/mine --data text.jsonl --max-loss 0.05 --length 4096"),
+    (eliminate, "eliminate", "MODEL -o plans/mine --length 4096 --data text.jsonl"),
     (temperature, "temperature", "MODEL -o plans/mine --data my-beir"),
     (route, "route", "MODEL -o plans/mine --data text.jsonl --keep 0.5"),
 ):

@@ -9,6 +9,10 @@ import typer
 
 from slimformer.cli import options
 from slimformer.cli.choice import choose
+from slimformer.cli.settings import Settings
+
+# How many tokens a fitted filter reads.
+_TAPS = 4
 
 
 class Kinds(str, Enum):
@@ -41,25 +45,32 @@ def drop(
     output: options.Output,
     data: options.AnyData = None,
     drop: Annotated[
-        int | None, typer.Option(min=1, show_default=False, help="Stop after so many drops.")
+        int | None, typer.Option(metavar="N", min=1, show_default=False, help="Stop after so many drops.")
     ] = None,
     max_loss: Annotated[
         float | None,
-        typer.Option(min=0, show_default=False, help="Stop before the divergence from dense passes this."),
+        typer.Option(
+            metavar="X", min=0, show_default=False, help="Stop before the divergence from dense passes this."
+        ),
     ] = None,
     speedup: Annotated[
         float | None,
-        typer.Option(min=1, show_default=False, help="Stop once so many times as fast as dense."),
+        typer.Option(
+            metavar="X", min=1, show_default=False, help="Stop once so many times as fast as dense."
+        ),
     ] = None,
     kinds: Annotated[
         Kinds,
-        typer.Option(help="What may be dropped; attention,mlp chooses among both, block drops layers."),
+        typer.Option(metavar="KINDS", help="attention, mlp, attention,mlp or block."),
     ] = Kinds.attention,
     replace: Annotated[
         Replace,
-        typer.Option(help="What stands in for a dropped sublayer: nothing, its mean, a fitted filter."),
+        typer.Option(metavar="WHAT", help="nothing, mean or filter in its place."),
     ] = Replace.nothing,
-    budget: Annotated[Budget, typer.Option(help="quick: a minute for a small model.")] = Budget.quick,
+    budget: Annotated[
+        Budget,
+        typer.Option(metavar="NAME", help="quick (a minute), standard or thorough."),
+    ] = Budget.quick,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     force: options.Force = False,
@@ -67,17 +78,21 @@ def drop(
 ) -> None:
     """Choose the attentions and MLPs that MODEL can lose: faster generation, a smaller cache.
 
-    Say when to stop: --drop, --max-loss or --speedup. Ctrl-C keeps what is measured: the same command goes on.
+    Say when to stop: --drop, --max-loss or --speedup. After Ctrl-C the same command goes on.
     --set takes selection, task, taps, hold_out, seed and text_field.
     """
     if drop is None and max_loss is None and speedup is None:
         raise typer.BadParameter("Say when to stop: give --drop, --max-loss or --speedup.")
+    filters = replace is Replace.filter
+    if not filters and "taps" in Settings(more).left:
+        raise typer.BadParameter("--set taps=... goes with --replace filter.")
     choose(
         "LayerDrop",
         model,
         output,
         data=data,
         fields={"replace": replace.value},
+        defaults={"taps": _TAPS} if filters else None,
         options={
             "drop": drop,
             "max_loss": max_loss,

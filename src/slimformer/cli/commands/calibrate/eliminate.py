@@ -17,26 +17,30 @@ def eliminate(
     output: options.Output,
     data: options.Data = None,
     max_loss: Annotated[
-        float, typer.Option(min=0, help="The most that predictions may move, in nats per token of an answer.")
+        float,
+        typer.Option(metavar="X", min=0, help="The most, in nats per token of an answer."),
     ] = 0.05,
     length: Annotated[
         int | None,
         typer.Option(
-            min=1, show_default="2048; 4096 to train on", help="Tokens of a prompt: as many as yours have."
+            metavar="N",
+            min=1,
+            show_default="2048, or 4096",
+            help="Tokens of a prompt, as yours have.",
         ),
     ] = None,
     predictor: Annotated[
-        bool, typer.Option("--predictor", help="Train what says which tokens will matter, for --schedule.")
+        bool, typer.Option("--predictor", help="Train what says early which tokens matter.")
     ] = False,
     schedule: Annotated[
         str | None,
         typer.Option(
             metavar="LAYER=KEEP,...",
             show_default=False,
-            help="With --predictor: from which layers on which fraction stays, such as 10=0.5,15=0.25.",
+            help="Its layers and which fraction stays, as 10=0.5,15=0.25.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="With --predictor: updates of its weights.")] = 400,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Updates of its weights.")] = 400,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     force: options.Force = False,
@@ -44,8 +48,8 @@ def eliminate(
 ) -> None:
     """Choose from which layer on which fraction of a long prompt's tokens can leave MODEL.
 
-    Ctrl-C keeps what is measured or trained: the same command goes on. --set takes scorer, window, block, answer, texts,
-    seed and others; with --predictor size, rank, learning_rate, rows, precision and others.
+    After Ctrl-C the same command goes on. --set takes scorer, window, block, answer, texts, seed and
+    others; with --predictor size, rank, learning_rate, rows, precision and others.
     """
     if predictor:
         refuse(ctx, {"max_loss": "a schedule that is chosen; --predictor takes --schedule"})

@@ -15,12 +15,16 @@ def exit_early(
     output: options.Output,
     data: options.TaskData = None,
     layer: Annotated[
-        int | None, typer.Option(min=0, show_default=False, help="The exit: how many layers run.")
+        int | None,
+        typer.Option(metavar="N", min=0, show_default=False, help="The exit: how many layers run."),
     ] = None,
     max_loss: Annotated[
         float | None,
         typer.Option(
-            min=0, show_default=False, help="Instead: the lowest exit that loses at most this fraction."
+            metavar="X",
+            min=0,
+            show_default=False,
+            help="Instead: the lowest exit that loses at most this fraction.",
         ),
     ] = None,
     head: Annotated[bool, typer.Option(help="Fit a linear head for every exit on the texts.")] = True,
@@ -31,8 +35,8 @@ def exit_early(
 ) -> None:
     """Let an embedding model stop early, by the quality of every exit at every width.
 
-    Ctrl-C keeps what is measured: the same command goes on. slimformer show draws the grid. --set takes layers,
-    dimensions, batch_size, fit_on, hold_out and text_field.
+    After Ctrl-C the same command goes on. slimformer show draws the grid.
+    --set takes layers, dimensions, batch_size, fit_on, hold_out and text_field.
     """
     if (layer is None) == (max_loss is None):
         raise typer.BadParameter("Say where to exit: give either --layer or --max-loss.")

@@ -16,12 +16,17 @@ def narrow(
     data: options.TaskData = None,
     keep: Annotated[
         float | None,
-        typer.Option(min=0, max=1, show_default=False, help="The fraction of hidden units that stays."),
+        typer.Option(
+            metavar="X", min=0, max=1, show_default=False, help="The fraction of hidden units that stays."
+        ),
     ] = None,
     max_loss: Annotated[
         float | None,
         typer.Option(
-            min=0, show_default=False, help="Instead: the narrowest that lose at most this fraction."
+            metavar="X",
+            min=0,
+            show_default=False,
+            help="Instead: the narrowest that lose at most this fraction.",
         ),
     ] = None,
     device: options.Device = "auto",

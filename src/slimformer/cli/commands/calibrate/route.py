@@ -34,19 +34,25 @@ def route(
     model: options.Model,
     output: options.Output,
     data: options.Data = None,
-    keep: Annotated[float, typer.Option(help="The fraction of tokens computed in what is routed.")] = 0.5,
+    keep: Annotated[float, typer.Option(metavar="X", help="The fraction of tokens computed.")] = 0.5,
     number: Annotated[
         int | None,
-        typer.Option(min=1, show_default=False, help="How many layers; or half of those that may be."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="How many layers. Left out, half of those that may be.",
+        ),
     ] = None,
-    kinds: Annotated[Kinds, typer.Option(help="What is routed in them.")] = Kinds.attention,
+    kinds: Annotated[
+        Kinds, typer.Option(metavar="KINDS", help="attention, mlp or attention,mlp.")
+    ] = Kinds.attention,
     metric: Annotated[
-        Metric, typer.Option(help="Layers by what skipping them costs, or by the rank of their attention.")
+        Metric,
+        typer.Option(metavar="NAME", help="skip_cost, effective_rank or rank chooses the layers."),
     ] = Metric.skip_cost,
-    length: Annotated[int, typer.Option(min=16, help="Tokens per row of text.")] = 1024,
-    steps: Annotated[
-        int, typer.Option(min=0, help="Updates of the routers; 0 only chooses the layers.")
-    ] = 400,
+    length: Annotated[int, typer.Option(metavar="N", min=16, help="Tokens per row of text.")] = 1024,
+    steps: Annotated[int, typer.Option(metavar="N", min=0, help="Updates; 0 only chooses the layers.")] = 400,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     force: options.Force = False,
@@ -54,8 +60,8 @@ def route(
 ) -> None:
     """Choose layers of MODEL and train routers that let tokens skip them; its own weights stay as they are.
 
-    Ctrl-C keeps a checkpoint: the same command goes on. Several GPUs: under accelerate launch. --set takes routing,
-    shared, per, learning_rate, rows, accumulate, precision, texts, seed, hold_out and text_field.
+    After Ctrl-C the same command goes on. Several GPUs: under accelerate launch. --set takes
+    routing, shared, per, learning_rate, rows, accumulate, precision, texts, seed and text_field.
     """
     training = {"learning_rate": _LEARNING_RATE, **({"steps": steps} if steps else {})}
     choose(

@@ -15,10 +15,10 @@ def temperature(
     force: options.Force = False,
     more: options.More = None,
 ) -> None:
-    """Sharpen an embedding model's attention by the temperature that is best on --data: better embeddings of long texts.
+    """Sharpen an embedding model's attention: better embeddings of long texts.
 
-    For text without labels, the mildest that keeps embeddings of long texts apart. slimformer show draws the curve.
-    --set takes temperatures, batch_size, hold_out and text_field.
+    The temperature is the best on --data; for text, the mildest that keeps long texts apart.
+    --set takes temperatures, batch_size, hold_out and text_field. slimformer show draws the curve.
     """
     choose(
         "TempScale",
