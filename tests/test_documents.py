@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -112,9 +113,11 @@ def reader(named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.mark.parametrize("page", pages_with_code(), ids=name)
-def test_every_block_of_a_page_runs(page: Path, reader: Path) -> None:
+def test_every_block_of_a_page_runs(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    namespace: dict[str, Any] = {"__name__": "__main__"}
+    module = ModuleType(page.stem)
+    # Where dataclasses look their class up.
+    monkeypatch.setitem(sys.modules, page.stem, module)
     for block in blocks(page):
         needed = {package for words, package in _NEEDS.items() if words in block.text}
         if not all(map(find_spec, needed)):
@@ -122,7 +125,7 @@ def test_every_block_of_a_page_runs(page: Path, reader: Path) -> None:
         if block.language == "python":
             # Lines as on the page, for the traceback.
             code = "\n" * (block.line - 1) + smaller(block.text)
-            exec(compile(code, name(page), "exec"), namespace)
+            exec(compile(code, name(page), "exec"), vars(module))
         elif block.language == "sh":
             for line in block.text.splitlines():
                 run_shell(shlex.split(line, comments=True), f"{name(page)}: {line}")
