@@ -3,6 +3,7 @@
 # `make test-gpu` runs the library on a GPU, `make test-kernels` its kernels alone, both with PYTHON's own PyTorch.
 # `make test-oldest` and `make test-newest` run the sweep over all models and the core tests at both ends of the
 # supported versions, each in an environment of its own.
+# `make docs` builds the documentation into site/, in an environment of its own, and fails on any warning.
 # `make demo` sets up .venv and shows what is gained on real models; MODEL=folder-or-Hub-id takes another one.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.10
@@ -22,7 +23,7 @@ ON_GPU = PYTHONPATH=src:kernels:tests OMP_NUM_THREADS=2 $(PYTHON) -m pytest -n $
 CORE = $(addprefix tests/test_, $(addsuffix .py, anatomy plan rows unpadding layer_drop \
 	replacements early_exit mixture_of_depths token_elimination temperature self_extend integration embeddings))
 
-.PHONY: setup test test-gpu test-kernels test-repository test-oldest test-newest lint demo
+.PHONY: setup test test-gpu test-kernels test-repository test-oldest test-newest lint docs demo
 setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,10 +38,16 @@ $(VENV)-oldest/ready: pyproject.toml
 	$(VENV)-oldest/bin/pip install -q $(addsuffix ", $(addprefix ", $(OLDEST))) -e . --group dev
 	touch $@
 
+$(VENV)-docs/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install -q --upgrade "pip>=25.1"
+	$(VENV)-docs/bin/pip install -q --group docs
+	touch $@
+
 lint: setup
-	$(BIN)/ruff check src kernels tests benchmarks
-	$(BIN)/ruff format --check src kernels tests benchmarks
-	$(BIN)/mypy src kernels benchmarks
+	$(BIN)/ruff check src kernels tests benchmarks docs
+	$(BIN)/ruff format --check src kernels tests benchmarks docs
+	$(BIN)/mypy src kernels benchmarks docs
 	PYTHONPATH=src $(BIN)/lint-imports --no-cache
 
 test: lint
@@ -66,6 +73,9 @@ test-newest:
 	$(VENV)-newest/bin/pip install -q --upgrade --upgrade-strategy eager -e . --group dev
 	$(VENV)-newest/bin/python $(PYTEST) $(CORE)
 	$(VENV)-newest/bin/python $(PYTEST) --full tests/sweep
+
+docs: $(VENV)-docs/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
 demo: setup
 	$(BIN)/slimformer demo $(MODEL) --output demo-output --force

@@ -274,6 +274,11 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
         TokenElimination(**settings)
 
 
+def test_a_method_without_a_schedule_is_for_calibration_alone() -> None:
+    with pytest.raises(PlanError, match=r"at least one layer.* chooses them"):
+        slimformer.patch(tiny_model("llama"), TokenElimination(scorer="norm"))
+
+
 def test_models_and_caches_that_cannot_lose_tokens_are_refused() -> None:
     with pytest.raises(PlanError, match=r"at least one layer.* chooses them"):
         slimformer.patch(tiny_model("llama"), TokenElimination(scorer="norm"))

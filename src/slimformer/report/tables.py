@@ -100,14 +100,15 @@ def _settings(method: PlannedMethod) -> str:
 
 
 def words(value: Any) -> str:
-    """A value of a plan's JSON as it is shown.
+    """A value of a plan's JSON as it is shown, without what is None: it was not asked for.
 
     Example:
-        >>> words({"model_type": "llama", "kinds": ["attention", "mlp"]})
+        >>> words({"model_type": "llama", "kinds": ["attention", "mlp"], "drop": None})
         'model type llama, kinds attention + mlp'
     """
     if isinstance(value, Mapping):
-        return ", ".join(f"{key.replace('_', ' ')} {words(entry)}" for key, entry in value.items())
+        known = {key.replace("_", " "): entry for key, entry in value.items() if entry is not None}
+        return ", ".join(f"{key} {words(entry)}" for key, entry in known.items())
     if isinstance(value, (list, tuple)):
         return " + ".join(words(entry) for entry in value)
     return str(value)
