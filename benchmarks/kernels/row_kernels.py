@@ -1,0 +1,230 @@
+"""The row kernels one by one: bytes over bandwidth is what they can reach, eager operations what they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import slimformer_kernels as kernels
+from benchmarks.frame import tables
+from benchmarks.frame.compare import Case, Medians, compare, relative_error
+from benchmarks.frame.registry import Settings, benchmark, table
+from benchmarks.frame.results import Measurement, Parameters
+from benchmarks.frame.timing import Candidate, Effort, interleaved
+from benchmarks.mlp_rows import SHAPES, TOKENS, random_rows
+from slimformer_kernels.add_rows import add_rows_reference
+from slimformer_kernels.glu import glu_reference
+from slimformer_kernels.layer_norm_rows import layer_norm_rows_reference
+from slimformer_kernels.rms_norm_rows import rms_norm_rows_reference
+
+KERNEL, EAGER = "kernel", "eager HF"
+KEEPS = (1.0, 0.5)
+_EPS = 1e-5
+_COPY_BYTES = 1 << 30
+
+Output = Tensor | tuple[Tensor, ...]
+
+
+@benchmark(
+    "row_kernels",
+    needs="cuda",
+    description="norms with gather, residual adds with scatter and gated activations against device copy bandwidth",
+)
+def run(settings: Settings) -> Iterator[Measurement]:
+    """Measure the copy bandwidth first, then every kernel at every shape and token count."""
+    bandwidth = copy_bandwidth(settings)
+    yield bandwidth
+    rate = bandwidth.values["bytes_per_ms"]
+    for shape, (hidden, intermediate) in settings.pick(SHAPES, {"tiny": (24, 40)}).items():
+        for tokens in settings.pick(TOKENS, (33,)):
+            for keep in KEEPS:
+                yield from _row_operations(settings, shape, tokens, hidden, keep, rate)
+            yield from _activations(settings, shape, tokens, intermediate, rate)
+
+
+def copy_bandwidth(settings: Settings) -> Measurement:
+    """Time a copy on the device: bytes read plus bytes written."""
+    size = settings.pick(_COPY_BYTES, 1 << 16)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=settings.device)
+    target = torch.empty_like(source)
+    if not torch.equal(target.copy_(source), source):
+        raise RuntimeError("the device copied wrongly")
+    effort = settings.pick(Effort(), Effort(0.0, 2, 2))
+    copies = {"device copy": Candidate(lambda: target.copy_(source))}
+    timing = interleaved(copies, settings.device, regime="eager", effort=effort)["device copy"]
+    return Measurement(
+        {"kernel": "copy", "bytes": 2 * size},
+        "device copy",
+        milliseconds=timing,
+        error=0.0,
+        values={"bytes_per_ms": 2 * size / timing.p50},
+    )
+
+
+def _row_operations(
+    settings: Settings, shape: str, tokens: int, hidden: int, keep: float, rate: float
+) -> Iterator[Measurement]:
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, device=settings.device, dtype=settings.dtype)
+
+    count = round(keep * tokens)
+    rows = None if keep == 1.0 else random_rows(tokens, count, settings.device)
+    start, y, bias = random(tokens, hidden), random(count, hidden), random(hidden)
+    weight = 1 + 0.1 * random(hidden)
+    rms, layer = _modules(settings, hidden, weight, bias)
+    x, residual, added = start.clone(), start.clone(), start.clone()
+    pass_bytes = count * hidden * start.element_size()
+
+    def kept(from_: Tensor) -> Tensor:
+        return from_ if rows is None else from_.index_select(0, rows)
+
+    def eager_add(to: Tensor) -> Tensor:
+        if rows is None:
+            return to + y
+        return to.index_copy_(0, rows, to.index_select(0, rows) + y)
+
+    # The references see float32, so that their own rounding is not counted.
+    wide = start.float()
+    sum_ = add_rows_reference(wide.clone(), rows, y.float())
+    normed = rms_norm_rows_reference(kept(sum_), None, weight.float(), _EPS, 0.0, False)
+    operations: dict[str, tuple[int, Callable[[], Output], Callable[[], Output], Output]] = {
+        "rms_norm_rows": (
+            2,
+            lambda: kernels.rms_norm_rows(x, rows, weight, _EPS),
+            lambda: rms(kept(x)),
+            rms_norm_rows_reference(wide, rows, weight.float(), _EPS, 0.0, False),
+        ),
+        "layer_norm_rows": (
+            2,
+            lambda: kernels.layer_norm_rows(x, rows, weight, bias, _EPS),
+            lambda: layer(kept(x)),
+            layer_norm_rows_reference(wide, rows, weight.float(), bias.float(), _EPS),
+        ),
+        "add_rows_": (3, lambda: kernels.add_rows_(residual, rows, y), lambda: eager_add(added), sum_),
+        "add_rows_rms_norm_": (
+            4,
+            lambda: (kernels.add_rows_rms_norm_(residual, rows, y, weight, _EPS), residual),
+            lambda: _normed_sum(rms, kept, eager_add(added)),
+            (normed, sum_),
+        ),
+    }
+
+    def reset() -> None:
+        residual.copy_(start)
+        added.copy_(start)
+
+    for name, (passes, call, eager, expected) in operations.items():
+        parameters: Parameters = {
+            "kernel": name,
+            "shape": shape,
+            "tokens": tokens,
+            "width": hidden,
+            "keep": keep,
+        }
+        yield from _compared(settings, parameters, call, eager, expected, reset, passes * pass_bytes / rate)
+
+
+def _normed_sum(norm: nn.Module, kept: Callable[[Tensor], Tensor], total: Tensor) -> tuple[Tensor, Tensor]:
+    return norm(kept(total)), total
+
+
+def _activations(
+    settings: Settings, shape: str, tokens: int, intermediate: int, rate: float
+) -> Iterator[Measurement]:
+    packed = torch.randn(tokens, 2 * intermediate, device=settings.device, dtype=settings.dtype)
+    gate, up = packed.chunk(2, dim=-1)
+    operations: dict[str, tuple[Callable[[], Output], Callable[[], Output], str]] = {
+        "swiglu": (lambda: kernels.swiglu(gate, up), lambda: F.silu(gate) * up, "silu"),
+        "geglu": (
+            lambda: kernels.geglu(gate, up),
+            lambda: F.gelu(gate, approximate="tanh") * up,
+            "gelu_tanh",
+        ),
+    }
+    ideal = 3 * gate.numel() * packed.element_size() / rate
+    for name, (call, eager, activation) in operations.items():
+        expected = glu_reference(gate.float(), up.float(), activation)
+        parameters: Parameters = {
+            "kernel": name,
+            "shape": shape,
+            "tokens": tokens,
+            "width": intermediate,
+            "keep": 1.0,
+        }
+        yield from _compared(settings, parameters, call, eager, expected, None, ideal)
+
+
+def _compared(
+    settings: Settings,
+    parameters: Parameters,
+    call: Callable[[], Output],
+    eager: Callable[[], Output],
+    expected: Output,
+    reset: Callable[[], None] | None,
+    ideal: float,
+) -> list[Measurement]:
+    def case(run: Callable[[], Output]) -> Case:
+        def check() -> float:
+            if reset is not None:
+                reset()
+            got = run()
+            pairs = [(got, expected)] if isinstance(got, Tensor) else list(zip(got, expected, strict=True))
+            return max((relative_error(a, b) for a, b in pairs if isinstance(b, Tensor)), key=_nan_is_largest)
+
+        return Case(run, check, settings.tolerance)
+
+    def values(medians: Medians) -> dict[str, dict[str, float]]:
+        return {KERNEL: {"ideal_ms": ideal}}
+
+    return compare(
+        settings,
+        parameters,
+        {EAGER: case(eager), KERNEL: case(call)},
+        regime="eager",
+        baseline=EAGER,
+        ideal=lambda name, medians: ideal,
+        values=values,
+        effort=Effort(milliseconds=100.0, least=20, most=100),
+    )
+
+
+def _nan_is_largest(error: float) -> float:
+    return float("inf") if error != error else error
+
+
+def _modules(settings: Settings, hidden: int, weight: Tensor, bias: Tensor) -> tuple[nn.Module, nn.Module]:
+    with torch.device("meta"):
+        rms, layer = LlamaRMSNorm(hidden, eps=_EPS), nn.LayerNorm(hidden, eps=_EPS)
+    rms.weight = layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+    return rms, layer
+
+
+@table("row_kernels", source="row_kernels")
+def bandwidths(content: dict[str, Any]) -> str:
+    """Time over bytes / bandwidth, and how many times faster than the eager operations."""
+    copy = tables.find(content, "device copy", kernel="copy")
+    rate = "–" if copy is None else f"{copy['values']['bytes_per_ms'] / 1e9:.2f} TB/s"
+    rows = []
+    for kernel, keep, shape in tables.points(
+        content, "kernel", "keep", "shape", where=lambda p: p["kernel"] != "copy"
+    ):
+        cells = [f"`{kernel}`, {shape}, {keep:.0%} of the rows"]
+        for tokens in sorted({tokens for (tokens,) in tables.points(content, "tokens", where=_has_tokens)}):
+            found = tables.find(content, KERNEL, kernel=kernel, keep=keep, shape=shape, tokens=tokens)
+            faster = "–" if found is None else f"{1 / found['baseline_ratio']:.1f}×"
+            cells += [tables.milliseconds(found), tables.ratio(found, "ideal_ratio"), faster]
+        rows.append(cells)
+    head = [f"Device copy {rate}"]
+    for (tokens,) in sorted(tables.points(content, "tokens", where=_has_tokens)):
+        head += [f"{tokens} tokens, ms", "of ideal", "faster than eager"]
+    return tables.markdown(head, rows)
+
+
+def _has_tokens(parameters: dict[str, Any]) -> bool:
+    return "tokens" in parameters

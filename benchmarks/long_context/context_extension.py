@@ -1,0 +1,152 @@
+"""What a decoder makes of contexts longer than it was trained for, by every method: text that goes on, and passkeys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import slimformer
+from benchmarks.drop_table import DENSE, load_model, tiny_tokenizer
+from benchmarks.frame import tables
+from benchmarks.frame.registry import MissingInput, Settings, benchmark, table
+from benchmarks.frame.results import Measurement, Parameters, reason
+from benchmarks.long_prompts import LongTexts, Prompts
+from slimformer import SelfExtend
+from slimformer.methods.rope_scaling import RopeScaling
+from slimformer.methods.temperature import LogNScale
+from slimformer.model.anatomy import find_anatomy
+from slimformer.text.sources import load_texts
+from slimformer.transforms.transform import trained_length
+
+# Tokens that are predicted, at the end of every context; and the room of a key.
+_PREDICTED, _KEY = 512, 16
+_WINDOWS, _PASSKEYS = 12, 20
+# LongEmbed's λ for so many times the trained length.
+_LAMBDAS = {2: 3.0, 4: 5.0, 8: 10.0}
+SELF_EXTEND, PUBLISHED = "SelfExtend", "as published"
+
+
+def methods(times: int, trained: int) -> dict[tuple[str, str], Sequence[Any]]:
+    """For contexts of so many times the trained length: method and settings, and what the model is patched with."""
+    factor = float(times)
+    published = SelfExtend(times + 1, trained // times)
+    found: dict[tuple[str, str], Sequence[Any]] = {
+        (SELF_EXTEND, PUBLISHED): [published],
+        ("NTK", "LongEmbed's λ"): [RopeScaling("ntk", factor, theta_factor=_LAMBDAS[times])],
+        ("YaRN", "s"): [RopeScaling("yarn", factor)],
+    }
+    # Groups larger than capacity asks for keep distances away from the end of what was trained.
+    for group, share in ((8, 8), (8, 4), (16, 8), (16, 4)):
+        found[SELF_EXTEND, f"G = {group}, w = L0 / {share}"] = [SelfExtend(group, trained // share)]
+    found |= {
+        ("YaRN", "2 s"): [RopeScaling("yarn", 2 * factor)],
+        ("NTK", "twice LongEmbed's λ"): [RopeScaling("ntk", factor, theta_factor=2 * _LAMBDAS[times])],
+        ("NTK", "closed form"): [RopeScaling("ntk", factor)],
+        ("dynamic NTK", ""): [RopeScaling("dynamic", factor)],
+        ("position interpolation", ""): [RopeScaling("linear", factor)],
+        ("SelfExtend, log n", PUBLISHED): [published, LogNScale(trained)],
+        ("SelfExtend, log n", "G = 8, w = L0 / 4"): [SelfExtend(8, trained // 4), LogNScale(trained)],
+    }
+    return found
+
+
+@benchmark(
+    "context_extension",
+    needs="any",
+    description="book NLL and passkeys at up to four times the trained length by every method (--model, --data)",
+)
+def run(settings: Settings) -> Iterator[Measurement]:
+    """The same last tokens behind contexts of every length; bfloat16 on a GPU."""
+    model, texts = _inputs(settings)
+    trained = trained_length(find_anatomy(model))
+    longest = 4 * trained
+    windows = texts.book_windows(longest, settings.texts or settings.pick(_WINDOWS, 2))
+    keys = settings.texts or settings.pick(_PASSKEYS, 2)
+    for tokens in (trained // 4, trained, 2 * trained, longest):
+        with slimformer.patched(model):
+            yield _measured(model, windows, texts, tokens, keys, (DENSE, ""))
+    for times in (4, 2):
+        for name, methods_of in methods(times, trained).items():
+            try:
+                with slimformer.patched(model, *methods_of):
+                    yield _measured(model, windows, texts, times * trained, keys, name)
+            except torch.OutOfMemoryError as failure:
+                at: Parameters = {"tokens": times * trained, "settings": name[1]}
+                yield Measurement(at, name[0], status="failed", note=reason(failure))
+
+
+def _inputs(settings: Settings) -> tuple[PreTrainedModel, LongTexts]:
+    if settings.model is None and settings.smoke:
+        config = LlamaConfig(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+        )
+        text = "\n".join(load_texts(None, limit=30)[0])
+        return LlamaForCausalLM(config).eval(), LongTexts(None, tiny_tokenizer(), text)
+    model, tokenizer = load_model(settings, settings.dtype)
+    if settings.data is None:
+        raise MissingInput("it needs --data, a folder with books/")
+    return model, LongTexts(settings.data, tokenizer)
+
+
+def _measured(
+    model: PreTrainedModel, windows: Tensor, texts: LongTexts, tokens: int, keys: int, name: tuple[str, str]
+) -> Measurement:
+    predicted = min(_PREDICTED, tokens // 4)
+    prompts = texts.passkeys(tokens - _KEY, keys, in_a_book=False)
+    values = {
+        "nll": _nll(model, windows[:, -tokens:], predicted),
+        "passkey": _share_found(model, prompts),
+    }
+    return Measurement({"tokens": tokens, "settings": name[1]}, name[0], values=values)
+
+
+def _nll(model: PreTrainedModel, windows: Tensor, predicted: int) -> float:
+    """Mean negative log-likelihood of the last tokens of every window, `[windows, tokens]`."""
+    losses = []
+    for ids in windows:
+        ids = ids[None].to(model.device)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=predicted + 1).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits.float(), ids[0, -predicted:]))
+    return float(torch.stack(losses).mean())
+
+
+def _share_found(model: PreTrainedModel, prompts: Prompts) -> float:
+    """The share of keys that greedy generation gives: every token of the key is the likeliest behind those before."""
+    right = []
+    for ids, answer in zip(prompts.prompt, prompts.answer, strict=True):
+        ids, answer = ids[None].to(model.device), answer[None].to(model.device)
+        cache = DynamicCache(config=model.config)
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        following = model(input_ids=answer[:, :-1], past_key_values=cache, use_cache=True).logits
+        found = torch.cat([logits, following], 1).argmax(-1)
+        right.append((found == answer).all())
+    return float(torch.stack(right).double().mean())
+
+
+@table("context_extension", source="context_extension")
+def every_method(content: dict[str, Any]) -> str:
+    """One row per method and settings; up to the trained length all of them are as dense."""
+    lengths = sorted(length for (length,) in tables.points(content, "tokens", where=lambda _: True))
+    names = dict.fromkeys((m["candidate"], m["parameters"]["settings"]) for m in content["measurements"])
+    rows = []
+    for candidate, own in names:
+        found = [tables.find(content, candidate, tokens=length, settings=own) for length in lengths]
+        row = [f"{candidate}, {own}" if own else candidate]
+        row += [_cell(one, "nll", 3) for one in found] + [_cell(one, "passkey", 2) for one in found[1:]]
+        rows.append(row)
+    head = ["Method"] + [f"NLL, {length}" for length in lengths]
+    return tables.markdown([*head, *(f"passkey, {length}" for length in lengths[1:])], rows)
+
+
+def _cell(measurement: Mapping[str, Any] | None, name: str, digits: int) -> str:
+    return "" if measurement is None else f"{measurement['values'][name]:.{digits}f}"

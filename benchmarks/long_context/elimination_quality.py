@@ -1,0 +1,296 @@
+"""What leaving out tokens of a long prompt costs, measured by what needs far tokens and by what does not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import slimformer
+from benchmarks.drop_table import DENSE, load_model
+from benchmarks.frame import tables
+from benchmarks.frame.registry import MissingInput, Settings, benchmark, table
+from benchmarks.frame.results import Measurement, Parameters
+from benchmarks.long_prompts import HELD_OUT_BOOKS, HELD_OUT_MEETINGS, LongTexts, Prompts, meetings
+from slimformer import TokenElimination
+from slimformer.model.anatomy import find_anatomy
+from slimformer.text.sources import load_texts
+from slimformer.training.loop import TrainingSettings
+from slimformer.training.predictors import train_predictors
+
+SCHEDULES: dict[str, dict[int, float]] = {
+    "3: 44%": {3: 0.444},
+    "5: 40%": {5: 0.4},
+    "6: 50%, 15: 25%": {6: 0.5, 15: 0.25},
+    "5: 52%": {5: 0.52},
+    "15: 20%": {15: 0.2},
+    "20: 20%": {20: 0.2},
+}
+SCORERS: dict[str, dict[str, Any]] = {
+    "attention": {"scorer": "attention"},
+    "attention, max over heads": {"scorer": "attention", "heads": "max"},
+    "attention, blocks of 128": {"scorer": "attention", "block": 128},
+    "attention, blocks of 256, last 768 kept": {"scorer": "attention", "block": 256, "window": 768},
+    "predictor": {"scorer": "predictor", "block": 64},
+    "predictor, blocks of 256, last 768 kept": {"scorer": "predictor", "block": 256, "window": 768},
+    "key norm": {"scorer": "norm"},
+    "random": {"scorer": "random"},
+}
+TRUNCATED = "truncated to as many"
+
+
+@benchmark(
+    "elimination_quality",
+    needs="any",
+    description="passkeys, associations, copies and following text by each scorer and schedule (--model, --data)",
+)
+def run(settings: Settings) -> Iterator[Measurement]:
+    """Dense, truncated, and every scorer at every schedule, at three lengths."""
+    model, tokenizer = load_model(
+        settings, torch.bfloat16 if settings.device.type == "cuda" else torch.float32
+    )
+    if settings.data is None and not settings.smoke:
+        raise MissingInput(
+            "it needs --data, a folder with books/, qmsum_retrieval/, wikitext2/ and c4_calib/"
+        )
+    layers = len(find_anatomy(model).layers)
+    schedules = settings.pick(SCHEDULES, {"2: 50%": {2: 0.5}})
+    starts = sorted({layer for schedule in schedules.values() for layer in schedule})
+    plan = train_predictors(
+        model,
+        tokenizer,
+        schedule=dict.fromkeys(starts, 0.25),
+        data=training_texts(settings),
+        hold_out=True,
+        length=settings.pick(4096, 256),
+        settings=TrainingSettings(steps=settings.pick(800, 2)),
+        progress=False,
+    )
+    weights = plan.methods[0].tensors()
+    for layer, found in plan.measured["predictors"].items():
+        values = {
+            "loss": found["loss"],
+            "recall_all": found["recall_all"],
+            "recall_last": found["recall_last"],
+        }
+        sizes = f"{found['sizes'][0]} and {found['sizes'][1]} neurons"
+        yield Measurement({"layer": int(layer)}, "training of the predictors", values=values, note=sizes)
+    smoke_text = "\n".join(load_texts(None, limit=settings.pick(0, 30))[0]) if settings.data is None else ""
+    texts = LongTexts(settings.data, tokenizer, smoke_text)
+    for tokens in settings.pick((4096, 8192 - 512, 2048), (700,)):
+        if settings.only not in (None, str(tokens)):
+            continue
+        tasks = Tasks.of(texts, tokens, settings.pick(20, 2), settings.pick(40960, 1024) // tokens)
+        yield Measurement({"tokens": tokens, "schedule": ""}, DENSE, values=tasks.measure(model))
+        for name, schedule in schedules.items():
+            share = computed(schedule, layers)
+            at: Parameters = {"tokens": tokens, "schedule": name, "computed": round(share, 3)}
+            yield Measurement(at, TRUNCATED, values=tasks.measure(model, last=round(share * tokens)))
+            for scorer, options in SCORERS.items():
+                learned = options["scorer"] == "predictor"
+                own = {**options, "weights": weights} if learned else options
+                with slimformer.patched(model, TokenElimination(schedule, **own)):
+                    yield Measurement(at, scorer, values=tasks.measure(model))
+
+
+def computed(schedule: Mapping[int, float], layers: int) -> float:
+    """The share of tokens times layers that a schedule computes."""
+    starts, total, keep = [*schedule, layers], float(min(schedule)), 1.0
+    for (start, keep), end in zip(schedule.items(), starts[1:], strict=True):
+        total += keep * (end - start)
+    return total / layers
+
+
+# From logits `[texts, tokens, vocabulary]` at the tokens of an answer to grades `[texts, 1 or tokens]`.
+Grade = Callable[[Tensor, Tensor, Prompts], Tensor]
+
+
+@dataclass
+class Tasks:
+    """The prompts of one length.
+
+    Attributes:
+        passkeys: Exact match counts; in filler and in books.
+        associations: The best of the possible answers counts.
+        copied: The mean negative log-likelihood of the copy counts.
+        following: That of the text behind.
+        batch: Prompts at a time.
+    """
+
+    passkeys: Mapping[str, Prompts]
+    associations: Prompts
+    copied: Prompts
+    following: Prompts
+    batch: int
+
+    @classmethod
+    def of(cls, texts: LongTexts, tokens: int, count: int, batch: int) -> Tasks:
+        """So many prompts of so many tokens, half as many copies."""
+        return cls(
+            {
+                "passkey": texts.passkeys(tokens, count, in_a_book=False),
+                "passkey_in_book": texts.passkeys(tokens, count, in_a_book=True),
+            },
+            texts.associations(tokens, count),
+            texts.copied(tokens, max(count // 2, 1)),
+            texts.following(tokens, count, min(256, tokens // 4)),
+            max(batch, 1),
+        )
+
+    def measure(self, model: PreTrainedModel, last: int | None = None) -> dict[str, float]:
+        """Every task's figure, and the seconds of one prefill; `last` keeps only so many tokens of each prompt."""
+        found, seconds = {}, 0.0
+        for name, prompts in self.passkeys.items():
+            answers, seconds = self._answers(model, prompts, last, _is_right)
+            found[name] = float(answers.mean())
+        found["associations"] = float(
+            self._answers(model, self.associations, last, _is_best_choice)[0].mean()
+        )
+        for name, prompts in (("copy_nll", self.copied), ("following_nll", self.following)):
+            found[name] = float(self._answers(model, prompts, last, _nll)[0].mean())
+        return {**found, "prefill_ms": 1e3 * seconds}
+
+    def _answers(
+        self, model: PreTrainedModel, prompts: Prompts, last: int | None, grade: Grade
+    ) -> tuple[Tensor, float]:
+        """A grade per text, of answers that are read behind the prompt's cache; and seconds per prefill."""
+        grades, times = [], []
+        for ids, answer in zip(
+            prompts.prompt.split(self.batch), prompts.answer.split(self.batch), strict=True
+        ):
+            ids, answer = ids.to(model.device), answer.to(model.device)
+            ids = ids if last is None else ids[:, -last:]
+            cache = DynamicCache(config=model.config)
+            begin = _now(model)
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            times.append((_now(model) - begin) / len(ids))
+            parts = []
+            # Never as many tokens at once as a text has from which tokens leave.
+            for chunk in answer.split(128, dim=1):
+                following = model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
+                parts.append(grade(torch.cat([logits, following[:, :-1]], dim=1).float(), chunk, prompts))
+                logits = following[:, -1:]
+            grades.append(torch.cat(parts, dim=1).mean(1))
+        return torch.cat(grades).cpu(), sorted(times)[len(times) // 2]
+
+
+def _is_right(logits: Tensor, answer: Tensor, prompts: Prompts) -> Tensor:
+    return (logits.argmax(-1) == answer).all(1, keepdim=True).float()
+
+
+def _is_best_choice(logits: Tensor, answer: Tensor, prompts: Prompts) -> Tensor:
+    if prompts.choices is None:
+        return _is_right(logits, answer, prompts)
+    choices = prompts.choices.to(logits.device)
+    return (choices[logits[..., choices].argmax(-1)] == answer).float()
+
+
+def _nll(logits: Tensor, answer: Tensor, prompts: Prompts) -> Tensor:
+    return -logits.log_softmax(-1).gather(2, answer[..., None])[..., 0]
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def training_texts(settings: Settings) -> list[str] | None:
+    """Everything but the held-out books and meetings."""
+    if settings.data is None:
+        return None
+    texts = load_texts(settings.data / "c4_calib" / "c4_demo.jsonl")[0]
+    texts += meetings(settings.data)[HELD_OUT_MEETINGS:]
+    for path in sorted((settings.data / "books").glob("*.txt")):
+        if path.name not in HELD_OUT_BOOKS:
+            texts += _chapters(path.read_text(encoding="utf-8")[20_000:])
+    wiki = settings.data / "wikitext2" / "wiki.train.raw.slice5k.txt"
+    return texts + _chapters(wiki.read_text(encoding="utf-8"))
+
+
+def _chapters(text: str) -> list[str]:
+    """Parts in chapters' lengths, so that a long text is both in what is trained on and in what is not."""
+    return [text[start : start + 40_000] for start in range(0, len(text), 40_000)]
+
+
+# What the README shows of the whole.
+_SHOWN = {
+    "3: 44%": (TRUNCATED, "attention, blocks of 256, last 768 kept", "predictor", "random"),
+    "6: 50%, 15: 25%": (TRUNCATED, "attention, max over heads", "predictor", "random"),
+    "15: 20%": (TRUNCATED, "attention, blocks of 128", "predictor", "random"),
+    "20: 20%": (TRUNCATED, "attention, blocks of 128", "predictor", "random"),
+}
+
+
+@table("elimination_summary", source="elimination_quality")
+def summary(content: dict[str, Any]) -> str:
+    """A part of the middle length's."""
+    return _table(content, 4096, _SHOWN)
+
+
+@table("elimination_quality", source="elimination_quality")
+def at_4k(content: dict[str, Any]) -> str:
+    """The middle length: one row per schedule and scorer."""
+    return _table(content, 4096)
+
+
+@table("elimination_quality_2k", source="elimination_quality")
+def at_2k(content: dict[str, Any]) -> str:
+    """The shortest."""
+    return _table(content, 2048)
+
+
+@table("elimination_quality_8k", source="elimination_quality")
+def at_8k(content: dict[str, Any]) -> str:
+    """The longest."""
+    return _table(content, 8192 - 512)
+
+
+@table("elimination_predictors", source="elimination_quality")
+def predictors(content: dict[str, Any]) -> str:
+    """Recall of the predictors on text that they were not trained on."""
+    rows = []
+    for measurement in content["measurements"]:
+        at, values = measurement["parameters"], measurement["values"]
+        if "layer" in at:
+            recalls = [f"{100 * values[name]:.1f}%" for name in ("recall_all", "recall_last")]
+            rows.append([str(at["layer"]), *recalls, measurement["note"]])
+    return tables.markdown(["Layer", "recall, all tokens ask", "recall, last blocks ask", "predictor"], rows)
+
+
+def _table(content: dict[str, Any], tokens: int, shown: Mapping[str, tuple[str, ...]] | None = None) -> str:
+    dense = tables.find(content, DENSE, tokens=tokens)
+    rows = []
+    if dense is not None:
+        rows.append(["dense", "", "100%", *figures(dense["values"], None)])
+    for measurement in content["measurements"]:
+        at = measurement["parameters"]
+        wanted = shown is None or measurement["candidate"] in shown.get(at.get("schedule", ""), ())
+        if wanted and at.get("tokens") == tokens and at.get("schedule"):
+            row = [at["schedule"], measurement["candidate"], f"{100 * at['computed']:.0f}%"]
+            rows.append([*row, *figures(measurement["values"], None if dense is None else dense["values"])])
+    head = [
+        "From layer: kept",
+        "by",
+        "computed",
+        "passkey",
+        "passkey in a book",
+        "associations",
+        "copy, NLL",
+        "following text, NLL",
+    ]
+    return tables.markdown(head, rows)
+
+
+def figures(values: Mapping[str, float], dense: Mapping[str, float] | None) -> list[str]:
+    """The cells of one row; following text beside dense, where that is given."""
+    following = f"{values['following_nll']:.3f}"
+    if dense is not None:
+        following = f"{100 * (values['following_nll'] / dense['following_nll'] - 1):+.1f}%"
+    shares = [f"{values[name]:.2f}" for name in ("passkey", "passkey_in_book", "associations", "copy_nll")]
+    return [*shares, following]
