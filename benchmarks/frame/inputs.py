@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import slimformer
 from benchmarks.frame.registry import Settings
@@ -33,11 +39,21 @@ def decoder(
     settings: Settings, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The language model of `--model`, a checkpoint folder or a GGUF file, and its tokenizer."""
+    return _checkpoint(settings, AutoModelForCausalLM, dtype)
+
+
+def encoder(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The encoder of `--model` without what an embedding pipeline puts behind it, and its tokenizer."""
+    return _checkpoint(settings, AutoModel, torch.float32)
+
+
+def _checkpoint(
+    settings: Settings, kind: Any, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = settings.model
     folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    return model.to(settings.device).eval(), tokenizer
+    model = kind.from_pretrained(folder, dtype=dtype, **options).to(settings.device).eval()
+    return model, AutoTokenizer.from_pretrained(folder, **options)
 
 
 def embedder(settings: Settings) -> Any:

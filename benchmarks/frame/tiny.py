@@ -29,7 +29,7 @@ def write_models(folder: Path) -> dict[str, Path]:
     made = {
         # Room for so few positions that contexts beyond them are short.
         "decoder": LlamaForCausalLM(
-            LlamaConfig(**_SIZES, num_hidden_layers=4, num_key_value_heads=2, max_position_embeddings=512)
+            LlamaConfig(**_SIZES, num_hidden_layers=5, num_key_value_heads=2, max_position_embeddings=512)
         ),
         "embedding model": BertModel(BertConfig(**_SIZES, num_hidden_layers=3)),
     }

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.frame import tables
-from benchmarks.frame.compare import Case, Medians, Unsupported, compare, relative_error
+from benchmarks.frame.compare import Case, Medians, Unsupported, compare, relative_error, release
 from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters, reason
 from benchmarks.frame.timing import Effort, Regime
@@ -79,16 +79,15 @@ _TINY = (
 
 @benchmark(
     "attention_backends",
-    needs="cuda",
-    description="flash, cuDNN, efficient and math attention per shape: prefill, encoder, decode, with padding",
+    "flash, cuDNN, efficient and math attention per shape: prefill, encoder, decode, with padding",
+    on="GPU",
 )
 def run(settings: Settings) -> Iterator[Measurement]:
     """Every shape with every backend and layout of the key heads."""
     try:
         for shape, padded in settings.pick(POINTS, _TINY):
             yield from _measure(settings, shape, padded)
-            if settings.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release()
     finally:
         _switch(DEFAULT)
 
@@ -107,16 +106,15 @@ def _measure(settings: Settings, shape: Shape, padded: bool) -> Iterator[Measure
     layout = "expanded" if padded and call.grouped else call.layouts[0]
     scores = shape.batch * shape.heads * shape.queries * shape.keys
     regimes: tuple[Regime, ...] = ("eager", "graph", "in a row") if scores <= _SMALL else ("eager",)
-    for regime in regimes:
-        yield from compare(
-            settings,
-            parameters,
-            call.cases(),
-            regime=regime,
-            baseline=f"{DEFAULT}, {layout}",
-            values=partial(_rates, shape),
-            effort=Effort(milliseconds=600.0, least=8, most=50),
-        )
+    yield from compare(
+        settings,
+        parameters,
+        call.cases(),
+        regime=regimes,
+        baseline=f"{DEFAULT}, {layout}",
+        values=partial(_rates, shape),
+        effort=Effort(milliseconds=600.0, least=8, most=50),
+    )
 
 
 class Call:
@@ -238,7 +236,7 @@ def _rates(shape: Shape, medians: Medians) -> dict[str, dict[str, float]]:
     return {name: {"tflop_per_s": work / time / 1e9} for name, time in medians.items()}
 
 
-@table("attention_backends", source="attention_backends")
+@table("attention_backends")
 def fastest(content: dict[str, Any]) -> str:
     """The fastest backend per shape beside PyTorch's own choice."""
     names = ("kind", "batch", "queries", "keys", "heads", "padded", "regime")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from benchmarks.frame import tables
-from benchmarks.frame.compare import Case, Medians, compare, relative_error
+from benchmarks.frame.compare import Case, Medians, compare, relative_error, release
 from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters
 from benchmarks.frame.timing import Regime
@@ -39,8 +39,8 @@ DENSE_IN_PLACE = "own dense, residual in the down product"
 
 @benchmark(
     "mlp_rows",
-    needs="cuda",
-    description="MLP sublayer at 100 to 10% of the rows against keep x dense, HuggingFace and index_select",
+    "MLP sublayer at 100 to 10% of the rows against keep x dense, HuggingFace and index_select",
+    on="GPU",
 )
 def run(settings: Settings) -> Iterator[Measurement]:
     """Every shape, token count and keep ratio, as launched and from a CUDA graph."""
@@ -53,11 +53,9 @@ def run(settings: Settings) -> Iterator[Measurement]:
             regimes: tuple[Regime, ...] = ("eager", "graph", "in a row") if small else ("eager", "graph")
             for keep in KEEPS:
                 parameters: Parameters = {"shape": shape, "tokens": tokens, "keep": keep}
-                for regime in regimes:
-                    yield from sublayer.measure(settings, parameters, keep, regime)
-                if settings.device.type == "cuda":
-                    # Graphs hold their memory until the cache is emptied.
-                    torch.cuda.empty_cache()
+                yield from sublayer.measure(settings, parameters, keep, regimes)
+                # Graphs hold their memory until the cache is emptied.
+                release()
 
 
 class Sublayer:
@@ -129,30 +127,29 @@ class Sublayer:
         return Case(call, check, settings.tolerance)
 
     def measure(
-        self, settings: Settings, parameters: Parameters, keep: float, regime: Regime
-    ) -> list[Measurement]:
+        self, settings: Settings, parameters: Parameters, keep: float, regimes: Sequence[Regime]
+    ) -> Iterator[Measurement]:
         """All candidates at one keep ratio, beside both dense versions."""
         tokens = len(self.x)
         count = round(keep * tokens)
-        cases = {
-            HF: self.case(settings, self.hf, None),
-            DENSE_ONE: self.case(settings, lambda: self.own(None, packed=True), None),
-            DENSE_APART: self.case(settings, lambda: self.own(None, packed=False), None),
+        whole = min(max(round(count / _TILE), 1) * _TILE, tokens)
+        calls: dict[str, tuple[Callable[[], Tensor | None], Tensor | None]] = {
+            HF: (self.hf, None),
+            DENSE_ONE: (lambda: self.own(None, packed=True), None),
+            DENSE_APART: (lambda: self.own(None, packed=False), None),
         }
-        fractions = {}
         if count == tokens:
-            cases[DENSE_IN_PLACE] = self.case(settings, self.own_in_place, None)
+            calls[DENSE_IN_PLACE] = (self.own_in_place, None)
         else:
             rows = random_rows(tokens, count, settings.device)
-            cases[EAGER] = self.case(settings, lambda: self.eager(rows), rows)
-            cases[ONE] = self.case(settings, lambda: self.own(rows, packed=True), rows)
-            cases[APART] = self.case(settings, lambda: self.own(rows, packed=False), rows)
-            fractions = dict.fromkeys((EAGER, ONE, APART), count / tokens)
-            whole = min(max(round(count / _TILE), 1) * _TILE, tokens)
+            calls[EAGER] = (lambda: self.eager(rows), rows)
+            calls[ONE] = (lambda: self.own(rows, packed=True), rows)
+            calls[APART] = (lambda: self.own(rows, packed=False), rows)
             if whole != count:
                 tiles = random_rows(tokens, whole, settings.device)
-                cases[ROUNDED] = self.case(settings, lambda: self.own(tiles, packed=True), tiles)
-                fractions[ROUNDED] = whole / tokens
+                calls[ROUNDED] = (lambda: self.own(tiles, packed=True), tiles)
+        cases = {name: self.case(settings, call, of) for name, (call, of) in calls.items()}
+        fractions = {name: len(of) / tokens for name, (_, of) in calls.items() if of is not None}
         dense = {EAGER: HF, ONE: DENSE_ONE, APART: DENSE_APART, ROUNDED: DENSE_ONE}
 
         def ideal(name: str, medians: Medians) -> float | None:
@@ -162,7 +159,9 @@ class Sublayer:
         def values(medians: Medians) -> dict[str, dict[str, float]]:
             return {name: {"rows": fraction * tokens} for name, fraction in fractions.items()}
 
-        return compare(settings, parameters, cases, regime=regime, baseline=HF, ideal=ideal, values=values)
+        yield from compare(
+            settings, parameters, cases, regime=regimes, baseline=HF, ideal=ideal, values=values
+        )
 
 
 def random_rows(tokens: int, count: int, device: torch.device) -> Tensor:
@@ -170,7 +169,7 @@ def random_rows(tokens: int, count: int, device: torch.device) -> Tensor:
     return torch.randperm(tokens)[:count].sort().values.to(device)
 
 
-@table("mlp_rows", source="mlp_rows")
+@table("mlp_rows")
 def ratios(content: dict[str, Any]) -> str:
     """Ratio to keep x dense, in brackets the eager code's ratio to keep x HuggingFace's dense time."""
     rows = []
@@ -182,7 +181,6 @@ def ratios(content: dict[str, Any]) -> str:
             ours, eager = (tables.find(content, name, keep=keep, **at) for name in (ONE, EAGER))
             cells.append(f"{tables.ratio(ours, 'ideal_ratio')} [{tables.ratio(eager, 'ideal_ratio')}]")
         half = tables.find(content, ONE, keep=0.5, **at)
-        cells.append("–" if half is None else f"{1 / half['baseline_ratio']:.2f}×")
-        rows.append(cells)
+        rows.append([*cells, tables.gain(half)])
     head = ["MLP sublayer", "HF dense, ms", "own dense, ms", *(f"{keep:.0%}" for keep in KEEPS[1:])]
     return tables.markdown([*head, "50% against HF dense"], rows)

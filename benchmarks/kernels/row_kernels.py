@@ -12,11 +12,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import slimformer_kernels as kernels
 from benchmarks.frame import tables
-from benchmarks.frame.compare import Case, Medians, compare, relative_error
+from benchmarks.frame.compare import Case, compare, relative_error
 from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters
 from benchmarks.frame.timing import Candidate, Effort, interleaved
-from benchmarks.mlp_rows import SHAPES, TOKENS, random_rows
+from benchmarks.kernels.mlp_rows import SHAPES, TOKENS, random_rows
 from slimformer_kernels.add_rows import add_rows_reference
 from slimformer_kernels.glu import glu_reference
 from slimformer_kernels.layer_norm_rows import layer_norm_rows_reference
@@ -32,8 +32,8 @@ Output = Tensor | tuple[Tensor, ...]
 
 @benchmark(
     "row_kernels",
-    needs="cuda",
-    description="norms with gather, residual adds with scatter and gated activations against device copy bandwidth",
+    "norms with gather, residual adds with scatter and gated activations against device copy bandwidth",
+    on="GPU",
 )
 def run(settings: Settings) -> Iterator[Measurement]:
     """Measure the copy bandwidth first, then every kernel at every shape and token count."""
@@ -119,14 +119,8 @@ def _row_operations(
         added.copy_(start)
 
     for name, (passes, call, eager, expected) in operations.items():
-        parameters: Parameters = {
-            "kernel": name,
-            "shape": shape,
-            "tokens": tokens,
-            "width": hidden,
-            "keep": keep,
-        }
-        yield from _compared(settings, parameters, call, eager, expected, reset, passes * pass_bytes / rate)
+        at = _point(name, shape, tokens, hidden, keep)
+        yield from _compared(settings, at, call, eager, expected, reset, passes * pass_bytes / rate)
 
 
 def _normed_sum(norm: nn.Module, kept: Callable[[Tensor], Tensor], total: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,14 +143,12 @@ def _activations(
     ideal = 3 * gate.numel() * packed.element_size() / rate
     for name, (call, eager, activation) in operations.items():
         expected = glu_reference(gate.float(), up.float(), activation)
-        parameters: Parameters = {
-            "kernel": name,
-            "shape": shape,
-            "tokens": tokens,
-            "width": intermediate,
-            "keep": 1.0,
-        }
-        yield from _compared(settings, parameters, call, eager, expected, None, ideal)
+        at = _point(name, shape, tokens, intermediate, 1.0)
+        yield from _compared(settings, at, call, eager, expected, None, ideal)
+
+
+def _point(kernel: str, shape: str, tokens: int, width: int, keep: float) -> Parameters:
+    return {"kernel": kernel, "shape": shape, "tokens": tokens, "width": width, "keep": keep}
 
 
 def _compared(
@@ -167,7 +159,7 @@ def _compared(
     expected: Output,
     reset: Callable[[], None] | None,
     ideal: float,
-) -> list[Measurement]:
+) -> Iterator[Measurement]:
     def case(run: Callable[[], Output]) -> Case:
         def check() -> float:
             if reset is not None:
@@ -178,17 +170,14 @@ def _compared(
 
         return Case(run, check, settings.tolerance)
 
-    def values(medians: Medians) -> dict[str, dict[str, float]]:
-        return {KERNEL: {"ideal_ms": ideal}}
-
-    return compare(
+    yield from compare(
         settings,
         parameters,
         {EAGER: case(eager), KERNEL: case(call)},
         regime="eager",
         baseline=EAGER,
         ideal=lambda name, medians: ideal,
-        values=values,
+        values=lambda medians: {KERNEL: {"ideal_ms": ideal}},
         effort=Effort(milliseconds=100.0, least=20, most=100),
     )
 
@@ -205,23 +194,22 @@ def _modules(settings: Settings, hidden: int, weight: Tensor, bias: Tensor) -> t
     return rms, layer
 
 
-@table("row_kernels", source="row_kernels")
+@table("row_kernels")
 def bandwidths(content: dict[str, Any]) -> str:
     """Time over bytes / bandwidth, and how many times faster than the eager operations."""
     copy = tables.find(content, "device copy", kernel="copy")
     rate = "–" if copy is None else f"{copy['values']['bytes_per_ms'] / 1e9:.2f} TB/s"
     rows = []
-    for kernel, keep, shape in tables.points(
-        content, "kernel", "keep", "shape", where=lambda p: p["kernel"] != "copy"
-    ):
+    lengths = sorted(tokens for (tokens,) in tables.points(content, "tokens", where=_has_tokens))
+    for kernel, keep, shape in tables.points(content, "kernel", "keep", "shape", where=_has_tokens):
         cells = [f"`{kernel}`, {shape}, {keep:.0%} of the rows"]
-        for tokens in sorted({tokens for (tokens,) in tables.points(content, "tokens", where=_has_tokens)}):
+        for tokens in lengths:
             found = tables.find(content, KERNEL, kernel=kernel, keep=keep, shape=shape, tokens=tokens)
-            faster = "–" if found is None else f"{1 / found['baseline_ratio']:.1f}×"
-            cells += [tables.milliseconds(found), tables.ratio(found, "ideal_ratio"), faster]
+            times = [tables.milliseconds(found), tables.ratio(found, "ideal_ratio")]
+            cells += [*times, tables.gain(found, ".1f")]
         rows.append(cells)
     head = [f"Device copy {rate}"]
-    for (tokens,) in sorted(tables.points(content, "tokens", where=_has_tokens)):
+    for tokens in lengths:
         head += [f"{tokens} tokens, ms", "of ideal", "faster than eager"]
     return tables.markdown(head, rows)
 

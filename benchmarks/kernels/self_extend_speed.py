@@ -31,8 +31,8 @@ _SAMPLED_QUERIES = 64
 
 @benchmark(
     "self_extend_speed",
-    needs="cuda",
-    description="SelfExtend's attention beside flash attention and two merged passes, prefill and decode",
+    "SelfExtend's attention beside flash attention and two merged passes, prefill and decode",
+    on="GPU",
 )
 def run(settings: Settings) -> Iterator[Measurement]:
     """Times of prefill as called; of decode also from a CUDA graph, where launches cost nothing."""
@@ -43,15 +43,8 @@ def run(settings: Settings) -> Iterator[Measurement]:
         # What plain attention computes is another thing, checked against itself.
         cases[call.plain] = Case(call.plain_attention, call.plain_error, settings.tolerance)
         regimes: tuple[Regime, ...] = ("eager",) if queries > 1 else ("graph", "eager")
-        for regime in regimes:
-            yield from compare(
-                settings,
-                at,
-                cases,
-                regime=regime,
-                baseline=call.plain,
-                effort=Effort(milliseconds=1500.0 if queries > 1 else 200.0, least=10, most=50),
-            )
+        effort = Effort(milliseconds=1500.0 if queries > 1 else 200.0, least=10, most=50)
+        yield from compare(settings, at, cases, regime=regimes, baseline=call.plain, effort=effort)
 
 
 @dataclass
@@ -228,12 +221,12 @@ def _merged(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tensor:
     return second[0].lerp(first[0], share)
 
 
-@table("self_extend_speed", source="self_extend_speed")
+@table("self_extend_speed")
 def times(content: dict[str, Any]) -> str:
     """One row per point: times, and SelfExtend's beside each of the others."""
     names = ("queries", "keys", "group", "window", "regime")
     rows = []
-    for point in tables.points(content, *names, where=lambda _: True):
+    for point in tables.points(content, *names):
         at = dict(zip(names, point, strict=True))
         plain = tables.find(content, FLASH, **at) or tables.find(content, PLAIN_DECODE, **at)
         own, two = (tables.find(content, name, **at) for name in (KERNEL, TWO_PASSES))

@@ -13,6 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.evaluation.perplexity import evaluating
 
+# Of a folder of data sets.
+TASK_FILES = (
+    "lambada_openai/lambada_openai.jsonl",
+    "piqa/valid.jsonl",
+    "piqa/valid-labels.lst",
+    "arc_easy/arc_easy.jsonl",
+)
 _TOKENS_AT_ONCE, _LOGITS_AT_ONCE = 16_384, 4096
 
 
@@ -30,26 +37,23 @@ class Question(NamedTuple):
     right: int
 
 
-def read_tasks(data: Path, most: int | None = None) -> dict[str, list[Question]]:
-    """The questions of each task, the first `most` of them."""
-    labels = (data / "piqa" / "valid-labels.lst").read_text(encoding="utf-8").split()
-    tasks = {
-        "lambada": [
-            Question(row["context"], (f" {row['continuation']}",), 0)
-            for row in _rows(data / "lambada_openai" / "lambada_openai.jsonl")
-        ],
+def read_tasks(data: Path) -> dict[str, list[Question]]:
+    """The questions of each task."""
+    lambada, piqa, labels, arc = (data / name for name in TASK_FILES)
+    rights = labels.read_text(encoding="utf-8").split()
+    return {
+        "lambada": [Question(row["context"], (f" {row['continuation']}",), 0) for row in _rows(lambada)],
         "piqa": [
-            Question(f"Question: {row['goal']}\nAnswer:", (f" {row['sol1']}", f" {row['sol2']}"), int(label))
-            for row, label in zip(_rows(data / "piqa" / "valid.jsonl"), labels, strict=True)
+            Question(f"Question: {row['goal']}\nAnswer:", (f" {row['sol1']}", f" {row['sol2']}"), int(right))
+            for row, right in zip(_rows(piqa), rights, strict=True)
         ],
         "arc_easy": [
             Question(
                 f"{row['query']}\nAnswer:", tuple(f" {choice}" for choice in row["choices"]), row["gold"]
             )
-            for row in _rows(data / "arc_easy" / "arc_easy.jsonl")
+            for row in _rows(arc)
         ],
     }
-    return {name: questions[:most] for name, questions in tasks.items()}
 
 
 def accuracy(

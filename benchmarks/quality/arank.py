@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.drop_table import load_model
 from benchmarks.frame import tables
-from benchmarks.frame.registry import MissingInput, Settings, benchmark, table
+from benchmarks.frame.inputs import C4, decoder
+from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters
 from slimformer.model.anatomy import find_anatomy
 from slimformer.text.sources import load_texts, token_blocks
@@ -25,13 +25,12 @@ METRICS = ("effective_rank", "rank")
 
 @benchmark(
     "arank",
-    needs="any",
-    description="ARank of every layer by some rows of its maps and by all: order, time and memory (--model, --data)",
+    "ARank of every layer by some rows of its maps and by all: order, time and memory",
+    model="decoder",
+    data=(C4,),
 )
 def run(settings: Settings) -> Iterator[Measurement]:
     """All layers where full maps can be decomposed, the first layers where that takes too long."""
-    if settings.data is None and not settings.smoke:
-        raise MissingInput("it needs --data, a folder with c4_calib/c4_demo.jsonl")
     lengths: tuple[int, ...] = settings.pick((1024, 4096), (64,))
     for tokens in lengths:
         # A map of 4096 tokens takes many seconds to decompose, and a model has hundreds.
@@ -57,9 +56,9 @@ def ranked(
     settings: Settings, tokens: int, metric: str, sampled: bool, layers: int | None
 ) -> tuple[list[float], float, float]:
     """The ranks, the seconds that they took, and the bytes that this needed beyond the model."""
-    model, tokenizer = load_model(settings)
+    model, tokenizer = decoder(settings)
     anatomy = find_anatomy(model)
-    texts = load_texts(None if settings.data is None else settings.data / "c4_calib" / "c4_demo.jsonl")[0]
+    texts = load_texts(settings.data / C4)[0]
     rows = token_blocks(texts, tokenizer, sequence_length=tokens, count=1, seed=0)
     with torch.no_grad():
         # Once, so that libraries are loaded and the model's own pass is part of both.
@@ -99,25 +98,19 @@ def _resident_peak() -> float:
     return 1024.0 * float(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
-@table("arank", source="arank")
+@table("arank")
 def orders(content: dict[str, object]) -> str:
     """One row per length and metric."""
     rows = []
-    for tokens, metric in tables.points(content, "tokens", "metric", where=lambda p: True):
+    for tokens, metric in tables.points(content, "tokens", "metric"):
         sampled, full = (tables.find(content, n, tokens=tokens, metric=metric) for n in (SAMPLED, FULL))
         if sampled is None or full is None:
             continue
         (few, all_), rho = (sampled["values"], full["values"]), full["values"].get("spearman")
-        rows.append(
-            [
-                f"{tokens} tokens, {str(metric).replace('_', ' ')}, {sampled['parameters']['layers']} layers",
-                f"{few['seconds']:.1f}",
-                f"{all_['seconds']:.1f}",
-                f"{few['mebibytes']:.0f}",
-                f"{all_['mebibytes']:.0f}",
-                "–" if rho is None or math.isnan(rho) else f"{rho:.3f}",
-            ]
-        )
+        label = f"{tokens} tokens, {str(metric).replace('_', ' ')}, {sampled['parameters']['layers']} layers"
+        seconds = [f"{values['seconds']:.1f}" for values in (few, all_)]
+        memory = [f"{values['mebibytes']:.0f}" for values in (few, all_)]
+        rows.append([label, *seconds, *memory, "–" if rho is None or math.isnan(rho) else f"{rho:.3f}"])
     some = f"{QUERIES} rows"
     head = ["SmolLM2-135M", f"{some}, s", "all rows, s", f"{some}, MiB", "all rows, MiB", "Spearman"]
     return tables.markdown(head, rows)

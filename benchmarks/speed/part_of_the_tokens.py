@@ -13,12 +13,13 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.frame import tables
 from benchmarks.frame.compare import release
+from benchmarks.frame.flops import flops
 from benchmarks.frame.inputs import UNPATCHED
 from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement
 from benchmarks.frame.timing import Effort, Regime
 from benchmarks.speed.llamas import llama_8b, smollm2_135m
-from benchmarks.speed.prefills import LOSSLESS, Sublayer, Way, compared, flops
+from benchmarks.speed.prefills import LOSSLESS, Sublayer, Way, compared
 from slimformer import MixtureOfDepths, TokenElimination
 from slimformer.decisions.policy import Decision
 from slimformer.methods.elimination.block_predictor import BlockPredictor

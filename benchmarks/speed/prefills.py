@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 import slimformer
 from benchmarks.frame.compare import Case, Medians, compare, relative_error
@@ -160,24 +160,3 @@ class Recording:
         """Which tokens stayed from a layer on, sorted indices; None for all."""
         rows = self.left.get((layer, "attention"))
         return None if rows is None else rows.index
-
-
-def flops(
-    config: LlamaConfig, tokens: int, kept: Callable[[int, Kind], float] = lambda layer, kind: 1.0
-) -> float:
-    """Multiplications of a prefill, without the head: linear layers, and causal scores and their use.
-
-    Args:
-        config: The model's.
-        tokens: Of the prompt.
-        kept: The part of the tokens that a sublayer computes; keys and values are those of all.
-    """
-    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    query = 2 * config.hidden_size * heads * head_dim
-    key = 2 * config.hidden_size * config.num_key_value_heads * head_dim
-    scores = 2 * heads * head_dim * tokens / 2
-    mlp = 3 * config.hidden_size * config.intermediate_size
-    return tokens * sum(
-        kept(layer, "attention") * (query + scores) + key + kept(layer, "mlp") * mlp
-        for layer in range(config.num_hidden_layers)
-    )
