@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -22,8 +21,6 @@ import slimformer
 from benchmarks.frame.registry import Settings
 from slimformer import Plan
 from slimformer.evaluation.perplexity import perplexity, wikitext_blocks
-from slimformer.evaluation.retrieval import RetrievalTask, read_retrieval
-from slimformer.evaluation.similarity_task import read_sts
 from slimformer.training.loop import TrainingSettings
 from slimformer.training.trained_weights import WHAT, What
 
@@ -54,29 +51,6 @@ def _checkpoint(
     folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     model = kind.from_pretrained(folder, dtype=dtype, **options).to(settings.device).eval()
     return model, AutoTokenizer.from_pretrained(folder, **options)
-
-
-def embedder(settings: Settings) -> Any:
-    """The embedding pipeline of `--model`, in float32."""
-    return SentenceTransformer(
-        str(settings.model), device=str(settings.device), model_kwargs={"dtype": "float32"}
-    )
-
-
-def lines(settings: Settings, file: str) -> list[str]:
-    """The lines of a file of WikiText-2 that are no headings."""
-    found = (settings.data / file).read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in found if line.strip() and not line.strip().startswith("=")]
-
-
-def sentences(settings: Settings) -> list[str]:
-    """Every sentence of STS-B's training split once."""
-    return list(dict.fromkeys(text for pair in read_sts(settings.data / STS_TRAIN)[0] for text in pair))
-
-
-def retrieval_task(settings: Settings, folder: str = CRANFIELD) -> RetrievalTask:
-    """A collection in BEIR's layout."""
-    return read_retrieval(settings.data / folder)
 
 
 def wikitext_perplexity(
