@@ -18,7 +18,6 @@ from benchmarks.frame.inputs import (
     QMSUM,
     STS_TEST,
     STS_TRAIN,
-    UNPATCHED,
     WIKI_TEST,
     WIKI_TRAIN,
     encoder,

@@ -98,7 +98,7 @@ def repaired(
         what=what,
         near=near,
         rank=settings.pick(rank, 2),
-        length=settings.pick(length, 64),
+        length=settings.pick(length, max(length // 16, 64)),
         every=settings.pick(every, 2),
         patience=6,
         settings=TrainingSettings(

@@ -126,6 +126,8 @@ class Benchmark:
         for name in ("texts", "plans"):
             if name in given and name not in self.takes:
                 yield f"takes no --{name}"
+        if settings.texts is not None and settings.texts < 1:
+            yield f"needs texts: --texts has to be at least 1, got {settings.texts}"
         if settings.only is not None and not any(settings.wants(part) for part in self.parts):
             allowed = f"one of {', '.join(self.parts)}" if self.parts else "no --only"
             yield f"takes {allowed}, got --only {settings.only}"

@@ -117,7 +117,7 @@ def figure(measurement: dict[str, Any] | None, name: str) -> float | None:
 
 def change(value: float, dense: float) -> str:
     """By how many percent a figure is off the dense model's."""
-    return f"{100 * (value / dense - 1):+.1f}%"
+    return f"{100 * (value / dense - 1):+.1f}%" if dense else "–"
 
 
 def number(value: float) -> str:

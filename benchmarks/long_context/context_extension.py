@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import slimformer
-from benchmarks.drop_table import DENSE, load_model, tiny_tokenizer
 from benchmarks.frame import tables
-from benchmarks.frame.registry import MissingInput, Settings, benchmark, table
+from benchmarks.frame.inputs import BOOKS, DENSE, QMSUM, decoder
+from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters, reason
-from benchmarks.long_prompts import LongTexts, Prompts
+from benchmarks.long_context.long_prompts import LongTexts, Prompts
 from slimformer import SelfExtend
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
 from slimformer.model.anatomy import find_anatomy
-from slimformer.text.sources import load_texts
 from slimformer.transforms.transform import trained_length
 
 # Tokens that are predicted, at the end of every context; and the room of a key.
@@ -56,16 +55,19 @@ def methods(times: int, trained: int) -> dict[tuple[str, str], Sequence[Any]]:
 
 @benchmark(
     "context_extension",
-    needs="any",
-    description="book NLL and passkeys at up to four times the trained length by every method (--model, --data)",
+    "book NLL and passkeys at up to four times the trained length by every method",
+    model="decoder",
+    data=(BOOKS, QMSUM),
+    takes=("texts",),
 )
 def run(settings: Settings) -> Iterator[Measurement]:
     """The same last tokens behind contexts of every length; bfloat16 on a GPU."""
-    model, texts = _inputs(settings)
+    model, tokenizer = decoder(settings, settings.dtype)
+    texts = LongTexts(settings.data, tokenizer)
     trained = trained_length(find_anatomy(model))
     longest = 4 * trained
-    windows = texts.book_windows(longest, settings.texts or settings.pick(_WINDOWS, 2))
-    keys = settings.texts or settings.pick(_PASSKEYS, 2)
+    windows = texts.book_windows(longest, settings.texts or settings.pick(_WINDOWS, 1))
+    keys = settings.texts or settings.pick(_PASSKEYS, 1)
     for tokens in (trained // 4, trained, 2 * trained, longest):
         with slimformer.patched(model):
             yield _measured(model, windows, texts, tokens, keys, (DENSE, ""))
@@ -77,25 +79,6 @@ def run(settings: Settings) -> Iterator[Measurement]:
             except torch.OutOfMemoryError as failure:
                 at: Parameters = {"tokens": times * trained, "settings": name[1]}
                 yield Measurement(at, name[0], status="failed", note=reason(failure))
-
-
-def _inputs(settings: Settings) -> tuple[PreTrainedModel, LongTexts]:
-    if settings.model is None and settings.smoke:
-        config = LlamaConfig(
-            vocab_size=128,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-        )
-        text = "\n".join(load_texts(None, limit=30)[0])
-        return LlamaForCausalLM(config).eval(), LongTexts(None, tiny_tokenizer(), text)
-    model, tokenizer = load_model(settings, settings.dtype)
-    if settings.data is None:
-        raise MissingInput("it needs --data, a folder with books/")
-    return model, LongTexts(settings.data, tokenizer)
 
 
 def _measured(
@@ -133,20 +116,18 @@ def _share_found(model: PreTrainedModel, prompts: Prompts) -> float:
     return float(torch.stack(right).double().mean())
 
 
-@table("context_extension", source="context_extension")
+@table("context_extension")
 def every_method(content: dict[str, Any]) -> str:
     """One row per method and settings; up to the trained length all of them are as dense."""
-    lengths = sorted(length for (length,) in tables.points(content, "tokens", where=lambda _: True))
+    lengths = sorted(length for (length,) in tables.points(content, "tokens"))
     names = dict.fromkeys((m["candidate"], m["parameters"]["settings"]) for m in content["measurements"])
+    columns = [("nll", "NLL", 3, length) for length in lengths]
+    columns += [("passkey", "passkey", 2, length) for length in lengths[1:]]
     rows = []
     for candidate, own in names:
-        found = [tables.find(content, candidate, tokens=length, settings=own) for length in lengths]
         row = [f"{candidate}, {own}" if own else candidate]
-        row += [_cell(one, "nll", 3) for one in found] + [_cell(one, "passkey", 2) for one in found[1:]]
+        for figure, _, digits, length in columns:
+            found = tables.find(content, candidate, tokens=length, settings=own)
+            row.append("" if found is None else f"{found['values'][figure]:.{digits}f}")
         rows.append(row)
-    head = ["Method"] + [f"NLL, {length}" for length in lengths]
-    return tables.markdown([*head, *(f"passkey, {length}" for length in lengths[1:])], rows)
-
-
-def _cell(measurement: Mapping[str, Any] | None, name: str, digits: int) -> str:
-    return "" if measurement is None else f"{measurement['values'][name]:.{digits}f}"
+    return tables.markdown(["Method", *(f"{label}, {length}" for _, label, _, length in columns)], rows)

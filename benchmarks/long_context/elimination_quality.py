@@ -12,17 +12,26 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import slimformer
-from benchmarks.drop_table import DENSE, load_model
 from benchmarks.frame import tables
-from benchmarks.frame.registry import MissingInput, Settings, benchmark, table
+from benchmarks.frame.inputs import BOOKS, C4, DENSE, QMSUM, WIKI_TRAIN, decoder
+from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters
-from benchmarks.long_prompts import HELD_OUT_BOOKS, HELD_OUT_MEETINGS, LongTexts, Prompts, meetings
-from slimformer import TokenElimination
+from benchmarks.long_context.long_prompts import (
+    HELD_OUT_BOOKS,
+    HELD_OUT_MEETINGS,
+    LongTexts,
+    Prompts,
+    meetings,
+)
+from slimformer import Plan, TokenElimination
 from slimformer.model.anatomy import find_anatomy
 from slimformer.text.sources import load_texts
 from slimformer.training.loop import TrainingSettings
 from slimformer.training.predictors import train_predictors
 
+# What is read, for training and for prompts.
+DATA = (BOOKS, QMSUM, WIKI_TRAIN, C4)
+LENGTHS = (4096, 8192 - 512, 2048)
 SCHEDULES: dict[str, dict[int, float]] = {
     "3: 44%": {3: 0.444},
     "5: 40%": {5: 0.4},
@@ -46,44 +55,26 @@ TRUNCATED = "truncated to as many"
 
 @benchmark(
     "elimination_quality",
-    needs="any",
-    description="passkeys, associations, copies and following text by each scorer and schedule (--model, --data)",
+    "passkeys, associations, copies and following text by each scorer and schedule",
+    model="decoder",
+    data=DATA,
+    parts=list(map(str, LENGTHS)),
 )
 def run(settings: Settings) -> Iterator[Measurement]:
     """Dense, truncated, and every scorer at every schedule, at three lengths."""
-    model, tokenizer = load_model(
-        settings, torch.bfloat16 if settings.device.type == "cuda" else torch.float32
-    )
-    if settings.data is None and not settings.smoke:
-        raise MissingInput(
-            "it needs --data, a folder with books/, qmsum_retrieval/, wikitext2/ and c4_calib/"
-        )
+    model, tokenizer = decoder(settings, settings.dtype)
     layers = len(find_anatomy(model).layers)
     schedules = settings.pick(SCHEDULES, {"2: 50%": {2: 0.5}})
     starts = sorted({layer for schedule in schedules.values() for layer in schedule})
-    plan = train_predictors(
-        model,
-        tokenizer,
-        schedule=dict.fromkeys(starts, 0.25),
-        data=training_texts(settings),
-        hold_out=True,
-        length=settings.pick(4096, 256),
-        settings=TrainingSettings(steps=settings.pick(800, 2)),
-        progress=False,
-    )
+    plan = predictors_of(settings, model, tokenizer, dict.fromkeys(starts, 0.25))
     weights = plan.methods[0].tensors()
     for layer, found in plan.measured["predictors"].items():
-        values = {
-            "loss": found["loss"],
-            "recall_all": found["recall_all"],
-            "recall_last": found["recall_last"],
-        }
+        values = {name: found[name] for name in ("loss", "recall_all", "recall_last")}
         sizes = f"{found['sizes'][0]} and {found['sizes'][1]} neurons"
         yield Measurement({"layer": int(layer)}, "training of the predictors", values=values, note=sizes)
-    smoke_text = "\n".join(load_texts(None, limit=settings.pick(0, 30))[0]) if settings.data is None else ""
-    texts = LongTexts(settings.data, tokenizer, smoke_text)
-    for tokens in settings.pick((4096, 8192 - 512, 2048), (700,)):
-        if settings.only not in (None, str(tokens)):
+    texts = LongTexts(settings.data, tokenizer)
+    for tokens in settings.pick(LENGTHS, (700,)):
+        if not settings.wants(str(tokens)):
             continue
         tasks = Tasks.of(texts, tokens, settings.pick(20, 2), settings.pick(40960, 1024) // tokens)
         yield Measurement({"tokens": tokens, "schedule": ""}, DENSE, values=tasks.measure(model))
@@ -96,6 +87,20 @@ def run(settings: Settings) -> Iterator[Measurement]:
                 own = {**options, "weights": weights} if learned else options
                 with slimformer.patched(model, TokenElimination(schedule, **own)):
                     yield Measurement(at, scorer, values=tasks.measure(model))
+
+
+def predictors_of(settings: Settings, model: Any, tokenizer: Any, schedule: dict[int, float]) -> Plan:
+    """Predictors for the layers of a schedule, trained at 4096 tokens."""
+    return train_predictors(
+        model,
+        tokenizer,
+        schedule=schedule,
+        data=training_texts(settings),
+        hold_out=True,
+        length=settings.pick(4096, 256),
+        settings=TrainingSettings(steps=settings.pick(800, 2)),
+        progress=False,
+    )
 
 
 def computed(schedule: Mapping[int, float], layers: int) -> float:
@@ -200,17 +205,14 @@ def _now(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
-def training_texts(settings: Settings) -> list[str] | None:
+def training_texts(settings: Settings) -> list[str]:
     """Everything but the held-out books and meetings."""
-    if settings.data is None:
-        return None
-    texts = load_texts(settings.data / "c4_calib" / "c4_demo.jsonl")[0]
+    texts = load_texts(settings.data / C4)[0]
     texts += meetings(settings.data)[HELD_OUT_MEETINGS:]
     for path in sorted((settings.data / "books").glob("*.txt")):
         if path.name not in HELD_OUT_BOOKS:
             texts += _chapters(path.read_text(encoding="utf-8")[20_000:])
-    wiki = settings.data / "wikitext2" / "wiki.train.raw.slice5k.txt"
-    return texts + _chapters(wiki.read_text(encoding="utf-8"))
+    return texts + _chapters((settings.data / WIKI_TRAIN).read_text(encoding="utf-8"))
 
 
 def _chapters(text: str) -> list[str]:
@@ -233,22 +235,12 @@ def summary(content: dict[str, Any]) -> str:
     return _table(content, 4096, _SHOWN)
 
 
-@table("elimination_quality", source="elimination_quality")
-def at_4k(content: dict[str, Any]) -> str:
-    """The middle length: one row per schedule and scorer."""
-    return _table(content, 4096)
+def _of_length(name: str, tokens: int) -> None:
+    table(name, source="elimination_quality")(lambda content: _table(content, tokens))
 
 
-@table("elimination_quality_2k", source="elimination_quality")
-def at_2k(content: dict[str, Any]) -> str:
-    """The shortest."""
-    return _table(content, 2048)
-
-
-@table("elimination_quality_8k", source="elimination_quality")
-def at_8k(content: dict[str, Any]) -> str:
-    """The longest."""
-    return _table(content, 8192 - 512)
+for _name, _tokens in (("", 4096), ("_2k", 2048), ("_8k", 8192 - 512)):
+    _of_length(f"elimination_quality{_name}", _tokens)
 
 
 @table("elimination_predictors", source="elimination_quality")
@@ -258,39 +250,33 @@ def predictors(content: dict[str, Any]) -> str:
     for measurement in content["measurements"]:
         at, values = measurement["parameters"], measurement["values"]
         if "layer" in at:
-            recalls = [f"{100 * values[name]:.1f}%" for name in ("recall_all", "recall_last")]
+            recalls = [f"{values[name]:.1%}" for name in ("recall_all", "recall_last")]
             rows.append([str(at["layer"]), *recalls, measurement["note"]])
     return tables.markdown(["Layer", "recall, all tokens ask", "recall, last blocks ask", "predictor"], rows)
 
 
+# The heads of what `figures` gives.
+FIGURES = ("passkey", "passkey in a book", "associations", "copy, NLL", "following text, NLL")
+
+
 def _table(content: dict[str, Any], tokens: int, shown: Mapping[str, tuple[str, ...]] | None = None) -> str:
-    dense = tables.find(content, DENSE, tokens=tokens)
-    rows = []
-    if dense is not None:
-        rows.append(["dense", "", "100%", *figures(dense["values"], None)])
+    """One row per schedule and scorer."""
+    found = tables.find(content, DENSE, tokens=tokens)
+    dense = None if found is None else found["values"]
+    rows = [] if dense is None else [["dense", "", "100%", *figures(dense, None)]]
     for measurement in content["measurements"]:
-        at = measurement["parameters"]
-        wanted = shown is None or measurement["candidate"] in shown.get(at.get("schedule", ""), ())
+        at, by = measurement["parameters"], measurement["candidate"]
+        wanted = shown is None or by in shown.get(at.get("schedule", ""), ())
         if wanted and at.get("tokens") == tokens and at.get("schedule"):
-            row = [at["schedule"], measurement["candidate"], f"{100 * at['computed']:.0f}%"]
-            rows.append([*row, *figures(measurement["values"], None if dense is None else dense["values"])])
-    head = [
-        "From layer: kept",
-        "by",
-        "computed",
-        "passkey",
-        "passkey in a book",
-        "associations",
-        "copy, NLL",
-        "following text, NLL",
-    ]
-    return tables.markdown(head, rows)
+            share = f"{at['computed']:.0%}"
+            rows.append([at["schedule"], by, share, *figures(measurement["values"], dense)])
+    return tables.markdown(["From layer: kept", "by", "computed", *FIGURES], rows)
 
 
 def figures(values: Mapping[str, float], dense: Mapping[str, float] | None) -> list[str]:
     """The cells of one row; following text beside dense, where that is given."""
     following = f"{values['following_nll']:.3f}"
     if dense is not None:
-        following = f"{100 * (values['following_nll'] / dense['following_nll'] - 1):+.1f}%"
+        following = tables.change(values["following_nll"], dense["following_nll"])
     shares = [f"{values[name]:.2f}" for name in ("passkey", "passkey_in_book", "associations", "copy_nll")]
     return [*shares, following]

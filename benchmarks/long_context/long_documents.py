@@ -6,24 +6,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.long_prompts import FILLER
+from benchmarks.long_context.long_prompts import FILLER
 
 # Words of a document per token of the length it stands for, as LongEmbed counts.
 WORDS_PER_TOKEN = 0.75
 _FIRST = ("Alma", "Bruno", "Cora", "Dmitri", "Edith", "Farid", "Greta", "Hugo", "Ines", "Jonas")
 _LAST = ("Abbott", "Becker", "Castro", "Dubois", "Eklund", "Fischer", "Garcia", "Holmes", "Ivanov", "Jensen")
+# fmt: off
 _PLACES = (
-    "Lisbon",
-    "Oslo",
-    "Nairobi",
-    "Quito",
-    "Hanoi",
-    "Tbilisi",
-    "Accra",
-    "Montreal",
-    "Adelaide",
-    "Krakow",
+    "Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Tbilisi", "Accra", "Montreal", "Adelaide", "Krakow",
 )
+# fmt: on
 # What is said of a place, and how it is asked for.
 _FACTS = (
     ("The best dish to order in {place} is {thing}.", "which dish is the best to order in {place}?"),

@@ -41,23 +41,23 @@ def meetings(data: Path) -> list[str]:
         return [json.loads(line)["text"] for line in file]
 
 
+def held_out_books(data: Path) -> list[str]:
+    """The books without what their producers say in front."""
+    read = [(data / "books" / name).read_text(encoding="utf-8") for name in HELD_OUT_BOOKS]
+    return [book[20_000:700_000] for book in read]
+
+
 class LongTexts:
     """Tokens of books and meetings, from which prompts are cut.
 
     Args:
-        data: A folder with `books/` and `qmsum_retrieval/corpus.jsonl.gz`; None takes `text` alone.
+        data: A folder with `books/` and `qmsum_retrieval/corpus.jsonl.gz`.
         tokenizer: The model's.
-        text: Used in place of files.
     """
 
-    def __init__(self, data: Path | None, tokenizer: PreTrainedTokenizerBase, text: str = "") -> None:
+    def __init__(self, data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        if data is None:
-            self.books = self.meetings = self._ids(text)
-            return
-        read = [(data / "books" / name).read_text(encoding="utf-8") for name in HELD_OUT_BOOKS]
-        # The first part of a book holds what its producers say.
-        self.books = torch.cat([self._ids(book[20_000:700_000]) for book in read])
+        self.books = torch.cat([self._ids(book) for book in held_out_books(data)])
         self.meetings = self._ids("\n\n".join(meetings(data)[:HELD_OUT_MEETINGS]))
 
     def following(self, tokens: int, texts: int, answer: int = 256) -> Prompts:

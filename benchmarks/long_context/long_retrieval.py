@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import string
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +12,16 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
 from torch import Tensor
-from transformers import LlamaConfig, LlamaModel
 
 import slimformer
-from benchmarks.drop_table import tiny_tokenizer
-from benchmarks.elastic import embedder
+from benchmarks.embeddings.inputs import embedder, retrieval_task
 from benchmarks.frame import tables
-from benchmarks.frame.registry import MissingInput, Settings, benchmark, table
+from benchmarks.frame.inputs import BOOKS, QMSUM
+from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters
-from benchmarks.long_documents import LongDocuments, needles, passkeys
-from benchmarks.long_prompts import HELD_OUT_BOOKS
+from benchmarks.long_context.long_documents import LongDocuments, needles, passkeys
+from benchmarks.long_context.long_prompts import held_out_books
 from slimformer import SelfExtend, TempScale
-from slimformer.evaluation.retrieval import read_retrieval
 from slimformer.methods.absolute_positions import (
     GroupedPositions,
     PositionInterpolation,
@@ -121,58 +116,32 @@ def decoder_ways(trained: int) -> dict[str, Way]:
 
 @benchmark(
     "long_retrieval",
-    needs="any",
-    description="passkeys, needles and QMSum at 256 to 4096 tokens by an encoder (--model, --data, --texts)",
+    "passkeys, needles and QMSum at 256 to 4096 tokens by an encoder",
+    model="embedding model",
+    data=(BOOKS, QMSUM),
+    takes=("texts",),
 )
 def run_encoder(settings: Settings) -> Iterator[Measurement]:
     """Every way at every length, and QMSum at the greatest; float32."""
-    model = embedder(settings)
-    trained = trained_length(find_anatomy(model))
-    yield from _measure(settings, model, encoder_ways(trained), trained, _lengths(settings, 4096), "")
+    yield from _measure(settings, embedder(settings), encoder_ways, 4096, "")
 
 
 @benchmark(
     "long_retrieval_decoder",
-    needs="any",
-    description="the same at up to 32768 tokens by a decoder, mean and last token (--model, --data, --texts)",
+    "the same at up to 32768 tokens by a decoder, mean and last token",
+    model="decoder",
+    data=(BOOKS, QMSUM),
+    takes=("texts",),
 )
 def run_decoder(settings: Settings) -> Iterator[Measurement]:
     """Every way at every length with either pooling; bfloat16 on a GPU."""
     for pooling in ("mean", "lasttoken"):
-        model = _decoder(settings, pooling)
-        trained = trained_length(find_anatomy(model))
-        yield from _measure(
-            settings, model, decoder_ways(trained), trained, _lengths(settings, 32768), pooling
-        )
+        yield from _measure(settings, _pooled(settings, pooling), decoder_ways, 32768, pooling)
 
 
-def _lengths(settings: Settings, longest: int) -> tuple[int, ...]:
-    return settings.pick(tuple(length for length in LENGTHS if length <= longest), (512, 1024))
-
-
-def _decoder(settings: Settings, pooling: str) -> SentenceTransformer:
+def _pooled(settings: Settings, pooling: str) -> SentenceTransformer:
     """A decoder as an embedding model: the mean of its last hidden states, or the last of them."""
-    if settings.model is not None:
-        return _pooled(str(settings.model), settings, pooling)
-    if not settings.smoke:
-        raise MissingInput("it needs --model, the folder of a causal language model")
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        LlamaModel(config).save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
-        return _pooled(folder, settings, pooling)
-
-
-def _pooled(folder: str, settings: Settings, pooling: str) -> SentenceTransformer:
-    inner = Transformer(folder, model_kwargs={"dtype": settings.dtype})
+    inner = Transformer(str(settings.model), model_kwargs={"dtype": settings.dtype})
     # Llama's have none; what it is does not matter behind an attention mask.
     if inner.tokenizer.pad_token is None:
         inner.tokenizer.pad_token = inner.tokenizer.eos_token
@@ -183,13 +152,15 @@ def _pooled(folder: str, settings: Settings, pooling: str) -> SentenceTransforme
 def _measure(
     settings: Settings,
     model: SentenceTransformer,
-    ways: Mapping[str, Way],
-    trained: int,
-    lengths: Sequence[int],
+    ways_of: Callable[[int], Mapping[str, Way]],
+    longest: int,
     pooling: str,
 ) -> Iterator[Measurement]:
+    trained = trained_length(find_anatomy(model))
+    ways = ways_of(trained)
+    lengths = settings.pick([length for length in LENGTHS if length <= longest], [512, 1024])
     documents = settings.texts or settings.pick(DOCUMENTS, 4)
-    haystack = _haystack(settings)
+    haystack = " ".join(held_out_books(settings.data))
     for tokens in lengths:
         for name, task in (
             ("passkey", passkeys(tokens, documents, documents // 2)),
@@ -198,8 +169,6 @@ def _measure(
             for way, found in _answers(model, ways, task, trained, tokens):
                 at: Parameters = {"task": name, "tokens": tokens, "documents": documents, "pooling": pooling}
                 yield Measurement(at, way, values={"Acc@1": float((found == 0).double().mean())})
-    if settings.data is None:
-        return
     qmsum = _qmsum(settings)
     for way, found in _answers(model, ways, qmsum, trained, lengths[-1]):
         gain = (found < 10).double() / (found + 2).double().log2()
@@ -238,23 +207,10 @@ def _encoded(model: SentenceTransformer, texts: Sequence[str], limit: int) -> Te
     return found.float().cpu()
 
 
-def _haystack(settings: Settings) -> str:
-    if settings.data is None:
-        if not settings.smoke:
-            raise MissingInput("it needs --data, a folder with books/ and qmsum_retrieval/")
-        return f"{string.ascii_letters} and some more of it " * 400
-    books = [(settings.data / "books" / name).read_text(encoding="utf-8") for name in HELD_OUT_BOOKS]
-    # The first part of a book holds what its producers say.
-    return " ".join(book[20_000:700_000] for book in books)
-
-
-@functools.cache
 def _qmsum(settings: Settings) -> LongDocuments:
     """QMSum's meetings and the summaries that ask for them; the first of both where fewer are wanted."""
-    if settings.data is None:
-        raise MissingInput("it needs --data, a folder with qmsum_retrieval/")
-    task = read_retrieval(settings.data / "qmsum_retrieval")
-    ids = list(task.corpus)[: settings.texts]
+    task = retrieval_task(settings, QMSUM)
+    ids = list(task.corpus)[: settings.texts or settings.pick(None, 4)]
     place = {identifier: number for number, identifier in enumerate(ids)}
     asked = [
         (text, place[document])
@@ -267,51 +223,54 @@ def _qmsum(settings: Settings) -> LongDocuments:
     )
 
 
-@table("long_retrieval", source="long_retrieval")
-def encoder(content: dict[str, Any]) -> str:
-    """One row per way, one column per task and length."""
-    return _table(content, "")
+TASKS = {"passkey": "passkey", "needle": "needle", "qmsum": "QMSum"}
 
 
 @table("long_retrieval_summary", source="long_retrieval")
 def encoder_summary(content: dict[str, Any]) -> str:
     """One row per way: the mean over all lengths beyond what the model has positions for, and QMSum."""
     beyond = [tokens for (tokens,) in tables.points(content, "tokens", where=lambda at: at["tokens"] > 512)]
-    names = list(dict.fromkeys(measurement["candidate"] for measurement in content["measurements"]))
-    columns = []
-    for task in ("passkey", "needle", "qmsum"):
+    columns: list[list[float | None]] = []
+    for task in TASKS:
         column: list[float | None] = []
-        for name in names:
-            found = [tables.find(content, name, task=task, tokens=tokens) for tokens in beyond]
-            values = [next(iter(one["values"].values())) for one in found if one is not None]
+        for name in tables.candidates(content):
+            found = (_figure(content, name, task=task, tokens=tokens) for tokens in beyond)
+            values = [value for value in found if value is not None]
             column.append(sum(values) / len(values) if values else None)
-        columns.append(tables.best_in_bold(column, 2, max))
+        columns.append(column)
     (documents,) = tables.points(content, "documents", where=lambda at: at["task"] == "passkey")[0]
     head = [f"Read, among {documents} documents", "passkey, Acc@1", "needle, Acc@1", "QMSum, nDCG@10"]
-    return tables.markdown(head, [[name, *cells] for name, *cells in zip(names, *columns, strict=True)])
+    return _by_way(content, head, columns)
 
 
-@table("long_retrieval_mean", source="long_retrieval_decoder")
-def decoder_mean(content: dict[str, Any]) -> str:
-    """The same of a decoder's mean."""
-    return _table(content, "mean")
+def _every_length(name: str, source: str, pooling: str) -> None:
+    """Registers a table of one row per way and one column per task and length."""
+
+    @table(name, source=source)
+    def render(content: dict[str, Any]) -> str:
+        points = tables.points(content, "task", "tokens", where=lambda at: at["pooling"] == pooling)
+        points.sort(key=lambda point: list(TASKS).index(point[0]))
+        columns = [
+            [
+                _figure(content, name, task=task, tokens=tokens, pooling=pooling)
+                for name in tables.candidates(content)
+            ]
+            for task, tokens in points
+        ]
+        return _by_way(content, ["Read", *(f"{TASKS[task]}, {tokens}" for task, tokens in points)], columns)
 
 
-@table("long_retrieval_last", source="long_retrieval_decoder")
-def decoder_last(content: dict[str, Any]) -> str:
-    """The same of its last token."""
-    return _table(content, "lasttoken")
+_every_length("long_retrieval", "long_retrieval", "")
+_every_length("long_retrieval_mean", "long_retrieval_decoder", "mean")
+_every_length("long_retrieval_last", "long_retrieval_decoder", "lasttoken")
 
 
-def _table(content: dict[str, Any], pooling: str) -> str:
-    columns = tables.points(content, "task", "tokens", where=lambda at: at["pooling"] == pooling)
-    columns.sort(key=lambda column: ("passkey", "needle", "qmsum").index(column[0]))
-    names = list(dict.fromkeys(measurement["candidate"] for measurement in content["measurements"]))
-    cells: list[list[str]] = [[] for _ in names]
-    for task, tokens in columns:
-        found = [tables.find(content, name, task=task, tokens=tokens, pooling=pooling) for name in names]
-        values = [None if one is None else next(iter(one["values"].values())) for one in found]
-        for row, cell in zip(cells, tables.best_in_bold(values, 2, max), strict=True):
-            row.append(cell)
-    head = [f"{'QMSum' if task == 'qmsum' else task}, {tokens}" for task, tokens in columns]
-    return tables.markdown(["Read", *head], [[name, *row] for name, row in zip(names, cells, strict=True)])
+def _figure(content: dict[str, Any], name: str, **at: object) -> float | None:
+    found = tables.find(content, name, **at)
+    return None if found is None else float(next(iter(found["values"].values())))
+
+
+def _by_way(content: dict[str, Any], head: list[str], columns: Sequence[Sequence[float | None]]) -> str:
+    """Columns of figures as rows, the best of every column bold."""
+    cells = [tables.best_in_bold(column, 2, max) for column in columns]
+    return tables.markdown(head, [list(row) for row in zip(tables.candidates(content), *cells, strict=True)])

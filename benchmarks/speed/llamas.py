@@ -14,7 +14,6 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import slimformer
-from benchmarks.frame.compare import Medians
 from benchmarks.frame.registry import Settings
 from slimformer import LayerDrop
 from slimformer.model.layer_parts import Kind
