@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Sequence
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "list":
         for benchmark in registry.BENCHMARKS.values():
             print(f"{benchmark.name}: {benchmark.description}")
-            print(f"    took {_last_time(benchmark)}; needs {benchmark.needs()}")
+            hardware, *inputs = benchmark.needs()
+            for line in (f"{hardware}; took {_last_time(benchmark)}", *inputs):
+                print(textwrap.indent(textwrap.fill(line, 100, break_on_hyphens=False), "    "))
         return 0
     if options.command == "tables":
         return _tables(options.results, check=options.check)
@@ -102,17 +105,18 @@ def _run(options: argparse.Namespace) -> int:
     done = True
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        tiny_models = tiny.write_models(scratch / "models") if options.smoke else {}
-        if options.smoke and "data" not in given:
-            settings = dataclasses.replace(settings, data=tiny.write_data(scratch / "data"))
+        if options.smoke:
+            tiny.write_models(scratch)
+            tiny.write_data(scratch / "data")
+            settings = dataclasses.replace(settings, data=given.get("data", scratch / "data"))
         for name in options.names or registry.BENCHMARKS:
             if problems[name]:
                 print(f"{name}: left out, it {problems[name][0]}")
                 continue
             benchmark = registry.BENCHMARKS[name]
             own: dict[str, Any] = {"plans": options.plans or scratch / "plans" / name}
-            if benchmark.model in tiny_models and "model" not in given:
-                own["model"] = tiny_models[benchmark.model]
+            if options.smoke and "model" not in given:
+                own["model"] = scratch / (benchmark.model or "")
             if benchmark.on == "CPU":
                 own["device"] = torch.device("cpu")
             done = _measured(benchmark, dataclasses.replace(settings, **own), options) and done

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -115,15 +116,18 @@ def test_committed_results_are_whole_and_real() -> None:
 def test_the_list_says_how_long_each_benchmark_takes_and_what_it_needs() -> None:
     code, printed = command("list")
     assert code == 0
-    lines = printed.splitlines()
-    assert [line.split(":")[0] for line in lines[::2]] == list(registry.BENCHMARKS)
-    details = dict(zip(registry.BENCHMARKS, lines[1::2], strict=True))
-    assert "took 74 s on NVIDIA H100 80GB HBM3; needs a GPU" in details["mlp_rows"]
-    assert "min on x86_64 CPU, 2 threads; needs CPU; --model: embedding model" in details["encode_corpora"]
-    assert "--data: c4_calib/c4_demo.jsonl, wikitext2/wiki.test.raw" in details["drop_table"]
-    assert "until it was stopped" in details["long_retrieval_decoder"]
+    names = [line.split(":")[0] for line in printed.splitlines() if not line.startswith(" ")]
+    assert names == list(registry.BENCHMARKS)
+    starts = [printed.index(f"\n{name}: ") if number else 0 for number, name in enumerate(names)]
+    found = dict(zip(names, (printed[a:b] for a, b in pairwise([*starts, None])), strict=True))
+    assert "needs a GPU; took 74 s on NVIDIA H100 80GB HBM3" in found["mlp_rows"]
+    assert "runs on the CPU; took 55 min on x86_64 CPU, 2 threads" in found["encode_corpora"]
+    assert "--model: a checkpoint folder, embedding model (all-MiniLM-L6-v2)" in found["encode_corpora"]
+    assert "--data: a folder with c4_calib/c4_demo.jsonl, wikitext2/wiki.test.raw" in found["drop_table"]
+    assert "--only: attention-8, attention-12, mlp-2, mlp-4" in found["repair"]
+    assert "until it was stopped" in found["long_retrieval_decoder"]
     for name, needs in registry.BENCHMARKS.items():
-        assert ("a GPU" in details[name]) == (needs.on == "GPU")
+        assert ("needs a GPU" in found[name]) == (needs.on == "GPU")
 
 
 def test_a_run_that_cannot_be_says_all_that_it_lacks(tmp_path: Path) -> None:
@@ -136,7 +140,7 @@ def test_a_run_that_cannot_be_says_all_that_it_lacks(tmp_path: Path) -> None:
     assert "No benchmark is named nothing. There are: " in found
     assert "drop_table" in found
     found = refused("drop_table")
-    assert "drop_table needs --model, the checkpoint folder of a decoder" in found
+    assert "drop_table needs --model, a checkpoint folder: decoder (SmolLM2-135M)" in found
     assert "drop_table needs --data, a folder with c4_calib/c4_demo.jsonl, wikitext2/wiki.test.raw" in found
     found = refused("drop_table", "--model", tmp_path / "none", "--data", tmp_path)
     assert "none does not exist" in found

@@ -1,4 +1,4 @@
-"""sentence-transformers' `encode` unpatched, patched without a plan, and with early exits, on lines and whole corpora."""
+"""sentence-transformers' `encode` unpatched, patched without a plan, and with early exits."""
 
 from __future__ import annotations
 

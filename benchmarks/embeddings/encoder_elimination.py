@@ -81,7 +81,10 @@ def run(settings: Settings) -> Iterator[Measurement]:
         UNPATCHED: partial(slimformer.unpatch, model),
         DENSE: partial(slimformer.patch, model),
     }
-    methods = {**settings.pick(METHODS, _TINY), **dict(_repaired(settings))}
+    methods: dict[str, TokenElimination | Plan] = {
+        **settings.pick(METHODS, _TINY),
+        **dict(_repaired(settings)),
+    }
     ways |= {name: partial(slimformer.patch, model, method) for name, method in methods.items()}
     for folder, step in _COLLECTIONS.items():
         task = retrieval_task(settings, folder)

@@ -18,14 +18,18 @@ Run = Callable[["Settings"], Iterator[Measurement]]
 Render = Callable[[dict[str, Any]], str]
 # "any" runs on a GPU where there is one.
 Device = Literal["GPU", "CPU", "any"]
-Model = Literal["decoder", "embedding model"]
+Model = Literal["decoder", "instruction-tuned decoder", "embedding model"]
 
 BENCHMARKS: dict[str, Benchmark] = {}
 TABLES: dict[str, Table] = {}
 # One for each question.
 _FOLDERS = ("kernels", "speed", "quality", "long_context", "embeddings")
 # What the published results were measured with.
-_PUBLISHED: dict[Model, str] = {"decoder": "SmolLM2-135M", "embedding model": "all-MiniLM-L6-v2"}
+_PUBLISHED: dict[Model, str] = {
+    "decoder": "SmolLM2-135M",
+    "instruction-tuned decoder": "SmolLM2-135M-Instruct",
+    "embedding model": "all-MiniLM-L6-v2",
+}
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,17 @@ class Benchmark:
     parts: Sequence[str] = ()
     takes: Sequence[str] = ()
 
-    def needs(self) -> str:
-        """One line: the hardware, the model, the data."""
-        where = {"GPU": "a GPU", "CPU": "CPU", "any": "GPU or CPU"}[self.on]
-        model = "" if self.model is None else f"; --model: {self.model} ({_PUBLISHED[self.model]})"
-        data = f"; --data: {', '.join(self.data)}" if self.data else ""
-        options = [f"--{name}" for name in self.takes] + ["--only"] * bool(self.parts)
-        return f"{where}{model}{data}" + (f"; takes {', '.join(options)}" if options else "")
+    def needs(self) -> Iterator[str]:
+        """The hardware, the model, the data, and which options there are: a line each."""
+        yield {"GPU": "needs a GPU", "CPU": "runs on the CPU", "any": "runs on a GPU or the CPU"}[self.on]
+        if self.model is not None:
+            yield f"--model: a checkpoint folder, {self.model} ({_PUBLISHED[self.model]})"
+        if self.data:
+            yield f"--data: a folder with {', '.join(self.data)}"
+        if self.parts:
+            yield f"--only: {', '.join(self.parts)}"
+        if self.takes:
+            yield f"takes {', '.join(f'--{name}' for name in self.takes)}"
 
     def missing(self, settings: Settings, given: Sequence[str]) -> Iterator[str]:
         """What a run lacks, each as a sentence without its subject; `given` names the options that were given."""
@@ -112,7 +120,7 @@ class Benchmark:
             yield "needs a GPU, and PyTorch finds none; --smoke tries its code at tiny sizes on the CPU"
         if self.model is not None and not settings.smoke:
             if "model" not in given:
-                yield f"needs --model, the checkpoint folder of a {self.model}, as {_PUBLISHED[self.model]}"
+                yield f"needs --model, a checkpoint folder: {self.model} ({_PUBLISHED[self.model]})"
             elif not settings.model.exists():
                 yield f"needs --model, and {settings.model} does not exist"
         if self.data and not settings.smoke:

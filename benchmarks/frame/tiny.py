@@ -15,31 +15,33 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
+from benchmarks.frame.registry import Model
 from slimformer.text.sources import load_texts
 
 _SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 
 
-def write_models(folder: Path) -> dict[str, Path]:
-    """A decoder and an encoder with random weights, each in a folder with a tokenizer."""
-    made = {
-        # Room for so few positions that contexts beyond them are short.
-        "decoder": LlamaForCausalLM(
-            LlamaConfig(**_SIZES, num_hidden_layers=5, num_key_value_heads=2, max_position_embeddings=512)
-        ),
-        "embedding model": BertModel(BertConfig(**_SIZES, num_hidden_layers=3)),
+def write_models(folder: Path) -> None:
+    """Two decoders and an encoder with random weights, each with a tokenizer in a folder of its kind."""
+    # Room for so few positions that contexts beyond them are short.
+    llama = LlamaConfig(**_SIZES, num_hidden_layers=5, num_key_value_heads=2, max_position_embeddings=512)
+    bert = BertConfig(**_SIZES, num_hidden_layers=3)
+    made: dict[Model, PreTrainedModel] = {
+        "decoder": LlamaForCausalLM(llama),
+        "instruction-tuned decoder": LlamaForCausalLM(llama),
+        "embedding model": BertModel(bert),
     }
     for name, model in made.items():
         model.save_pretrained(folder / name)
         _tokenizer().save_pretrained(folder / name)
-    return {name: folder / name for name in made}
 
 
-def write_data(folder: Path) -> Path:
+def write_data(folder: Path) -> None:
     """Every file that a benchmark reads."""
     texts = load_texts(None, limit=20)[0]
     lines = [f"{'a line of text ' * (1 + number % 7)}{number}" for number in range(40)]
@@ -78,7 +80,6 @@ def write_data(folder: Path) -> Path:
     with gzip.open(meetings.with_suffix(".jsonl.gz"), "wb") as packed:
         packed.write(meetings.read_bytes())
     meetings.unlink()
-    return folder
 
 
 def _rows(objects: Any) -> str:

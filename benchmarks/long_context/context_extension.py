@@ -56,7 +56,7 @@ def methods(times: int, trained: int) -> dict[tuple[str, str], Sequence[Any]]:
 @benchmark(
     "context_extension",
     "book NLL and passkeys at up to four times the trained length by every method",
-    model="decoder",
+    model="instruction-tuned decoder",
     data=(BOOKS, QMSUM),
     takes=("texts",),
 )

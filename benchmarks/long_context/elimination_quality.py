@@ -56,7 +56,7 @@ TRUNCATED = "truncated to as many"
 @benchmark(
     "elimination_quality",
     "passkeys, associations, copies and following text by each scorer and schedule",
-    model="decoder",
+    model="instruction-tuned decoder",
     data=DATA,
     parts=list(map(str, LENGTHS)),
 )

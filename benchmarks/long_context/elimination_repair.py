@@ -55,7 +55,7 @@ _TINY_OPTIONS = {"scorer": "predictor", "block": 1, "window": 64}
 @benchmark(
     "elimination_repair",
     "passkeys, copies and following text with tokens leaving at layer 3, repaired",
-    model="decoder",
+    model="instruction-tuned decoder",
     data=DATA,
     parts=list(map(str, _LENGTHS)),
     takes=("plans",),

@@ -129,7 +129,7 @@ def run_encoder(settings: Settings) -> Iterator[Measurement]:
 @benchmark(
     "long_retrieval_decoder",
     "the same at up to 32768 tokens by a decoder, mean and last token",
-    model="decoder",
+    model="instruction-tuned decoder",
     data=(BOOKS, QMSUM),
     takes=("texts",),
 )

@@ -27,7 +27,7 @@ from slimformer.text.sources import load_texts
 BEFORE, AFTER = "as calibrated", "repaired"
 TASKS = {"lambada": "LAMBADA", "piqa": "PIQA", "arc_easy": "ARC-Easy"}
 WIKIPEDIA = "c4_calib/wiki_demo.txt"
-TRAINING = {"steps": 250, "rows": 4, "accumulate": 2, "length": 1024}
+TRAINING: dict[str, Any] = {"steps": 250, "rows": 4, "accumulate": 2, "length": 1024}
 # Lines of a WikiText article that make one text.
 _LINES = 8
 
