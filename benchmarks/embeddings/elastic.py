@@ -63,9 +63,9 @@ def _row(
 @table("elastic")
 def retrieval(content: dict[str, Any]) -> str:
     """One row per exit: the three heads at full width, then the widths of the head fitted on the corpus."""
-    widths = sorted((width for (width,) in tables.points(content, "dimensions")), reverse=True)
+    widths = sorted(tables.distinct(content, "dimensions"), reverse=True)
     rows = []
-    for (layers,) in tables.points(content, "layers"):
+    for layers in tables.distinct(content, "layers"):
         dense = tables.find(content, DENSE, layers=layers) is not None
         cut = [(DENSE if dense else CORPUS, width) for width in widths]
         found = [

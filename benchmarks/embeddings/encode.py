@@ -178,32 +178,33 @@ def _without_upper_layers(model: Any, layer: int, calls: Sequence[list[str]]) ->
 @table("encode")
 def throughput_of_lines(content: dict[str, Any]) -> str:
     """Texts per second, and how many times those of the unpatched pipeline."""
-    ways = tables.points(content, "calls", "texts")
-    rows = []
-    for name in tables.candidates(content):
-        cells = []
-        for calls, texts in ways:
-            found = tables.find(content, name, calls=calls)
-            cells += [_rate(found, texts), tables.gain(found)]
-        rows.append([name, *cells])
-    head = [cell for calls, _ in ways for cell in (f"{calls}, texts per second", "gain")]
-    return tables.markdown(["", *head], rows)
+    columns: list[tuple[str, dict[str, Any], tables.Cell]] = []
+    for at in tables.points(content, "calls"):
+        columns.append((f"{at['calls']}, texts per second", at, _rate))
+        columns.append(("gain", at, tables.gain))
+    rows = [(name, {"candidate": name}) for name in tables.candidates(content)]
+    return tables.grid(content, "", rows, columns)
 
 
 @table("encode_corpora")
 @table("encode_gpu")
 def throughput_of_corpora(content: dict[str, Any]) -> str:
     """One row per corpus, kind of call and dtype: texts per second of all candidates, and their gain."""
-    rows = []
-    for corpus, texts, calls, dtype in tables.points(content, "corpus", "texts", "calls", "dtype"):
-        cells = [f"{corpus}, {calls}" if dtype == "float32" else f"{corpus}, {calls}, {dtype}"]
-        for name in tables.candidates(content):
-            found = tables.find(content, name, corpus=corpus, calls=calls, dtype=dtype)
-            beside = "" if found is None or name == UNPATCHED else f" ({tables.gain(found)})"
-            cells.append(_rate(found, texts) + beside)
-        rows.append(cells)
-    return tables.markdown(["Texts per second", *tables.candidates(content)], rows)
+
+    def cell(measurement: dict[str, Any] | None) -> str:
+        if measurement is None or measurement["candidate"] == UNPATCHED:
+            return _rate(measurement)
+        return f"{_rate(measurement)} ({tables.gain(measurement)})"
+
+    rows = [
+        (f"{at['corpus']}, {at['calls']}, {at['dtype']}".removesuffix(", float32"), at)
+        for at in tables.points(content, "corpus", "calls", "dtype")
+    ]
+    columns = [(name, {"candidate": name}, cell) for name in tables.candidates(content)]
+    return tables.grid(content, "Texts per second", rows, columns)
 
 
-def _rate(measurement: dict[str, Any] | None, texts: int) -> str:
-    return "–" if measurement is None else tables.number(1000 * texts / measurement["milliseconds"]["p50"])
+def _rate(measurement: dict[str, Any] | None) -> str:
+    if measurement is None:
+        return "–"
+    return tables.number(1000 * measurement["parameters"]["texts"] / measurement["milliseconds"]["p50"])

@@ -108,18 +108,15 @@ def _repaired(settings: Settings) -> Iterator[tuple[str, Plan]]:
 @table("encoder_elimination")
 def retrieval(content: dict[str, Any]) -> str:
     """One row per method: what is left of each collection's nDCG@10, and the speed beside dense unpadded."""
-    collections = [name for (name,) in tables.points(content, "collection")]
-    rows = []
-    for method in tables.candidates(content):
-        row = [method]
-        for name in collections:
-            found, whole = (tables.find(content, one, collection=name) for one in (method, DENSE))
-            if found is None or whole is None:
-                row += ["–", "–"]
-                continue
-            figure = found["values"]["nDCG@10"]
-            row.append(f"{figure:.4f} ({tables.change(figure, whole['values']['nDCG@10'])})")
-            row.append(f"{found['values']['speedup']:.2f}×")
-        rows.append(row)
-    head = [cell for name in collections for cell in (f"{name}, nDCG@10", "speed")]
-    return tables.markdown(["Computed", *head], rows)
+
+    def beside_dense(found: dict[str, Any] | None) -> str:
+        own = tables.figure(found, "nDCG@10")
+        dense = tables.figure(found and tables.find(content, DENSE, **found["parameters"]), "nDCG@10")
+        return "–" if own is None or dense is None else f"{own:.4f} ({tables.change(own, dense)})"
+
+    columns: list[tuple[str, dict[str, Any], tables.Cell]] = []
+    for name in tables.distinct(content, "collection"):
+        columns.append((f"{name}, nDCG@10", {"collection": name}, beside_dense))
+        columns.append(("speed", {"collection": name}, tables.value("speedup", unit="×")))
+    rows = [(name, {"candidate": name}) for name in tables.candidates(content)]
+    return tables.grid(content, "Computed", rows, columns)

@@ -80,9 +80,14 @@ class _Once:
 def retrieval(content: dict[str, Any]) -> str:
     """One row per width: nDCG@10 of both halves of the queries, and the speed beside the unpatched model."""
     dense = tables.find(content, UNPATCHED)
-    rows = []
-    for measurement in content["measurements"]:
-        values, whole = measurement["values"], (dense or measurement)["values"]
-        cells = [f"{values[part]:.4f} ({tables.change(values[part], whole[part])})" for part in _PARTS]
-        rows.append([measurement["candidate"], *cells, *(f"{values[calls]:.2f}×" for calls in _CALLS)])
-    return tables.markdown(["MLPs", *_PARTS.values(), *_CALLS.values()], rows)
+
+    def part(name: str) -> tables.Cell:
+        def cell(found: dict[str, Any]) -> str:
+            own = found["values"][name]
+            return f"{own:.4f} ({tables.change(own, (dense or found)['values'][name])})"
+
+        return cell
+
+    quality = {head: part(name) for name, head in _PARTS.items()}
+    speed = {head: tables.value(name, unit="×") for name, head in _CALLS.items()}
+    return tables.by_measurement(content, {"MLPs": tables.candidate, **quality, **speed})

@@ -115,7 +115,7 @@ def embeddings(content: dict[str, Any]) -> str:
     known = [name for name in FIGURES if name in dense["values"]]
     rows = [[DENSE, *(_shown(name, dense["values"][name]) for name in known), "1.00×"]]
     rows.append([LOSSLESS, *("the same" for _ in known), _gain(content, LOSSLESS)])
-    for (name,) in tables.points(content, "dropped", where=lambda at: at.get("dropped", "none") != "none"):
+    for name in tables.distinct(content, "dropped", where=lambda at: at.get("dropped", "none") != "none"):
         before, after = (tables.find(content, candidate, dropped=name) for candidate in (BEFORE, AFTER))
         if before is None or after is None:
             continue

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.frame import results
 from benchmarks.frame.registry import TABLES, Table
 
+# What is shown of a measurement; of none where there is none.
+Cell = Callable[[Any], str]
 _PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -64,14 +66,21 @@ def find(content: dict[str, Any], candidate: str, **parameters: object) -> dict[
 
 def points(
     content: dict[str, Any], *names: str, where: Callable[[dict[str, Any]], bool] = lambda at: True
-) -> list[tuple[Any, ...]]:
-    """The distinct values of some parameters, in the order they were measured."""
+) -> list[dict[str, Any]]:
+    """The distinct points by some parameters, in the order they were measured; None where there is no such one."""
     found = {
         tuple(m["parameters"].get(name) for name in names): None
         for m in content["measurements"]
         if where(m["parameters"])
     }
-    return list(found)
+    return [dict(zip(names, values, strict=True)) for values in found]
+
+
+def distinct(
+    content: dict[str, Any], name: str, where: Callable[[dict[str, Any]], bool] = lambda at: True
+) -> list[Any]:
+    """The distinct values of one parameter."""
+    return [at[name] for at in points(content, name, where=where)]
 
 
 def candidates(content: dict[str, Any]) -> list[str]:
@@ -79,13 +88,38 @@ def candidates(content: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(measurement["candidate"] for measurement in content["measurements"]))
 
 
-def timed(content: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any], float]]:
-    """The measurements that have a time: parameters, the whole, and how many times faster than the baseline."""
-    return [
-        (m["parameters"], m, 1 / m["baseline_ratio"])
-        for m in content["measurements"]
-        if m["milliseconds"] is not None
-    ]
+def by_measurement(content: dict[str, Any], columns: Mapping[str, Cell]) -> str:
+    """One row for every measurement that did not fail."""
+    measured = [found for found in content["measurements"] if found["status"] == "ok"]
+    return markdown(list(columns), [[cell(found) for cell in columns.values()] for found in measured])
+
+
+def grid(
+    content: dict[str, Any],
+    first: str,
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    columns: Sequence[tuple[str, Mapping[str, Any], Cell]],
+) -> str:
+    """A table whose rows and columns both say which measurement a cell shows.
+
+    Args:
+        content: Of a result file.
+        first: The head of the labels.
+        rows: Each a label, and parameters or the candidate.
+        columns: Each a head, the other parameters or the candidate, and what is shown of the measurement.
+    """
+    cells = [[label, *(cell(find(content, **row, **at)) for _, at, cell in columns)] for label, row in rows]
+    return markdown([first, *(head for head, _, _ in columns)], cells)
+
+
+def candidate(measurement: dict[str, Any]) -> str:
+    """Who was measured."""
+    return str(measurement["candidate"])
+
+
+def value(name: str, form: str = ".2f", unit: str = "") -> Cell:
+    """Shows one of the values, a dash where there is none."""
+    return lambda measurement: shown(figure(measurement, name), form, unit)
 
 
 def shown(value: float | None, form: str = ".2f", unit: str = "") -> str:

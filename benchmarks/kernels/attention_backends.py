@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.llama.modeling_llama import repeat_kv
 
 from benchmarks.frame import tables
 from benchmarks.frame.compare import Case, Medians, Unsupported, compare, relative_error, release
@@ -180,7 +181,7 @@ class Call:
             grouped = self.q.view(shape.batch, shape.kv_heads, -1, shape.head_dim)
             return F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.mask).view_as(self.q)
         if layout == "expanded":
-            k, v = (_expanded(t, shape.heads // shape.kv_heads) for t in (k, v))
+            k, v = (repeat_kv(t, shape.heads // shape.kv_heads) for t in (k, v))
         return F.scaled_dot_product_attention(
             self.q, k, v, attn_mask=self.mask, is_causal=causal, enable_gqa=layout == "gqa"
         )
@@ -213,13 +214,6 @@ def _mask(shape: Shape, device: torch.device) -> Tensor:
     return mask & (position <= position[:, None]) if shape.causal else mask
 
 
-def _expanded(heads: Tensor, times: int) -> Tensor:
-    """Every key head once per query head, as transformers' `repeat_kv` writes it."""
-    batch, count, tokens, head_dim = heads.shape
-    repeated = heads[:, :, None].expand(batch, count, times, tokens, head_dim)
-    return repeated.reshape(batch, count * times, tokens, head_dim)
-
-
 def _switch(backend: str) -> None:
     """Leave only one backend to PyTorch, or all."""
     for name, switch in SWITCHES.items():
@@ -241,8 +235,7 @@ def fastest(content: dict[str, Any]) -> str:
     """The fastest backend per shape beside PyTorch's own choice."""
     names = ("kind", "batch", "queries", "keys", "heads", "padded", "regime")
     rows = []
-    for point in tables.points(content, *names, where=lambda p: p["regime"] != "in a row"):
-        at = dict(zip(names, point, strict=True))
+    for at in tables.points(content, *names, where=lambda at: at["regime"] != "in a row"):
         timed = {
             m["candidate"]: m["milliseconds"]["p50"]
             for m in content["measurements"]
@@ -250,16 +243,13 @@ def fastest(content: dict[str, Any]) -> str:
         }
         if not timed:
             continue
-        order = sorted(timed, key=lambda name: timed[name])
-        default = min((n for n in order if n.startswith(DEFAULT)), key=lambda n: timed[n], default=None)
-        size = f"{at['queries']}" if at["queries"] == at["keys"] else f"{at['queries']} × {at['keys']}"
-        rows.append(
-            [
-                f"{at['kind']}{', padded' if at['padded'] else ''}, {at['batch']} × {size} tokens, "
-                f"heads {at['heads']}, {at['regime']}",
-                f"{order[0]}: {tables.number(timed[order[0]])}",
-                "–" if default is None else f"{default}: {tables.number(timed[default])}",
-                "–" if default is None else f"{timed[default] / timed[order[0]]:.2f}×",
-            ]
+        best = min(timed, key=lambda name: timed[name])
+        own = min(
+            (name for name in timed if name.startswith(DEFAULT)), key=lambda name: timed[name], default=None
         )
+        size = f"{at['queries']}" if at["queries"] == at["keys"] else f"{at['queries']} × {at['keys']}"
+        label = f"{at['kind']}{', padded' if at['padded'] else ''}, {at['batch']} × {size} tokens"
+        row = [f"{label}, heads {at['heads']}, {at['regime']}", f"{best}: {tables.number(timed[best])}"]
+        row.append("–" if own is None else f"{own}: {tables.number(timed[own])}")
+        rows.append([*row, tables.shown(own and timed[own] / timed[best], unit="×")])
     return tables.markdown(["Attention", "fastest, ms", "PyTorch's best choice, ms", "gain"], rows)

@@ -173,14 +173,13 @@ def random_rows(tokens: int, count: int, device: torch.device) -> Tensor:
 def ratios(content: dict[str, Any]) -> str:
     """Ratio to keep x dense, in brackets the eager code's ratio to keep x HuggingFace's dense time."""
     rows = []
-    for shape, tokens in tables.points(content, "shape", "tokens", where=lambda p: p["regime"] == "eager"):
-        at = {"shape": shape, "tokens": tokens, "regime": "eager"}
+    for at in tables.points(content, "shape", "tokens", "regime", where=lambda at: at["regime"] == "eager"):
         hf, own = (tables.find(content, name, keep=1.0, **at) for name in (HF, DENSE_ONE))
-        cells = [f"{shape}, {tokens} tokens", tables.milliseconds(hf), tables.milliseconds(own)]
+        cells = [f"{at['shape']}, {at['tokens']} tokens", *map(tables.milliseconds, (hf, own))]
         for keep in KEEPS[1:]:
-            ours, eager = (tables.find(content, name, keep=keep, **at) for name in (ONE, EAGER))
-            cells.append(f"{tables.ratio(ours, 'ideal_ratio')} [{tables.ratio(eager, 'ideal_ratio')}]")
-        half = tables.find(content, ONE, keep=0.5, **at)
-        rows.append([*cells, tables.gain(half)])
+            found = (tables.find(content, name, keep=keep, **at) for name in (ONE, EAGER))
+            ours, eager = (tables.ratio(one, "ideal_ratio") for one in found)
+            cells.append(f"{ours} [{eager}]")
+        rows.append([*cells, tables.gain(tables.find(content, ONE, keep=0.5, **at))])
     head = ["MLP sublayer", "HF dense, ms", "own dense, ms", *(f"{keep:.0%}" for keep in KEEPS[1:])]
     return tables.markdown([*head, "50% against HF dense"], rows)

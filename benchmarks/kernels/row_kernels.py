@@ -199,19 +199,17 @@ def bandwidths(content: dict[str, Any]) -> str:
     """Time over bytes / bandwidth, and how many times faster than the eager operations."""
     copy = tables.find(content, "device copy", kernel="copy")
     rate = "–" if copy is None else f"{copy['values']['bytes_per_ms'] / 1e9:.2f} TB/s"
-    rows = []
-    lengths = sorted(tokens for (tokens,) in tables.points(content, "tokens", where=_has_tokens))
-    for kernel, keep, shape in tables.points(content, "kernel", "keep", "shape", where=_has_tokens):
-        cells = [f"`{kernel}`, {shape}, {keep:.0%} of the rows"]
-        for tokens in lengths:
-            found = tables.find(content, KERNEL, kernel=kernel, keep=keep, shape=shape, tokens=tokens)
-            times = [tables.milliseconds(found), tables.ratio(found, "ideal_ratio")]
-            cells += [*times, tables.gain(found, ".1f")]
-        rows.append(cells)
-    head = [f"Device copy {rate}"]
-    for tokens in lengths:
-        head += [f"{tokens} tokens, ms", "of ideal", "faster than eager"]
-    return tables.markdown(head, rows)
+    rows = [
+        (f"`{at['kernel']}`, {at['shape']}, {at['keep']:.0%} of the rows", at)
+        for at in tables.points(content, "kernel", "keep", "shape", where=_has_tokens)
+    ]
+    columns: list[tuple[str, dict[str, Any], tables.Cell]] = []
+    for tokens in sorted(tables.distinct(content, "tokens", where=_has_tokens)):
+        at = {"candidate": KERNEL, "tokens": tokens}
+        columns.append((f"{tokens} tokens, ms", at, tables.milliseconds))
+        columns.append(("of ideal", at, lambda found: tables.ratio(found, "ideal_ratio")))
+        columns.append(("faster than eager", at, lambda found: tables.gain(found, ".1f")))
+    return tables.grid(content, f"Device copy {rate}", rows, columns)
 
 
 def _has_tokens(parameters: dict[str, Any]) -> bool:

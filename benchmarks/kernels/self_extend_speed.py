@@ -224,20 +224,16 @@ def _merged(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tensor:
 @table("self_extend_speed")
 def times(content: dict[str, Any]) -> str:
     """One row per point: times, and SelfExtend's beside each of the others."""
-    names = ("queries", "keys", "group", "window", "regime")
     rows = []
-    for point in tables.points(content, *names):
-        at = dict(zip(names, point, strict=True))
+    for at in tables.points(content, "queries", "keys", "group", "window", "regime"):
         plain = tables.find(content, FLASH, **at) or tables.find(content, PLAIN_DECODE, **at)
         own, two = (tables.find(content, name, **at) for name in (KERNEL, TWO_PASSES))
         kind = f"decode, {at['keys']} keys" if at["queries"] == 1 else f"prefill, {at['keys']} tokens"
         kind += ", CUDA graph" if at["regime"] == "graph" else ""
         cells = [kind, f"{at['group']}, {at['window']}", *map(tables.milliseconds, (plain, two, own))]
-        cells.append(tables.ratio(own, "baseline_ratio"))
-        faster = "–"
-        if own is not None and two is not None and own["milliseconds"] and two["milliseconds"]:
-            faster = f"{two['milliseconds']['p50'] / own['milliseconds']['p50']:.2f}×"
-        rows.append([*cells, faster])
+        both = [one["milliseconds"]["p50"] for one in (two, own) if one is not None]
+        faster = both[0] / both[1] if len(both) == 2 else None
+        rows.append([*cells, tables.ratio(own, "baseline_ratio"), tables.shown(faster, unit="×")])
     head = ["32 query and 8 key heads of 128, bfloat16", "G, w", "plain attention, ms", "two passes, ms"]
     head += ["SelfExtend, ms", "of plain attention", "faster than two passes"]
     return tables.markdown(head, rows)

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 import slimformer
 from benchmarks.frame import tables
 from benchmarks.frame.inputs import BOOKS, DENSE, QMSUM, decoder
 from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters, reason
-from benchmarks.long_context.long_prompts import LongTexts, Prompts
+from benchmarks.long_context.far_tokens import answers, is_right
+from benchmarks.long_context.long_prompts import LongTexts
 from slimformer import SelfExtend
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
@@ -88,7 +89,7 @@ def _measured(
     prompts = texts.passkeys(tokens - _KEY, keys, in_a_book=False)
     values = {
         "nll": _nll(model, windows[:, -tokens:], predicted),
-        "passkey": _share_found(model, prompts),
+        "passkey": float(answers(model, prompts, 1, is_right)[0].mean()),
     }
     return Measurement({"tokens": tokens, "settings": name[1]}, name[0], values=values)
 
@@ -103,31 +104,21 @@ def _nll(model: PreTrainedModel, windows: Tensor, predicted: int) -> float:
     return float(torch.stack(losses).mean())
 
 
-def _share_found(model: PreTrainedModel, prompts: Prompts) -> float:
-    """The share of keys that greedy generation gives: every token of the key is the likeliest behind those before."""
-    right = []
-    for ids, answer in zip(prompts.prompt, prompts.answer, strict=True):
-        ids, answer = ids[None].to(model.device), answer[None].to(model.device)
-        cache = DynamicCache(config=model.config)
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        following = model(input_ids=answer[:, :-1], past_key_values=cache, use_cache=True).logits
-        found = torch.cat([logits, following], 1).argmax(-1)
-        right.append((found == answer).all())
-    return float(torch.stack(right).double().mean())
-
-
 @table("context_extension")
 def every_method(content: dict[str, Any]) -> str:
     """One row per method and settings; up to the trained length all of them are as dense."""
-    lengths = sorted(length for (length,) in tables.points(content, "tokens"))
-    names = dict.fromkeys((m["candidate"], m["parameters"]["settings"]) for m in content["measurements"])
-    columns = [("nll", "NLL", 3, length) for length in lengths]
-    columns += [("passkey", "passkey", 2, length) for length in lengths[1:]]
-    rows = []
-    for candidate, own in names:
-        row = [f"{candidate}, {own}" if own else candidate]
-        for figure, _, digits, length in columns:
-            found = tables.find(content, candidate, tokens=length, settings=own)
-            row.append("" if found is None else f"{found['values'][figure]:.{digits}f}")
-        rows.append(row)
-    return tables.markdown(["Method", *(f"{label}, {length}" for _, label, _, length in columns)], rows)
+    rows = {
+        f"{m['candidate']}, {m['parameters']['settings']}".removesuffix(", "): {
+            "candidate": m["candidate"],
+            "settings": m["parameters"]["settings"],
+        }
+        for m in content["measurements"]
+    }
+
+    def cell(name: str, digits: int) -> tables.Cell:
+        return lambda found: "" if found is None else f"{found['values'][name]:.{digits}f}"
+
+    lengths = sorted(tables.distinct(content, "tokens"))
+    columns = [(f"NLL, {length}", {"tokens": length}, cell("nll", 3)) for length in lengths]
+    columns += [(f"passkey, {length}", {"tokens": length}, cell("passkey", 2)) for length in lengths[1:]]
+    return tables.grid(content, "Method", rows.items(), columns)

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 import slimformer
 from benchmarks.frame import tables
 from benchmarks.frame.inputs import BOOKS, C4, DENSE, QMSUM, WIKI_TRAIN, decoder
 from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters
-from benchmarks.long_context.long_prompts import (
-    HELD_OUT_BOOKS,
-    HELD_OUT_MEETINGS,
-    LongTexts,
-    Prompts,
-    meetings,
-)
+from benchmarks.long_context.far_tokens import Tasks
+from benchmarks.long_context.long_prompts import HELD_OUT_BOOKS, HELD_OUT_MEETINGS, LongTexts, meetings
 from slimformer import Plan, TokenElimination
 from slimformer.model.anatomy import find_anatomy
 from slimformer.text.sources import load_texts
@@ -109,100 +98,6 @@ def computed(schedule: Mapping[int, float], layers: int) -> float:
     for (start, keep), end in zip(schedule.items(), starts[1:], strict=True):
         total += keep * (end - start)
     return total / layers
-
-
-# From logits `[texts, tokens, vocabulary]` at the tokens of an answer to grades `[texts, 1 or tokens]`.
-Grade = Callable[[Tensor, Tensor, Prompts], Tensor]
-
-
-@dataclass
-class Tasks:
-    """The prompts of one length.
-
-    Attributes:
-        passkeys: Exact match counts; in filler and in books.
-        associations: The best of the possible answers counts.
-        copied: The mean negative log-likelihood of the copy counts.
-        following: That of the text behind.
-        batch: Prompts at a time.
-    """
-
-    passkeys: Mapping[str, Prompts]
-    associations: Prompts
-    copied: Prompts
-    following: Prompts
-    batch: int
-
-    @classmethod
-    def of(cls, texts: LongTexts, tokens: int, count: int, batch: int) -> Tasks:
-        """So many prompts of so many tokens, half as many copies."""
-        return cls(
-            {
-                "passkey": texts.passkeys(tokens, count, in_a_book=False),
-                "passkey_in_book": texts.passkeys(tokens, count, in_a_book=True),
-            },
-            texts.associations(tokens, count),
-            texts.copied(tokens, max(count // 2, 1)),
-            texts.following(tokens, count, min(256, tokens // 4)),
-            max(batch, 1),
-        )
-
-    def measure(self, model: PreTrainedModel, last: int | None = None) -> dict[str, float]:
-        """Every task's figure, and the seconds of one prefill; `last` keeps only so many tokens of each prompt."""
-        found, seconds = {}, 0.0
-        for name, prompts in self.passkeys.items():
-            answers, seconds = self._answers(model, prompts, last, _is_right)
-            found[name] = float(answers.mean())
-        found["associations"] = float(
-            self._answers(model, self.associations, last, _is_best_choice)[0].mean()
-        )
-        for name, prompts in (("copy_nll", self.copied), ("following_nll", self.following)):
-            found[name] = float(self._answers(model, prompts, last, _nll)[0].mean())
-        return {**found, "prefill_ms": 1e3 * seconds}
-
-    def _answers(
-        self, model: PreTrainedModel, prompts: Prompts, last: int | None, grade: Grade
-    ) -> tuple[Tensor, float]:
-        """A grade per text, of answers that are read behind the prompt's cache; and seconds per prefill."""
-        grades, times = [], []
-        for ids, answer in zip(
-            prompts.prompt.split(self.batch), prompts.answer.split(self.batch), strict=True
-        ):
-            ids, answer = ids.to(model.device), answer.to(model.device)
-            ids = ids if last is None else ids[:, -last:]
-            cache = DynamicCache(config=model.config)
-            begin = _now(model)
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            times.append((_now(model) - begin) / len(ids))
-            parts = []
-            # Never as many tokens at once as a text has from which tokens leave.
-            for chunk in answer.split(128, dim=1):
-                following = model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
-                parts.append(grade(torch.cat([logits, following[:, :-1]], dim=1).float(), chunk, prompts))
-                logits = following[:, -1:]
-            grades.append(torch.cat(parts, dim=1).mean(1))
-        return torch.cat(grades).cpu(), sorted(times)[len(times) // 2]
-
-
-def _is_right(logits: Tensor, answer: Tensor, prompts: Prompts) -> Tensor:
-    return (logits.argmax(-1) == answer).all(1, keepdim=True).float()
-
-
-def _is_best_choice(logits: Tensor, answer: Tensor, prompts: Prompts) -> Tensor:
-    if prompts.choices is None:
-        return _is_right(logits, answer, prompts)
-    choices = prompts.choices.to(logits.device)
-    return (choices[logits[..., choices].argmax(-1)] == answer).float()
-
-
-def _nll(logits: Tensor, answer: Tensor, prompts: Prompts) -> Tensor:
-    return -logits.log_softmax(-1).gather(2, answer[..., None])[..., 0]
-
-
-def _now(model: PreTrainedModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def training_texts(settings: Settings) -> list[str]:

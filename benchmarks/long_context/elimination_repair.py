@@ -16,12 +16,12 @@ from benchmarks.long_context.elimination_quality import (
     FIGURES,
     SCORERS,
     TRUNCATED,
-    Tasks,
     computed,
     figures,
     predictors_of,
     training_texts,
 )
+from benchmarks.long_context.far_tokens import Tasks
 from benchmarks.long_context.long_prompts import LongTexts
 from slimformer import Plan, TokenElimination
 from slimformer.model.anatomy import find_anatomy
@@ -101,7 +101,7 @@ def _predicted(settings: Settings, model: Any, tokenizer: Any, schedule: dict[in
 def rows_per_length(content: dict[str, Any]) -> str:
     """Rows per length: dense, truncated, with its predictor, and repaired."""
     rows = []
-    for (tokens,) in tables.points(content, "tokens"):
+    for tokens in tables.distinct(content, "tokens"):
         dense = tables.find(content, DENSE, tokens=tokens)
         for found in content["measurements"]:
             at, candidate, values = found["parameters"], found["candidate"], found["values"]

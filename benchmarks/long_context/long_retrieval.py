@@ -22,11 +22,7 @@ from benchmarks.frame.results import Measurement, Parameters
 from benchmarks.long_context.long_documents import LongDocuments, needles, passkeys
 from benchmarks.long_context.long_prompts import held_out_books
 from slimformer import SelfExtend, TempScale
-from slimformer.methods.absolute_positions import (
-    GroupedPositions,
-    PositionInterpolation,
-    RecurrentPositions,
-)
+from slimformer.methods.absolute_positions import GroupedPositions, PositionInterpolation, RecurrentPositions
 from slimformer.methods.context_windows import encode_in_windows
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
@@ -229,7 +225,7 @@ TASKS = {"passkey": "passkey", "needle": "needle", "qmsum": "QMSum"}
 @table("long_retrieval_summary", source="long_retrieval")
 def encoder_summary(content: dict[str, Any]) -> str:
     """One row per way: the mean over all lengths beyond what the model has positions for, and QMSum."""
-    beyond = [tokens for (tokens,) in tables.points(content, "tokens", where=lambda at: at["tokens"] > 512)]
+    beyond = tables.distinct(content, "tokens", where=lambda at: at["tokens"] > 512)
     columns: list[list[float | None]] = []
     for task in TASKS:
         column: list[float | None] = []
@@ -238,7 +234,7 @@ def encoder_summary(content: dict[str, Any]) -> str:
             values = [value for value in found if value is not None]
             column.append(sum(values) / len(values) if values else None)
         columns.append(column)
-    (documents,) = tables.points(content, "documents", where=lambda at: at["task"] == "passkey")[0]
+    documents = tables.distinct(content, "documents", where=lambda at: at["task"] == "passkey")[0]
     head = [f"Read, among {documents} documents", "passkey, Acc@1", "needle, Acc@1", "QMSum, nDCG@10"]
     return _by_way(content, head, columns)
 
@@ -249,15 +245,13 @@ def _every_length(name: str, source: str, pooling: str) -> None:
     @table(name, source=source)
     def render(content: dict[str, Any]) -> str:
         points = tables.points(content, "task", "tokens", where=lambda at: at["pooling"] == pooling)
-        points.sort(key=lambda point: list(TASKS).index(point[0]))
+        points.sort(key=lambda at: list(TASKS).index(at["task"]))
         columns = [
-            [
-                _figure(content, name, task=task, tokens=tokens, pooling=pooling)
-                for name in tables.candidates(content)
-            ]
-            for task, tokens in points
+            [_figure(content, name, pooling=pooling, **at) for name in tables.candidates(content)]
+            for at in points
         ]
-        return _by_way(content, ["Read", *(f"{TASKS[task]}, {tokens}" for task, tokens in points)], columns)
+        head = [f"{TASKS[at['task']]}, {at['tokens']}" for at in points]
+        return _by_way(content, ["Read", *head], columns)
 
 
 _every_length("long_retrieval", "long_retrieval", "")

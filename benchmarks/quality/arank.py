@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,18 +99,18 @@ def _resident_peak() -> float:
 
 
 @table("arank")
-def orders(content: dict[str, object]) -> str:
+def orders(content: dict[str, Any]) -> str:
     """One row per length and metric."""
-    rows = []
-    for tokens, metric in tables.points(content, "tokens", "metric"):
-        sampled, full = (tables.find(content, n, tokens=tokens, metric=metric) for n in (SAMPLED, FULL))
-        if sampled is None or full is None:
-            continue
-        (few, all_), rho = (sampled["values"], full["values"]), full["values"].get("spearman")
-        label = f"{tokens} tokens, {str(metric).replace('_', ' ')}, {sampled['parameters']['layers']} layers"
-        seconds = [f"{values['seconds']:.1f}" for values in (few, all_)]
-        memory = [f"{values['mebibytes']:.0f}" for values in (few, all_)]
-        rows.append([label, *seconds, *memory, "–" if rho is None or math.isnan(rho) else f"{rho:.3f}"])
-    some = f"{QUERIES} rows"
-    head = ["SmolLM2-135M", f"{some}, s", "all rows, s", f"{some}, MiB", "all rows, MiB", "Spearman"]
-    return tables.markdown(head, rows)
+    rows = [
+        (f"{at['tokens']} tokens, {at['metric'].replace('_', ' ')}, {at['layers']} layers", at)
+        for at in tables.points(content, "tokens", "metric", "layers")
+    ]
+    some, all_ = {"candidate": SAMPLED}, {"candidate": FULL}
+    columns = [
+        (f"{QUERIES} rows, s", some, tables.value("seconds", ".1f")),
+        ("all rows, s", all_, tables.value("seconds", ".1f")),
+        (f"{QUERIES} rows, MiB", some, tables.value("mebibytes", ".0f")),
+        ("all rows, MiB", all_, tables.value("mebibytes", ".0f")),
+        ("Spearman", all_, tables.value("spearman", ".3f")),
+    ]
+    return tables.grid(content, "SmolLM2-135M", rows, columns)

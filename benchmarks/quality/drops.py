@@ -118,7 +118,7 @@ def _table(
     best: Callable[[Iterable[float]], float],
 ) -> str:
     rows = []
-    for (count,) in sorted(tables.points(content, "removed", where=lambda at: at["removed"] > 0)):
+    for count in sorted(tables.distinct(content, "removed", where=lambda at: at["removed"] > 0)):
         values = [tables.figure(tables.find(content, method, removed=count), name) for method in methods]
         rows.append([str(count), *tables.best_in_bold(values, digits, best)])
     dense = tables.shown(tables.figure(tables.find(content, DENSE, removed=0), name), f".{digits}f")

@@ -143,12 +143,7 @@ def chosen(
     # As many as save what routing past half of the layers does.
     number = settings.pick(max(round(saved(half, KEEP) / saved(1, 0.0)), 1), 1)
     plan = slimformer.calibrate(
-        model,
-        tokenizer,
-        data=texts,
-        kinds=(unit,),
-        drop=number,
-        budget=settings.pick("standard", "quick"),
+        model, tokenizer, data=texts, kinds=(unit,), drop=number, budget=settings.pick("standard", "quick")
     )
     return plan, saved(number, 0.0)
 
@@ -184,19 +179,15 @@ def _perplexity(settings: Settings, model: Any, tokenizer: Any) -> tuple[float, 
 @table("mixture_of_depths")
 def perplexities(content: dict[str, Any]) -> str:
     """One row per candidate, beside dense."""
-    dense, rows = tables.figure(tables.find(content, DENSE, keep=1.0), "perplexity"), []
-    for measurement in content["measurements"]:
-        values = measurement["values"]
-        if measurement["status"] == "ok":
-            rows.append(
-                [
-                    measurement["candidate"],
-                    f"{values.get('saved', 0.0):.1%}",
-                    tables.shown(values.get("kept"), ".1%"),
-                    f"{values['perplexity']:.2f}",
-                    tables.shown(dense and values["perplexity"] / dense, ".3f"),
-                    tables.shown(values.get("seconds"), ".0f"),
-                ]
-            )
-    head = ["SmolLM2-135M", "FLOPs saved", "tokens computed", "perplexity", "of dense", "seconds"]
-    return tables.markdown(head, rows)
+    dense = tables.figure(tables.find(content, DENSE, keep=1.0), "perplexity")
+    return tables.by_measurement(
+        content,
+        {
+            "SmolLM2-135M": tables.candidate,
+            "FLOPs saved": lambda found: f"{found['values'].get('saved', 0.0):.1%}",
+            "tokens computed": tables.value("kept", ".1%"),
+            "perplexity": tables.value("perplexity"),
+            "of dense": lambda found: tables.shown(dense and found["values"]["perplexity"] / dense, ".3f"),
+            "seconds": tables.value("seconds", ".0f"),
+        },
+    )

@@ -130,7 +130,7 @@ def won_back(content: dict[str, Any]) -> str:
     if dense is not None:
         own = [f"{100 * dense['values'][task]:.1f}" for task in known]
         rows.append([DENSE, f"{dense['values']['perplexity']:.2f}", "", "", *own])
-    for (name,) in tables.points(content, "setting", where=lambda at: at["removed"] > 0):
+    for name in tables.distinct(content, "setting", where=lambda at: at["removed"] > 0):
         found = [dense, *(tables.find(content, candidate, setting=name) for candidate in (BEFORE, AFTER))]
         if None in found:
             continue

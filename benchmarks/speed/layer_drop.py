@@ -17,14 +17,7 @@ from benchmarks.frame.compare import Case, Medians, compare, relative_error, rel
 from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters
 from benchmarks.frame.timing import Effort, Regime
-from benchmarks.speed.llamas import (
-    DENSE,
-    SLIM,
-    SUBLAYERS,
-    DenseAndSlim,
-    rewinder,
-    sublayers_in_float32,
-)
+from benchmarks.speed.llamas import DENSE, SLIM, SUBLAYERS, DenseAndSlim, rewinder, sublayers_in_float32
 from slimformer.evaluation.timing.speed import cache_bytes
 
 PROMPT = 2048
@@ -221,11 +214,7 @@ def _compared(
         return relative_error(call(), expected)
 
     # The unpatched model is measured, not judged; NaN passes nowhere.
-    tolerances = {
-        DENSE: math.inf,
-        SLIM: settings.tolerance,
-        SUBLAYERS: _SUBLAYERS_TOLERANCE[settings.dtype],
-    }
+    tolerances = {DENSE: math.inf, SLIM: settings.tolerance, SUBLAYERS: _SUBLAYERS_TOLERANCE[settings.dtype]}
     cases = {
         name: Case(
             call,
@@ -251,19 +240,31 @@ def _saved(medians: Medians) -> dict[str, dict[str, float]]:
 @table("layer_drop_compiled")
 def times(content: dict[str, Any]) -> str:
     """Time saved over the time of the dropped sublayers: one row per phase, size and regime; the caches last."""
-    rows, caches = [], []
-    for phase, batch, tokens, regime in tables.points(content, "phase", "batch", "tokens", "regime"):
-        at = {"phase": phase, "batch": batch, "tokens": tokens, "regime": regime}
-        dense, slim, sublayers = (tables.find(content, name, **at) for name in (DENSE, SLIM, SUBLAYERS))
-        if dense is None or slim is None:
-            continue
-        label = f"{phase}, batch {batch}, {tokens} tokens" + (", GPU only" if regime == "queued" else "")
-        if phase.startswith("cache"):
-            sizes = (f"{one['values']['cache_bytes'] / 2**20:.0f} MiB" for one in (dense, slim))
-            caches.append([label, *sizes, "–", "–", f"{slim['values']['cache_share']:.3f}"])
-            continue
-        row = [label, *map(tables.milliseconds, (dense, slim, sublayers))]
-        share = tables.shown(tables.figure(slim, "saved_share"))
-        rows.append([*row, share, tables.ratio(slim, "baseline_ratio")])
-    head = ["8B shape, 16 of 32 attentions dropped", "dense, ms", "slim, ms", "the 16 sublayers, ms"]
-    return tables.markdown([*head, "saved / sublayers", "slim / dense"], [*rows, *caches])
+
+    def taken(measurement: dict[str, Any] | None) -> str:
+        size = tables.figure(measurement, "cache_bytes")
+        return tables.milliseconds(measurement) if size is None else f"{size / 2**20:.0f} MiB"
+
+    def of_dense(measurement: dict[str, Any] | None) -> str:
+        share = tables.figure(measurement, "cache_share")
+        return tables.ratio(measurement, "baseline_ratio") if share is None else f"{share:.3f}"
+
+    points = tables.points(content, "phase", "batch", "tokens", "regime")
+    points.sort(key=lambda at: at["phase"].startswith("cache"))
+    rows = [
+        (
+            f"{at['phase']}, batch {at['batch']}, {at['tokens']} tokens"
+            + (", GPU only" if at["regime"] == "queued" else ""),
+            at,
+        )
+        for at in points
+    ]
+    dense, slim, sublayers = ({"candidate": name} for name in (DENSE, SLIM, SUBLAYERS))
+    columns = [
+        ("dense, ms", dense, taken),
+        ("slim, ms", slim, taken),
+        ("the 16 sublayers, ms", sublayers, taken),
+        ("saved / sublayers", slim, tables.value("saved_share")),
+        ("slim / dense", slim, of_dense),
+    ]
+    return tables.grid(content, "8B shape, 16 of 32 attentions dropped", rows, columns)

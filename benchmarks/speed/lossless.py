@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, DynamicCache, LlamaForCausalLM
@@ -214,10 +215,9 @@ def _encoder(settings: Settings) -> Iterator[Measurement]:
 
 def text_lengths(texts: int) -> Tensor:
     """Lengths of `texts` texts that spread as the lines of WikiText-2 do."""
-    quantiles = torch.tensor(WIKITEXT_LINES, dtype=torch.float64)
-    at = torch.linspace(0, len(WIKITEXT_LINES) - 1, texts, dtype=torch.float64)
-    low = at.floor().long().clamp(max=len(WIKITEXT_LINES) - 2)
-    return (quantiles[low] + (at - low) * (quantiles[low + 1] - quantiles[low])).round().long()
+    last = len(WIKITEXT_LINES) - 1
+    at = numpy.linspace(0, last, texts)
+    return torch.from_numpy(numpy.interp(at, range(last + 1), WIKITEXT_LINES)).round().long()
 
 
 def padded(lengths: Tensor, vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -231,14 +231,16 @@ def padded(lengths: Tensor, vocabulary: int, device: torch.device) -> tuple[Tens
 @table("lossless")
 def gains(content: dict[str, Any]) -> str:
     """Times of the unpatched model, Liger-Kernel's and the patched one's, and the gain."""
-    names = ("model", "phase", "batch", "tokens", "regime")
     rows = []
-    for point in tables.points(content, *names):
-        at = dict(zip(names, point, strict=True))
-        dense, slim, liger = (tables.find(content, name, **at) for name in (UNPATCHED, LOSSLESS, LIGER))
+    for at in tables.points(content, "model", "phase", "batch", "tokens", "regime"):
         gpu_only = ", GPU only" if at["regime"] == "queued" else ""
-        label = f"{at['model']}, {at['phase']}, {at['batch']} × {at['tokens']} tokens{gpu_only}"
-        times = map(tables.milliseconds, (dense, liger, slim))
-        rows.append([label, *times, *map(tables.gain, (liger, slim))])
-    head = ["Random weights, bfloat16", "unpatched, ms", "Liger, ms", "patched, ms", "Liger", "patched"]
-    return tables.markdown(head, rows)
+        rows.append((f"{at['model']}, {at['phase']}, {at['batch']} × {at['tokens']} tokens{gpu_only}", at))
+    unpatched, liger, patched = ({"candidate": name} for name in (UNPATCHED, LIGER, LOSSLESS))
+    columns = [
+        ("unpatched, ms", unpatched, tables.milliseconds),
+        ("Liger, ms", liger, tables.milliseconds),
+        ("patched, ms", patched, tables.milliseconds),
+        ("Liger", liger, tables.gain),
+        ("patched", patched, tables.gain),
+    ]
+    return tables.grid(content, "Random weights, bfloat16", rows, columns)

@@ -242,48 +242,63 @@ class _AtRatio:
         return choose
 
 
+def _part(whole: str, reached: bool = False) -> tables.Cell:
+    """The speed-up as a part of a promised one; or `of_patched`, that part beside the patched model, times it."""
+
+    def cell(measurement: dict[str, Any]) -> str:
+        promise, part = (tables.figure(measurement, name) for name in (whole, "of_patched"))
+        if promise is None or (reached and part is None):
+            return "–"
+        return (
+            f"{promise * part:.2f}×"
+            if reached and part
+            else f"{1 / measurement['baseline_ratio'] / promise:.2f}"
+        )
+
+    return cell
+
+
 def random_speedups(content: dict[str, Any]) -> str:
     """The speed-up of every choice over the unpatched model, and what the FLOPs promise."""
     regimes = {"queued": "GPU only", "wall": "eager", "graph": "CUDA graph"}
-    rows = []
-    for at, measurement, speedup in tables.timed(content):
-        if measurement["candidate"] == UNPATCHED:
-            continue
-        promised = tables.figure(measurement, "promised_speedup")
-        rows.append(
-            [
-                f"{at['model']}, {at['tokens']} tokens, {at['kinds']}, {regimes[at['regime']]}",
-                measurement["candidate"],
-                tables.milliseconds(tables.find(content, UNPATCHED, **at)),
-                tables.milliseconds(measurement),
-                f"{speedup:.2f}×",
-                tables.shown(promised, unit="×"),
-                tables.shown(promised and speedup / promised),
-            ]
-        )
-    head = ["Prefill", "computed", "unpatched, ms", "patched, ms", "speed-up", "FLOPs promise", "reached"]
-    return tables.markdown(head, rows)
+
+    def label(measurement: dict[str, Any]) -> str:
+        at = measurement["parameters"]
+        return f"{at['model']}, {at['tokens']} tokens, {at['kinds']}, {regimes[at['regime']]}"
+
+    def unpatched(measurement: dict[str, Any]) -> str:
+        return tables.milliseconds(tables.find(content, UNPATCHED, **measurement["parameters"]))
+
+    patched = [m for m in content["measurements"] if m["candidate"] != UNPATCHED]
+    return tables.by_measurement(
+        {"measurements": patched},
+        {
+            "Prefill": label,
+            "computed": tables.candidate,
+            "unpatched, ms": unpatched,
+            "patched, ms": tables.milliseconds,
+            "speed-up": tables.gain,
+            "FLOPs promise": tables.value("promised_speedup", unit="×"),
+            "reached": _part("promised_speedup"),
+        },
+    )
 
 
 def elimination_speedups(content: dict[str, Any]) -> str:
     """Time to first token and how much of the bound is reached."""
-    rows = []
-    for at, measurement, speedup in tables.timed(content):
-        bound, choosing = (tables.figure(measurement, name) for name in ("bound", "choosing"))
-        rows.append(
-            [
-                f"{at['model']}, {at['tokens']} tokens",
-                measurement["candidate"],
-                tables.milliseconds(measurement),
-                f"{speedup:.2f}×",
-                tables.shown(bound, unit="×"),
-                tables.shown(bound and speedup / bound),
-                tables.shown(tables.figure(measurement, "of_patched")),
-                tables.shown(choosing, ".1%"),
-            ]
-        )
-    head = ["Prompt", "computed", "first token, ms", "speed-up", "bound", "of the bound", "beside patched"]
-    return tables.markdown([*head, "choosing"], rows)
+    return tables.by_measurement(
+        content,
+        {
+            "Prompt": lambda m: f"{m['parameters']['model']}, {m['parameters']['tokens']} tokens",
+            "computed": tables.candidate,
+            "first token, ms": tables.milliseconds,
+            "speed-up": tables.gain,
+            "bound": tables.value("bound", unit="×"),
+            "of the bound": _part("bound"),
+            "beside patched": tables.value("of_patched"),
+            "choosing": tables.value("choosing", ".1%"),
+        },
+    )
 
 
 for _device in ("", "_cpu"):
@@ -295,19 +310,17 @@ for _device in ("", "_cpu"):
 def routing_speedups(content: dict[str, Any]) -> str:
     """The speed-up of every kind of routing over unpatched and over patched, and what the FLOPs promise."""
     regimes = {"queued": "GPU only", "wall": "as a caller waits"}
-    rows = []
-    for at, measurement, speedup in tables.timed(content):
-        bound, reached = (tables.figure(measurement, name) for name in ("bound", "of_patched"))
-        rows.append(
-            [
-                f"{at['tokens']} tokens, {regimes[at['regime']]}",
-                measurement["candidate"],
-                tables.milliseconds(measurement),
-                f"{speedup:.2f}×",
-                tables.shown(bound, unit="×"),
-                tables.shown(bound and reached and bound * reached, unit="×"),
-                tables.shown(reached),
-            ]
-        )
-    head = ["Prefill, 8B", "50% of the tokens, 16 of 32 layers", "ms", "over unpatched"]
-    return tables.markdown([*head, "FLOPs promise", "over patched", "reached"], rows)
+    return tables.by_measurement(
+        content,
+        {
+            "Prefill, 8B": lambda m: (
+                f"{m['parameters']['tokens']} tokens, {regimes[m['parameters']['regime']]}"
+            ),
+            "50% of the tokens, 16 of 32 layers": tables.candidate,
+            "ms": tables.milliseconds,
+            "over unpatched": tables.gain,
+            "FLOPs promise": tables.value("bound", unit="×"),
+            "over patched": _part("bound", reached=True),
+            "reached": tables.value("of_patched"),
+        },
+    )
