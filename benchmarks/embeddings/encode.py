@@ -14,7 +14,7 @@ from torch import Tensor
 import slimformer
 from benchmarks.embeddings.inputs import embedder, lines, retrieval_task
 from benchmarks.frame import tables
-from benchmarks.frame.compare import Case, compare, relative_error
+from benchmarks.frame.compare import against, compare
 from benchmarks.frame.inputs import CRANFIELD, LOSSLESS, QMSUM, UNPATCHED, WIKI_TEST
 from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters
@@ -129,17 +129,12 @@ def compared(
     """Times of every way in turns; what has no embeddings to be compared with is another model, and not judged."""
     run = partial(encoded, model, calls)
 
-    def check(name: str) -> float:
-        ways[name]()
-        found = run()
-        return relative_error(found, expected[name]) if name in expected else 0.0
-
     cases = {
-        name: Case(
+        name: against(
+            expected.get(name),
             run,
-            partial(check, name),
             math.inf if name == UNPATCHED else 1e-5,
-            prepare,
+            prepare=prepare,
             yardstick=None if name == UNPATCHED else UNPATCHED,
         )
         for name, prepare in ways.items()

@@ -42,10 +42,24 @@ class Case:
     yardstick: str | None = None
 
 
-def judged(call: Callable[[], Tensor], expected: Tensor, settings: Settings, beside: str | None) -> Case:
-    """A call compared with `expected`: with a yardstick `beside` it, or as the yardstick, measured and not judged."""
-    tolerance = math.inf if beside is None else settings.tolerance
-    return Case(call, lambda: relative_error(call(), expected), tolerance, yardstick=beside)
+def against(
+    expected: Tensor | None,
+    call: Callable[[], Tensor],
+    tolerance: float = math.inf,
+    *,
+    prepare: Callable[[], object] | None = None,
+    yardstick: str | None = None,
+    part: Callable[[Tensor], Tensor] = lambda output: output,
+) -> Case:
+    """A call whose output, or a `part` of it, is compared with a tensor; with none where there is nothing to expect."""
+
+    def check() -> float:
+        if prepare is not None:
+            prepare()
+        output = part(call())
+        return 0.0 if expected is None else relative_error(output, expected)
+
+    return Case(call, check, tolerance, prepare, yardstick)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

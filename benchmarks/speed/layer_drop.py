@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 from benchmarks.frame import tables
-from benchmarks.frame.compare import Case, Medians, compare, relative_error, release
+from benchmarks.frame.compare import Medians, against, compare, release
 from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters
 from benchmarks.frame.timing import Effort, Regime
@@ -31,45 +29,6 @@ _SUBLAYERS_TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 Call = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Decode:
-    """How steps are launched.
-
-    Attributes:
-        name: In the results.
-        cache: Its kind in the results.
-        new_cache: Makes one for a config and so many tokens.
-        room: Tokens that it has room for behind the prompt.
-        effort: How long to measure.
-        compiled: Whether each step is one CUDA graph.
-    """
-
-    name: str
-    cache: str
-    new_cache: Callable[[Any, int], Cache]
-    room: int
-    effort: Effort
-    compiled: bool
-
-
-EAGER = Decode(
-    "decode, eager",
-    "cache, dynamic",
-    lambda config, length: DynamicCache(config=config),
-    0,
-    Effort(milliseconds=6000.0, least=20, most=40),
-    compiled=False,
-)
-COMPILED = Decode(
-    "decode, compiled",
-    "cache, static",
-    lambda config, length: StaticCache(config=config, max_cache_len=length),
-    _ROOM,
-    Effort(milliseconds=3000.0, least=20, most=100),
-    compiled=True,
-)
-
-
 @benchmark(
     "layer_drop",
     "prefill and eager decode of an 8B shape, dense and with 16 of 32 attentions dropped",
@@ -82,7 +41,7 @@ def eager(settings: Settings) -> Iterator[Measurement]:
         yield from _prefill(settings, models, tokens)
         release()
     for batch in BATCHES:
-        yield from _decode(settings, models, batch, EAGER)
+        yield from _decode(settings, models, batch, compiled=False)
 
 
 @benchmark(
@@ -90,13 +49,13 @@ def eager(settings: Settings) -> Iterator[Measurement]:
     "decode of an 8B shape with a static cache under torch.compile, dense and with 16 attentions dropped",
     on="GPU",
 )
-def compiled(settings: Settings) -> Iterator[Measurement]:
+def with_cuda_graphs(settings: Settings) -> Iterator[Measurement]:
     """Compile the dense model, the slim one and the dropped sublayers for each batch size."""
     models = DenseAndSlim(settings)
     for batch in BATCHES:
         # Frees the graphs of the batch size before.
         torch.compiler.reset()
-        yield from _decode(settings, models, batch, COMPILED)
+        yield from _decode(settings, models, batch, compiled=True)
 
 
 def _prefill(settings: Settings, models: DenseAndSlim, tokens: int) -> Iterator[Measurement]:
@@ -123,20 +82,25 @@ def _prefill(settings: Settings, models: DenseAndSlim, tokens: int) -> Iterator[
     yield from _compared(settings, at, calls, {}, effort)
 
 
-def _decode(settings: Settings, models: DenseAndSlim, batch: int, how: Decode) -> Iterator[Measurement]:
+def _decode(settings: Settings, models: DenseAndSlim, batch: int, *, compiled: bool) -> Iterator[Measurement]:
     prompt = settings.pick(PROMPT, 24)
-    length = prompt + how.room
+    length = prompt + (_ROOM if compiled else 0)
     ids, token = models.tokens(batch, prompt), models.tokens(batch, 1)
     h, rotary = models.hidden(batch, prompt + 1), models.rotary(prompt, 1)
     newest, mask = h[:, -1:].contiguous(), None
-    if how.room:
+    if compiled:
         mask = (torch.arange(length, device=h.device) <= prompt).view(1, 1, 1, -1).repeat(batch, 1, 1, 1)
-    caches = {name: how.new_cache(models.dense.config, length) for name in (DENSE, SLIM, SUBLAYERS)}
+
+    def new_cache() -> Cache:
+        config = models.dense.config
+        return StaticCache(config, max_cache_len=length) if compiled else DynamicCache(config=config)
+
+    caches = {name: new_cache() for name in (DENSE, SLIM, SUBLAYERS)}
     for name, model in ((DENSE, models.dense), (SLIM, models.slim)):
         model(input_ids=ids, past_key_values=caches[name], use_cache=True, logits_to_keep=1)
     models.sublayers(h[:, :-1], models.rotary(0, prompt), None, caches[SUBLAYERS])
     dense, slim, sublayers = (
-        _launched(settings, call, how)
+        _compiled(settings, call) if compiled else call
         for call in (models.dense.forward, models.slim.forward, models.sublayers.forward)
     )
 
@@ -151,24 +115,24 @@ def _decode(settings: Settings, models: DenseAndSlim, batch: int, how: Decode) -
         SUBLAYERS: (lambda: sublayers(newest, rotary, mask, caches[SUBLAYERS]), expected),
     }
     rewind = {name: _rewinder(cache, prompt) for name, cache in caches.items()}
-    at: Parameters = {"phase": how.name, "batch": batch, "tokens": prompt}
-    yield from _compared(settings, at, calls, rewind, how.effort)
+    phase, kind = ("decode, compiled", "static") if compiled else ("decode, eager", "dynamic")
+    at: Parameters = {"phase": phase, "batch": batch, "tokens": prompt}
+    effort = Effort(3000.0, least=20, most=100) if compiled else Effort(6000.0, least=20, most=40)
+    yield from _compared(settings, at, calls, rewind, effort)
     for take_back in rewind.values():
         take_back()
     whole = cache_bytes(caches[DENSE])
     for name in (DENSE, SLIM):
         size = cache_bytes(caches[name])
         yield Measurement(
-            {"phase": how.cache, "batch": batch, "tokens": length},
+            {"phase": f"cache, {kind}", "batch": batch, "tokens": length},
             name,
             values={"cache_bytes": float(size), "cache_share": size / whole},
         )
 
 
-def _launched(settings: Settings, call: Call, how: Decode) -> Call:
-    """A forward as it is, or compiled to one graph."""
-    if not how.compiled:
-        return call
+def _compiled(settings: Settings, call: Call) -> Call:
+    """A forward as one CUDA graph."""
     # Where only the code is tried out, tracing is what can fail.
     options: dict[str, Any] = {"mode": "reduce-overhead"} if settings.on_gpu else {"backend": "eager"}
     graph = torch.compile(call, fullgraph=True, dynamic=False, **options)
@@ -208,19 +172,14 @@ def _compared(
     may be as far from its float32 as the dense one is from its own, with a quarter more (an attention too few: 0.7).
     """
 
-    def check(name: str, call: Callable[[], Tensor], expected: Tensor) -> float:
-        if name in rewind:
-            rewind[name]()
-        return relative_error(call(), expected)
-
     # The unpatched model is measured, not judged; NaN passes nowhere.
     tolerances = {DENSE: math.inf, SLIM: settings.tolerance, SUBLAYERS: _SUBLAYERS_TOLERANCE[settings.dtype]}
     cases = {
-        name: Case(
+        name: against(
+            expected,
             call,
-            partial(check, name, call, expected),
             tolerances[name],
-            rewind.get(name),
+            prepare=rewind.get(name),
             yardstick=DENSE if name == SLIM else None,
         )
         for name, (call, expected) in calls.items()

@@ -21,7 +21,7 @@ from transformers.models.llama import modeling_llama
 
 import slimformer
 from benchmarks.frame import tables
-from benchmarks.frame.compare import Case, compare, relative_error, release
+from benchmarks.frame.compare import Case, against, compare, release
 from benchmarks.frame.inputs import LOSSLESS, UNPATCHED
 from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters
@@ -138,17 +138,14 @@ class Decoders:
             modeling_llama.apply_rotary_pos_emb = self.rotation[name]
             rewind()
 
-        def check(name: str) -> float:
-            prepare(name)
-            return relative_error(calls[name]()[:1], expected)
-
         return {
-            name: Case(
+            name: against(
+                expected,
                 call,
-                partial(check, name),
                 math.inf if name == UNPATCHED else self.settings.tolerance,
-                partial(prepare, name),
+                prepare=partial(prepare, name),
                 yardstick=None if name == UNPATCHED else UNPATCHED,
+                part=lambda logits: logits[:1],
             )
             for name, call in calls.items()
         }
@@ -193,10 +190,10 @@ def _encoder(settings: Settings) -> Iterator[Measurement]:
         state: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state
         return state
 
-    expected = states(copy.deepcopy(dense).float())[mask.bool()]
+    def real(state: Tensor) -> Tensor:
+        return state[mask.bool()]
 
-    def check(model: Any) -> float:
-        return relative_error(states(model)[mask.bool()], expected)
+    expected = real(states(copy.deepcopy(dense).float()))
 
     at: Parameters = {
         "model": "BERT-base",
@@ -207,8 +204,10 @@ def _encoder(settings: Settings) -> Iterator[Measurement]:
     }
     slim = slimformer.patch(with_shared_weights(dense))
     cases = {
-        UNPATCHED: Case(partial(states, dense), partial(check, dense), math.inf),
-        LOSSLESS: Case(partial(states, slim), partial(check, slim), settings.tolerance, None, UNPATCHED),
+        UNPATCHED: against(expected, partial(states, dense), part=real),
+        LOSSLESS: against(
+            expected, partial(states, slim), settings.tolerance, yardstick=UNPATCHED, part=real
+        ),
     }
     yield from compare(settings, at, cases, regime=_REGIMES, baseline=UNPATCHED)
 
