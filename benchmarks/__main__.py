@@ -92,6 +92,9 @@ def _run(options: argparse.Namespace) -> int:
     if unknown:
         print(f"No benchmark is named {', '.join(unknown)}. There are: {', '.join(registry.BENCHMARKS)}.")
         return 2
+    if options.only is not None and not options.names:
+        print(f"--only {options.only} is a part of one benchmark, and none is named: run NAME --only PART.")
+        return 2
     given = {name: value for name in _INPUTS if (value := getattr(options, name)) is not None}
     # A smoke run needs no GPU and must not take one from somebody who measures.
     on_gpu = torch.cuda.is_available() and not options.smoke

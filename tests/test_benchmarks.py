@@ -152,7 +152,8 @@ def test_a_run_that_cannot_be_says_all_that_it_lacks(tmp_path: Path) -> None:
     assert "takes one of attention-8, attention-12, mlp-2, mlp-4" in refused(
         "repair", "--smoke", "--only", "x"
     )
-    assert "--texts has to be at least 1, got 0" in refused("context_extension", "--smoke", "--texts", 0)
+    assert "needs --texts of at least 1, got 0" in refused("context_extension", "--smoke", "--texts", 0)
+    assert "none is named: run NAME --only PART" in refused("--smoke", "--only", "2048")
     assert not list(tmp_path.iterdir())
 
 

@@ -128,14 +128,14 @@ class Benchmark:
                 yield f"needs --data, a folder with {', '.join(self.data)}"
             elif absent := [name for name in self.data if not (settings.data / name).exists()]:
                 yield f"needs --data, and {settings.data} lacks {', '.join(absent)}"
+        if "texts" in self.takes and settings.texts is not None and settings.texts < 1:
+            yield f"needs --texts of at least 1, got {settings.texts}"
 
     def refused(self, settings: Settings, given: Sequence[str]) -> Iterator[str]:
         """Options that were given and mean nothing here."""
         for name in ("texts", "plans"):
             if name in given and name not in self.takes:
                 yield f"takes no --{name}"
-        if settings.texts is not None and settings.texts < 1:
-            yield f"needs texts: --texts has to be at least 1, got {settings.texts}"
         if settings.only is not None and not any(settings.wants(part) for part in self.parts):
             allowed = f"one of {', '.join(self.parts)}" if self.parts else "no --only"
             yield f"takes {allowed}, got --only {settings.only}"
