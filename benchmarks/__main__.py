@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
+import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Sequence
@@ -14,16 +17,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import registry, results, tables
-from benchmarks.compare import release
-from benchmarks.registry import Benchmark, MissingInput, Settings
-from benchmarks.results import Measurement
+from benchmarks.frame import registry, results, tables, tiny
+from benchmarks.frame.compare import release
+from benchmarks.frame.registry import Benchmark, Settings
+from benchmarks.frame.results import Measurement
 
 _HERE = Path(__file__).parent
 _RESULTS = _HERE / "results"
 _DOCUMENTS = sorted((_HERE.parent / "docs" / "results").glob("*.md"))
 # Often enough that a killed run loses little, seldom enough to cost nothing.
 _SECONDS_BETWEEN_WRITES = 5.0
+# Of `run`, that only some benchmarks read.
+_INPUTS = ("data", "model", "texts", "plans", "only")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.command == "list":
         for benchmark in registry.BENCHMARKS.values():
-            print(f"{benchmark.name:20} needs {benchmark.needs:5} {benchmark.description}")
+            print(f"{benchmark.name}: {benchmark.description}")
+            hardware, *inputs = benchmark.needs()
+            for line in (f"{hardware}; took {_last_time(benchmark)}", *inputs):
+                print(textwrap.indent(textwrap.fill(line, 100, break_on_hyphens=False), "    "))
         return 0
     if options.command == "tables":
         return _tables(options.results, check=options.check)
@@ -46,23 +54,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description="Measure what slimformer claims."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the benchmarks and what they need")
+    commands.add_parser("list", help="what each benchmark measures, how long it takes, and on what")
     run = commands.add_parser("run", help="measure, and write one JSON file per benchmark")
     run.add_argument("names", nargs="*", metavar="NAME", help="which; without any, all that can run here")
     run.add_argument(
         "--smoke", action="store_true", help="tiny sizes on the CPU: try the code, not the speed"
     )
     run.add_argument("--out", type=Path, help="folder of the result files (default: benchmarks/results)")
-    run.add_argument("--data", type=Path, help="folder with c4_calib/ and wikitext2/, for drop_table")
-    run.add_argument(
-        "--model", type=Path, help="checkpoint folder of a causal language model, for drop_table"
-    )
-    run.add_argument("--texts", type=int, help="texts per point, for long_retrieval and context_extension")
+    run.add_argument("--data", type=Path, help="folder of the data sets that `list` names")
+    run.add_argument("--model", type=Path, help="checkpoint folder, or a GGUF file of a decoder")
+    run.add_argument("--texts", type=int, help="texts per point, where that can be chosen")
     run.add_argument("--plans", type=Path, help="folder where repaired plans are kept, and found again")
     run.add_argument(
-        "--only",
-        help="measure only this of repair (attention-8), elimination_quality and elimination_repair (2048) or "
-        "mixture_of_depths (routed)",
+        "--only", help="measure one part alone: attention-8 of repair, 2048 of elimination_quality"
     )
     run.add_argument("--minutes", type=float, help="stop a benchmark after so long and keep what it has")
     tabled = commands.add_parser("tables", help="rewrite the tables in the README files from the results")
@@ -71,38 +75,75 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _last_time(benchmark: Benchmark) -> str:
+    """How long the published run took, and on what."""
+    path = _RESULTS / f"{benchmark.name}.json"
+    if not path.exists():
+        return "an unknown time"
+    content = results.read(path)
+    seconds = content["seconds"]
+    took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    stopped = "" if content["complete"] else " until it was stopped"
+    return f"{took}{stopped} on {content['device']}"
+
+
 def _run(options: argparse.Namespace) -> int:
     unknown = [name for name in options.names if name not in registry.BENCHMARKS]
     if unknown:
         print(f"No benchmark is named {', '.join(unknown)}. There are: {', '.join(registry.BENCHMARKS)}.")
         return 2
+    if options.only is not None and not options.names:
+        print(f"--only {options.only} is a part of one benchmark, and none is named: run NAME --only PART.")
+        return 2
+    given = {name: value for name in _INPUTS if (value := getattr(options, name)) is not None}
     # A smoke run needs no GPU and must not take one from somebody who measures.
     on_gpu = torch.cuda.is_available() and not options.smoke
-    device = torch.device("cuda" if on_gpu else "cpu")
-    settings = Settings(
-        device, options.smoke, options.data, options.model, options.texts, options.plans, options.only
-    )
+    settings = Settings(torch.device("cuda" if on_gpu else "cpu"), options.smoke, **given)
+    problems = {name: _problems(name, settings, list(given), options) for name in registry.BENCHMARKS}
+    if options.names and any(problems[name] for name in options.names):
+        for name in options.names:
+            for problem in problems[name]:
+                print(f"{name} {problem}.")
+        return 2
     done = True
-    for name in options.names or registry.BENCHMARKS:
-        benchmark = registry.BENCHMARKS[name]
-        if benchmark.needs == "cuda" and not on_gpu and not options.smoke:
-            print(f"{name}: left out, it needs a CUDA device")
-            done = done and not options.names
-            continue
-        # Smoke times mean nothing, so they only go where somebody asked for them.
-        out = options.out or (None if options.smoke else _RESULTS)
-        try:
-            done = _measure(benchmark, settings, out, options.minutes) and done
-        except MissingInput as missing:
-            print(f"{name}: left out, {missing}")
-            done = done and not options.names
-        except Exception as failure:
-            # Minutes on a GPU are dear: the benchmarks after this one still run.
-            traceback.print_exc()
-            print(f"{name}: broken, {results.reason(failure)}", flush=True)
-            done = False
-        release()
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        if options.smoke:
+            tiny.write_models(scratch)
+            tiny.write_data(scratch / "data")
+            settings = dataclasses.replace(settings, data=given.get("data", scratch / "data"))
+        for name in options.names or registry.BENCHMARKS:
+            if problems[name]:
+                print(f"{name}: left out, it {problems[name][0]}")
+                continue
+            benchmark = registry.BENCHMARKS[name]
+            own: dict[str, Any] = {"plans": options.plans or scratch / "plans" / name}
+            if options.smoke and "model" not in given:
+                own["model"] = scratch / (benchmark.model or "")
+            if benchmark.on == "CPU":
+                own["device"] = torch.device("cpu")
+            done = _measured(benchmark, dataclasses.replace(settings, **own), options) and done
+            release()
     return 0 if done else 1
+
+
+def _problems(name: str, settings: Settings, given: list[str], options: argparse.Namespace) -> list[str]:
+    """Why a benchmark cannot run; an option that it does not take matters only where it was named."""
+    benchmark = registry.BENCHMARKS[name]
+    refused = list(benchmark.refused(settings, given)) if name in options.names else []
+    return [*benchmark.missing(settings, given), *refused]
+
+
+def _measured(benchmark: Benchmark, settings: Settings, options: argparse.Namespace) -> bool:
+    # Smoke times mean nothing, so they only go where somebody asked for them.
+    out = options.out or (None if options.smoke else _RESULTS)
+    try:
+        return _measure(benchmark, settings, out, options.minutes)
+    except Exception as failure:
+        # Minutes on a GPU are dear: the benchmarks after this one still run.
+        traceback.print_exc()
+        print(f"{benchmark.name}: broken, {results.reason(failure)}", flush=True)
+        return False
 
 
 def _measure(benchmark: Benchmark, settings: Settings, out: Path | None, minutes: float | None) -> bool:

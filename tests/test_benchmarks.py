@@ -6,19 +6,21 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import registry, results, tables
 from benchmarks.__main__ import main
-from benchmarks.accuracy import Question, _likelihoods, accuracy
-from benchmarks.compare import Case, Unsupported, compare
-from benchmarks.registry import Settings
-from benchmarks.timing import Candidate, Effort, interleaved
+from benchmarks.frame import registry, results, tables
+from benchmarks.frame.compare import Case, Unsupported, compare
+from benchmarks.frame.registry import Settings
+from benchmarks.frame.timing import Candidate, Effort, interleaved
+from benchmarks.quality.accuracy import Question, _likelihoods, accuracy
 
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import tiny_model
@@ -112,13 +114,58 @@ def test_committed_results_are_whole_and_real() -> None:
         assert not content["smoke"]
 
 
-def test_list_and_unknown_names() -> None:
+def test_the_list_says_how_long_each_benchmark_takes_and_what_it_needs() -> None:
     code, printed = command("list")
     assert code == 0
-    assert [line.split()[0] for line in printed.splitlines()] == list(registry.BENCHMARKS)
-    code, printed = command("run", "nothing")
+    names = [line.split(":")[0] for line in printed.splitlines() if not line.startswith(" ")]
+    assert names == list(registry.BENCHMARKS)
+    starts = [printed.index(f"\n{name}: ") if number else 0 for number, name in enumerate(names)]
+    found = dict(zip(names, (printed[a:b] for a, b in pairwise([*starts, None])), strict=True))
+    assert "--model: a checkpoint folder, embedding model (all-MiniLM-L6-v2)" in found["encode_corpora"]
+    assert "--data: a folder with c4_calib/c4_demo.jsonl, wikitext2/wiki.test.raw" in found["drop_table"]
+    assert "--only: attention-8, attention-12, mlp-2, mlp-4" in found["repair"]
+    hardware = {"GPU": "needs a GPU", "CPU": "runs on the CPU", "any": "runs on a GPU or the CPU"}
+    for name, benchmark in registry.BENCHMARKS.items():
+        content = results.read(ROOT / "benchmarks" / "results" / f"{name}.json")
+        stopped = "" if content["complete"] else " until it was stopped"
+        took = rf"took \d+ (s|min){stopped} on {re.escape(content['device'])}$"
+        assert re.search(f"    {hardware[benchmark.on]}; {took}", found[name], re.MULTILINE)
+
+
+def test_a_run_that_cannot_be_says_all_that_it_lacks(tmp_path: Path) -> None:
+    def refused(*arguments: object) -> str:
+        code, printed = command("run", *arguments, "--out", tmp_path)
+        assert code == 2
+        return printed
+
+    found = refused("nothing")
+    assert "No benchmark is named nothing. There are: " in found
+    assert "drop_table" in found
+    found = refused("drop_table")
+    assert "drop_table needs --model, a checkpoint folder: decoder (SmolLM2-135M)" in found
+    assert "drop_table needs --data, a folder with c4_calib/c4_demo.jsonl, wikitext2/wiki.test.raw" in found
+    found = refused("drop_table", "--model", tmp_path / "none", "--data", tmp_path)
+    assert "none does not exist" in found
+    assert "lacks c4_calib/c4_demo.jsonl, wikitext2/wiki.test.raw" in found
+    found = refused("encode", "--smoke", "--texts", 3, "--only", "x", "--plans", tmp_path)
+    assert found.splitlines() == [
+        "encode takes no --texts.", "encode takes no --plans.", "encode takes no --only, got --only x.",
+    ]  # fmt: skip
+    assert "takes one of attention-8, attention-12, mlp-2, mlp-4" in refused(
+        "repair", "--smoke", "--only", "x"
+    )
+    assert "needs --texts of at least 1, got 0" in refused("context_extension", "--smoke", "--texts", 0)
+    assert "none is named: run NAME --only PART" in refused("--smoke", "--only", "2048")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_benchmark_of_a_gpu_is_refused_without_one(tmp_path: Path) -> None:
+    code, printed = command("run", "mlp_rows", "--out", tmp_path)
     assert code == 2
-    assert "No benchmark is named nothing" in printed
+    assert printed == (
+        "mlp_rows needs a GPU, and PyTorch finds none; --smoke tries its code at tiny sizes on the CPU.\n"
+    )
 
 
 def test_the_package_is_a_command() -> None:

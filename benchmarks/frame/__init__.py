@@ -1,0 +1,1 @@
+"""What every benchmark stands on: inputs, checks, times, result files, tables."""

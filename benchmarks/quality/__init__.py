@@ -1,0 +1,1 @@
+"""What does a decoder lose, and what does repair win back?"""

@@ -1,0 +1,1 @@
+"""How fast is a whole model, at random weights of known shapes?"""
