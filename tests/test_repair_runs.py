@@ -66,7 +66,8 @@ def test_two_processes_train_what_one_does_with_twice_the_rows(tmp_path: Path) -
 
     def arguments(name: str, rows: int) -> list[str]:
         options = (
-            f"--plan plan -o {name} --data text.txt --rows {rows} --steps 6 --every 3 --length 32 --rank 2"
+            f"--plan plan -o {name} --data text.txt --steps 6 --length 32 --set rows={rows} --set every=3 "
+            "--set rank=2"
         )
         given = (
             str(tmp_path / part) if part in ("plan", "text.txt", name) else part for part in options.split()
