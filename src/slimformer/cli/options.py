@@ -18,6 +18,21 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class PanelBudget(str, Enum):
+    """How much the panel reads."""
+
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+
+
+class JudgedBy(str, Enum):
+    """How the user's prompts are judged."""
+
+    likelihood = "likelihood"
+    match = "match"
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", show_default=False, help="A checkpoint's folder or Hub id.")
 ]
@@ -71,6 +86,10 @@ Task = Annotated[
         help="What embeddings are measured by: a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/), a .tsv "
         "file of pairs (score, sentence1, sentence2), or text, for agreement with the dense model.",
     ),
+]
+PanelSize = Annotated[
+    PanelBudget,
+    typer.Option("--budget", help="How much the panel reads; standard is two minutes on two CPU cores."),
 ]
 Device = Annotated[
     str,

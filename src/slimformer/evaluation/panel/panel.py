@@ -11,14 +11,14 @@ from typing import Any
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.anatomy import find_anatomy
-from slimformer.calibration.calibration_text import predicts_tokens
+from slimformer.calibration.drops.calibration_text import predicts_tokens
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.panel.capability import Capability, Kept
 from slimformer.evaluation.panel.decoders import NAMES, DecoderCapabilities
 from slimformer.evaluation.panel.judgement import Judgement
 from slimformer.evaluation.panel.sizes import SIZES, PanelBudget
 from slimformer.evaluation.panel.yours import Judging, Prompt, check_answers, read_prompts
+from slimformer.model.anatomy import find_anatomy
 from slimformer.patching import patched, status
 
 
@@ -98,7 +98,7 @@ class Panel:
         if not predicts_tokens(model, find_anatomy(model)):
             raise CalibrationError(
                 f"{type(model).__name__} makes embeddings and predicts no tokens. Give a decoder with a language-model "
-                "head, or EmbeddingPanel for embeddings."
+                "head, or call embedding_panel."
             )
         asked, source = _prompts(prompts)
         if "yours" in wanted and asked:
@@ -123,14 +123,14 @@ class Panel:
         if not found:
             reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
             raise CalibrationError(f"There is nothing to judge by ({reasons or 'no prompts were given'}).")
-        record = {
-            "budget": budget,
-            "seed": seed,
-            "data": text_source if texts is not None else "built in",
+        record = record_of(
+            found,
+            budget=budget,
+            seed=seed,
+            data=text_source if texts is not None else "built in",
             **({"prompts": source} if source else {}),
             **made.record,
-            "rows": _digest(found),
-        }
+        )
         return cls(found, left_out, record)
 
     def judged(self, model: Any, progress: bool = False) -> Judgement:
@@ -169,8 +169,9 @@ def _tracked(items: Sequence[Any], what: str, progress: bool) -> Iterable[Any]:
     return track(items, description=f"panel, {what}", disable=not progress, transient=True)
 
 
-def _digest(capabilities: Sequence[Capability]) -> str:
+def record_of(capabilities: Sequence[Capability], **settings: Any) -> dict[str, Any]:
+    """What reproduces a panel: its settings, and a digest of the rows of all its capabilities."""
     found = hashlib.sha256()
     for capability in capabilities:
         found.update(repr(capability.digest_parts()).encode())
-    return found.hexdigest()[:16]
+    return {**settings, "rows": found.hexdigest()[:16]}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimformer.calls.layer_calls import cache_argument
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.perplexity import evaluating
-from slimformer.layer_calls import cache_argument
 
 # Never as many tokens behind a prompt at once as a text has from which tokens leave.
 _CHUNK = 128

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from slimformer.calibration.data import token_blocks
 from slimformer.errors import DataError
 from slimformer.evaluation.panel.reading import Row
+from slimformer.text.sources import token_blocks
 
 # So much of a row is read before anything is scored.
 _READ_FIRST = 4

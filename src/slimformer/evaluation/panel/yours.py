@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.calibration.text_files import checked_text, lines_of, paragraphs
 from slimformer.errors import DataError
 from slimformer.evaluation.panel.capability import Kept, bootstrapped
 from slimformer.evaluation.panel.prompts import continued
+from slimformer.text.files import checked_text, lines_of, paragraphs
 
 Judging = Literal["likelihood", "match"]
 _EXPECTED = (
