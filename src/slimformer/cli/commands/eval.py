@@ -72,7 +72,8 @@ def eval_plan(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, show_default="all", help="Questions per task of --tasks.")
+        int | None,
+        typer.Option(metavar="N", min=1, show_default="all", help="Questions per task of --tasks."),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Which blocks of the text are read.")] = 1,
     device: options.Device = "auto",
