@@ -99,7 +99,7 @@ class Judging:
     @cached_property
     def writes(self) -> bool:
         """Whether the model predicts tokens."""
-        from slimformer.calibration.drops.calibration_text import predicts_tokens
+        from slimformer.evaluation.readable import predicts_tokens
         from slimformer.model.anatomy import find_anatomy
 
         return predicts_tokens(self.loaded, find_anatomy(self.loaded))

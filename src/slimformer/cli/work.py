@@ -12,9 +12,9 @@ import rich
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from slimformer.calibration.drops.calibration_text import longest, predicts_tokens
 from slimformer.errors import CalibrationError, DataError, PlanError
 from slimformer.evaluation.quality import measure_quality
+from slimformer.evaluation.readable import longest, predicts_tokens
 from slimformer.model.anatomy import find_anatomy
 from slimformer.plans.plan import FILE, Plan
 from slimformer.text.held_out import split_texts

@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.calibration.drops.calibration_text import longest
 from slimformer.errors import DataError
 from slimformer.evaluation.panel import copying, retrieval
 from slimformer.evaluation.panel.builtin import builtin_prompts, builtin_texts
@@ -22,6 +21,7 @@ from slimformer.evaluation.panel.reading import Row
 from slimformer.evaluation.panel.sizes import Sizes
 from slimformer.evaluation.panel.text import text_rows
 from slimformer.evaluation.panel.yours import Judging, Matches, Prompt
+from slimformer.evaluation.readable import longest
 from slimformer.model.anatomy import find_anatomy
 
 NAMES = ("text", "own words", "copying", "retrieval", "yours")

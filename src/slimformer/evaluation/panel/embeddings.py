@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimformer.calibration.drops.calibration_text import longest
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.embedding_tasks import EmbeddingTask, NeighbourTask, PairTask, nearest
 from slimformer.evaluation.panel.builtin import builtin_texts
 from slimformer.evaluation.panel.capability import Capability, Kept, bootstrapped
 from slimformer.evaluation.panel.panel import Panel, record_of
 from slimformer.evaluation.panel.sizes import SIZES, PanelBudget
+from slimformer.evaluation.readable import longest
 from slimformer.evaluation.retrieval import RetrievalTask
 from slimformer.evaluation.similarity_task import mean_pooled_embedder
 from slimformer.model.anatomy import find_anatomy
