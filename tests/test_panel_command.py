@@ -58,7 +58,7 @@ def run(*arguments: object, code: int = 0) -> Result:
 def test_eval_judges_your_prompts_and_show_draws_what_was_kept(llama: str, plan: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("one and two\n\nthree and four\n\nfive")
-    arguments = ("eval", llama, "--plan", plan, "--blocks", 2, "--sequence-length", 32, "--budget", "quick")
+    arguments = ("eval", llama, "--plan", plan, "--blocks", 2, "--sequence-length", 32, "--panel", "quick")
     result = run(*arguments, "--prompts", file, "--words", tmp_path / "words", "--save")
     for name in ("text", "yours", "score: mean and worst", "Perplexity"):
         assert name in result.stdout
@@ -89,7 +89,7 @@ def test_prompts_and_tasks_that_cannot_be_judged_are_refused(llama: str, plan: s
     file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     asked = ("eval", llama, "--plan", plan, "--prompts", file, "--prompts-by", "match")
     assert "Exact match compares what is written" in run(*asked, code=1).stderr
-    arguments = ("eval", llama, "--plan", plan, "--blocks", 2, "--no-panel", "--tasks", "no_such_task")
+    arguments = ("eval", llama, "--plan", plan, "--blocks", 2, "--panel", "none", "--tasks", "no_such_task")
     message = run(*arguments, code=1).stderr
     assert ("no_such_task" if importlib.util.find_spec("lm_eval") else "slimformer[eval]") in message
 
@@ -97,7 +97,7 @@ def test_prompts_and_tasks_that_cannot_be_judged_are_refused(llama: str, plan: s
 def test_eval_judges_embeddings_by_their_neighbours_and_your_collection(tmp_path: Path) -> None:
     pipeline(tmp_path / "model").save(str(tmp_path / "saved"))
     Plan([LayerDrop(block=[2])]).save_pretrained(tmp_path / "plan")
-    asked = ("eval", tmp_path / "saved", "--plan", tmp_path / "plan", "--budget", "quick")
+    asked = ("eval", tmp_path / "saved", "--plan", tmp_path / "plan", "--panel", "quick")
     figures = json.loads(run(*asked, "--task", beir(tmp_path / "beir"), "--json").stdout)
     assert list(figures["panel"]["capabilities"]) == ["neighbours", "similarities", "yours"]
     yours = figures["panel"]["capabilities"]["yours"]["figures"]

@@ -24,6 +24,7 @@ class PanelBudget(str, Enum):
     quick = "quick"
     standard = "standard"
     thorough = "thorough"
+    none = "none"
 
 
 class JudgedBy(str, Enum):
@@ -75,9 +76,7 @@ More = Annotated[
         help="Any other setting, such as seed=3. May be repeated.",
     ),
 ]
-TextField = Annotated[
-    str, typer.Option(metavar="NAME", help="The field of .jsonl, .parquet and Hub datasets.")
-]
+TextField = Annotated[str, typer.Option(metavar="NAME", help="Field of .jsonl, .parquet, Hub datasets.")]
 Task = Annotated[
     str | None,
     typer.Option(
@@ -86,10 +85,6 @@ Task = Annotated[
         help="What embeddings are measured by: a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/), a .tsv "
         "file of pairs (score, sentence1, sentence2), or text, for agreement with the dense model.",
     ),
-]
-PanelSize = Annotated[
-    PanelBudget,
-    typer.Option("--budget", help="How much the panel reads; standard is two minutes on two CPU cores."),
 ]
 Device = Annotated[
     str,

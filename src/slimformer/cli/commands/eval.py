@@ -23,57 +23,47 @@ def eval_plan(
         typer.Option(
             metavar="N",
             min=1,
-            show_default="16; for an encoder 64",
-            help="Blocks of text, or texts for an encoder.",
+            show_default=False,
+            help="Blocks of text (16), or texts for an encoder (64).",
         ),
     ] = None,
-    sequence_length: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Tokens per block, at most what the model can read.")
-    ] = 512,
+    sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens per block at most.")] = 512,
     task: options.Task = None,
     panel: Annotated[
-        bool, typer.Option("--panel/--no-panel", help="Also judge every capability beside the dense model.")
-    ] = True,
-    budget: options.PanelSize = options.PanelBudget.standard,
+        options.PanelBudget,
+        typer.Option(
+            metavar="NAME", show_default=False, help="Size of the panel: quick, standard, thorough or none."
+        ),
+    ] = options.PanelBudget.standard,
     lengths: Annotated[
         str | None,
-        typer.Option(
-            metavar="TOKENS,...",
-            show_default=False,
-            help="Lengths of the prompts in which a key is looked for.",
-        ),
+        typer.Option(metavar="N,...", show_default=False, help="Tokens of prompts that hide a key."),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="Your own prompts: .jsonl with prompt and answer, or .txt with prompts between blank lines.",
+            metavar="FILE", show_default=False, help="Your prompts: .jsonl (prompt, answer) or .txt."
         ),
     ] = None,
     prompts_by: Annotated[
         options.JudgedBy,
-        typer.Option(help="How they are judged: the answer's likelihood, or an exact match."),
+        typer.Option(metavar="NAME", show_default=False, help="By likelihood (unless said) or by match."),
     ] = options.JudgedBy.likelihood,
     words: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER",
-            show_default="beside the checkpoint",
-            help="Where what the dense model writes is kept for the next time.",
+            metavar="FOLDER", show_default=False, help="Keeps dense's answers; else the checkpoint does."
         ),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME,...",
-            show_default=False,
-            help="Tasks of lm-evaluation-harness (the extra eval), or of mteb for embeddings, such as hellaswag,gsm8k.",
+            metavar="A,B", show_default=False, help="Of lm-evaluation-harness; of mteb for embeddings."
         ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, show_default="all", help="Questions per task of --tasks."),
+        typer.Option(metavar="N", min=1, show_default=False, help="Questions of each of the tasks."),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Which blocks of the text are read.")] = 1,
     device: options.Device = "auto",
@@ -81,14 +71,19 @@ def eval_plan(
     save: options.Save = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure what PLAN costs in quality: by a panel of capabilities, on text that calibration has not read."""
+    """Measure what PLAN costs in quality: capabilities, and text that calibration has not read."""
     if task is not None:
         without = "text, and --task measures embeddings by a task of its own"
-        unused = ("data", "blocks", "sequence_length", *(() if panel else ("seed",)))
+        unused = (
+            "data",
+            "blocks",
+            "sequence_length",
+            *(("seed",) if panel is options.PanelBudget.none else ()),
+        )
         refuse(ctx, dict.fromkeys(unused, without))
     refuse_text_field(ctx, data, task)
-    if not panel:
-        refuse(ctx, dict.fromkeys(("budget", "lengths", "prompts", "prompts_by", "words"), "the panel"))
+    if panel is options.PanelBudget.none:
+        refuse(ctx, dict.fromkeys(("lengths", "prompts", "prompts_by", "words"), "the panel"))
     if prompts is None:
         refuse(ctx, {"prompts_by": "a file of --prompts"})
     if tasks is None:
@@ -103,7 +98,7 @@ def eval_plan(
         seed=seed,
         device=device,
         dtype=dtype.value,
-        budget=budget.value,
+        budget=panel.value,
         lengths=None if lengths is None else listed(lengths, "--lengths", int),
         prompts=prompts,
         prompts_by=prompts_by.value,
@@ -115,7 +110,7 @@ def eval_plan(
     else:
         measured = {"quality": judging.quality(blocks, sequence_length)}
     judging.keep(measured, save)
-    if panel:
+    if panel is not options.PanelBudget.none:
         measured["panel"] = judging.panel(task)
         judging.keep(measured, save)
     if names is not None:
