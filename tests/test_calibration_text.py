@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 import slimformer
 from slimformer import LayerDrop, TokenElimination
 from slimformer.calibration.drops.budgets import BUDGETS
-from slimformer.calibration.drops.calibration_text import longest, read_text
+from slimformer.calibration.drops.calibration_text import read_text
 from slimformer.errors import DataError, SlimformerWarning
 from slimformer.evaluation.quality import measure_quality
+from slimformer.evaluation.readable import longest
 from slimformer.model.anatomy import find_anatomy
 from slimformer.training.arank import calibrate_arank
 from slimformer.training.loop import TrainingSettings

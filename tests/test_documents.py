@@ -42,7 +42,7 @@ _ADDED = {
     "calibrate eliminate": "--set texts=2 --set answer=8 --set recall=false",
     "calibrate route": "--steps 2 --length 32",
     "bench ": "--prompt-tokens 32 --new-tokens 2 --repeats 1",
-    "eval ": "--blocks 2 --sequence-length 32",
+    "eval ": "--blocks 2 --sequence-length 32 --panel quick",
     "generate ": "--max-new-tokens 2",
     "repair ": "--steps 2 --length 32",
 }

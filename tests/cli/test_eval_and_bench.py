@@ -32,7 +32,9 @@ def test_eval_and_bench_print_tables_or_json_and_save_on_demand(llama: str, plan
     speed = json.loads(run("bench", llama, "--plan", plan, *sizes, "--save", "--json").stdout)
     assert speed["slim"]["cache_bytes"] * 4 == speed["dense"]["cache_bytes"] * 3
     saved = Plan.from_pretrained(plan)
-    assert saved.measured == {"quality": quality, "speed": speed}
+    panel = quality.pop("panel")
+    assert saved.measured == {"quality": quality, "panel": panel, "speed": speed}
+    assert 0 < panel["capabilities"]["text"]["kept"] < 1
     assert saved.methods == (LayerDrop(attention=[1], mlp=[2]),)
     shown = run("show", plan).stdout
     assert "Perplexity" in shown

@@ -102,8 +102,14 @@ def test_options_that_a_model_or_a_mode_has_no_use_for_are_refused(
 ) -> None:
     assert "--seed goes with a --temperature above 0" in wrong("generate", bert, "Hi", "--seed", 1)
     task = ("eval", bert, "--plan", plan, "--task", "x.tsv")
-    for option in (("--blocks", 4), ("--data", "x"), ("--sequence-length", 9), ("--seed", 3)):
+    for option in (("--blocks", 4), ("--data", "x"), ("--sequence-length", 9)):
         assert f"{option[0]} goes with text" in wrong(*task, *option)
+    assert "--seed goes with text" in wrong(*task, "--panel", "none", "--seed", 3)
+    measured = ("eval", bert, "--plan", plan)
+    assert "--lengths goes with the panel" in wrong(*measured, "--panel", "none", "--lengths", 512)
+    assert "--prompts-by goes with a file of --prompts" in wrong(*measured, "--prompts-by", "match")
+    assert "--limit goes with --tasks" in wrong(*measured, "--limit", 3)
+    assert "--lengths takes values separated by commas" in wrong(*measured, "--lengths", "1k")
     Plan([LayerDrop(attention=[1])]).save_pretrained(tmp_path / "any")
     bench = ("bench", bert, "--plan", tmp_path / "any", "--new-tokens", 4)
     assert "BertModel makes embeddings" in wrong(*bench)

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.calibration.drops.calibration_text import longest, predicts_tokens
 from slimformer.calibration.drops.drop import tokenizer_of, versions
 from slimformer.calibration.drops.partial_results import PartialResults
 from slimformer.calls.layer_calls import cache_argument
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.evaluation.readable import longest, predicts_tokens
 from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.elimination.token_elimination import TokenElimination
 from slimformer.model.anatomy import Anatomy, transformer_of

@@ -18,6 +18,22 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class PanelBudget(str, Enum):
+    """How much the panel reads."""
+
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+    none = "none"
+
+
+class JudgedBy(str, Enum):
+    """How the user's prompts are judged."""
+
+    likelihood = "likelihood"
+    match = "match"
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", show_default=False, help="A checkpoint's folder or Hub id.")
 ]
@@ -60,9 +76,7 @@ More = Annotated[
         help="Any other setting, such as seed=3. May be repeated.",
     ),
 ]
-TextField = Annotated[
-    str, typer.Option(metavar="NAME", help="The field of .jsonl, .parquet and Hub datasets.")
-]
+TextField = Annotated[str, typer.Option(metavar="NAME", help="Field of .jsonl, .parquet, Hub datasets.")]
 Task = Annotated[
     str | None,
     typer.Option(

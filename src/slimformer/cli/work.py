@@ -12,9 +12,9 @@ import rich
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from slimformer.calibration.drops.calibration_text import longest, predicts_tokens
 from slimformer.errors import CalibrationError, DataError, PlanError
 from slimformer.evaluation.quality import measure_quality
+from slimformer.evaluation.readable import longest, predicts_tokens
 from slimformer.model.anatomy import find_anatomy
 from slimformer.plans.plan import FILE, Plan
 from slimformer.text.held_out import split_texts
@@ -48,8 +48,34 @@ def evaluate(
     anatomy = find_anatomy(model)
     length = min(sequence_length, longest(anatomy, tokenizer))
     count = blocks or (16 if predicts_tokens(model, anatomy) else 64)
+    texts, source = unread_texts(plan, data, text_field, count * length)
+    with rich.get_console().status("measuring quality"):
+        if predicts_tokens(model, anatomy):
+            ids = token_blocks(texts, tokenizer, sequence_length=length, count=count, seed=seed)
+            return measure_quality(model, plan, blocks=ids).to_dict(), source
+        rows = token_batches_padded(texts, tokenizer, max_length=length, count=count, seed=seed)
+        parts = zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in rows.values()), strict=True)
+        batches = [dict(zip(rows, part, strict=True)) for part in parts]
+        return measure_quality(model, plan, batches=batches).to_dict(), source
+
+
+def unread_texts(plan: Plan, data: str | None, text_field: str, tokens: int) -> tuple[list[str], str]:
+    """Text that a plan was not chosen by: of its own source only the part that calibration leaves alone.
+
+    Args:
+        plan: The plan, whose provenance tells its source.
+        data: Where the text is.
+        text_field: In which field.
+        tokens: How many are wanted.
+
+    Returns:
+        The texts, and where they came from.
+
+    Raises:
+        DataError: If the source cannot be read, or nothing of it is left.
+    """
     # Of the plan's own source, a fifth is read.
-    texts, source = load_texts(data, text_field=text_field, enough=characters_for(5 * count * length))
+    texts, source = load_texts(data, text_field=text_field, enough=characters_for(5 * tokens))
     read = (plan.provenance, _mapping(plan.provenance.get("repaired_with")))
     same = [part for part in read if _name(source) == _name(str(part.get("data", "")))]
     if same:
@@ -61,14 +87,7 @@ def evaluate(
             texts, source = split_texts(texts)[1], f"the held-out part of {source}"
         if not texts:
             raise DataError(f"There is no text in {source}. Give other text to --data.")
-    with rich.get_console().status("measuring quality"):
-        if predicts_tokens(model, anatomy):
-            ids = token_blocks(texts, tokenizer, sequence_length=length, count=count, seed=seed)
-            return measure_quality(model, plan, blocks=ids).to_dict(), source
-        rows = token_batches_padded(texts, tokenizer, max_length=length, count=count, seed=seed)
-        parts = zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in rows.values()), strict=True)
-        batches = [dict(zip(rows, part, strict=True)) for part in parts]
-        return measure_quality(model, plan, batches=batches).to_dict(), source
+    return texts, source
 
 
 def generate_text(

@@ -76,7 +76,7 @@ class DenseReference:
         vocabulary = 0
         for index, logits in enumerate(block_logits(model, blocks, batch_size)):
             vocabulary = logits.shape[-1]
-            values, indices, rest = _top(logits, min(top_k, vocabulary))
+            values, indices, rest = likeliest(logits, min(top_k, vocabulary))
             parts = (values.to(device, dtype), indices.to(device, torch.int32), rest.to(device))
             kept.append((*parts, block_loss(logits, blocks[index])))
         log_probs, indices, rest, losses = (torch.stack(parts) for parts in zip(*kept, strict=True))
@@ -106,7 +106,7 @@ class DenseReference:
             for kept in (self.log_probs, self.indices, self.rest)
         )
         chunks = zip(logits.split(TOKENS_AT_ONCE), log_probs, indices, rest, strict=True)
-        return torch.cat([_bucketed_divergence(*chunk) for chunk in chunks]).mean()
+        return torch.cat([bucketed_divergence(*chunk) for chunk in chunks]).mean()
 
     def agreement(self, logits: Tensor, block_index: int) -> Tensor:
         """Share of the block's tokens after which the dense model's first choice is also a first choice here.
@@ -221,8 +221,21 @@ def embedding_agreement(dense: Tensor, slim: Tensor) -> float:
     return cosine.mean().item()
 
 
-def _top(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities and ids of the most likely tokens, and the probability of the rest."""
+def likeliest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities and ids of the most likely tokens, and the probability of the rest.
+
+    Args:
+        logits: `[tokens, vocabulary]`.
+        top_k: How many tokens are kept.
+
+    Returns:
+        Log-probabilities, most likely first, and ids, each `[tokens, top_k]`, and the rest `[tokens]`.
+
+    Example:
+        >>> log_probs, ids, rest = likeliest(torch.tensor([[0.0, 9.0, 9.0, 0.0]]).log_softmax(-1), 2)
+        >>> sorted(ids[0].tolist()), round(rest.item(), 4)
+        ([1, 2], 0.0001)
+    """
     parts = []
     for chunk in logits.split(TOKENS_AT_ONCE):
         log_probs = chunk.float().log_softmax(-1)
@@ -237,14 +250,31 @@ def _rest(log_probs: Tensor, indices: Tensor) -> Tensor:
     return log_probs.exp().scatter(-1, indices, 0.0).sum(-1)
 
 
-def _bucketed_divergence(logits: Tensor, dense: Tensor, indices: Tensor, dense_rest: Tensor) -> Tensor:
-    """KL per token `[tokens]`; a token the dense model rules out adds nothing, as 0 log 0 is 0."""
+def bucketed_divergence(logits: Tensor, dense: Tensor, indices: Tensor, dense_rest: Tensor) -> Tensor:
+    """KL(dense || given) per token, all but the kept tokens being one bucket; exactly 0 for the dense logits.
+
+    A token that the dense model rules out adds nothing, as 0 log 0 is 0.
+
+    Args:
+        logits: The given model's `[tokens, vocabulary]`.
+        dense: What `likeliest` gave for the dense model's: log-probabilities `[tokens, top_k]`.
+        indices: Their ids.
+        dense_rest: The probability of the rest `[tokens]`.
+
+    Returns:
+        Nats `[tokens]`, float32.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
+        >>> bucketed_divergence(logits, *likeliest(logits, 2))
+        tensor([0.])
+    """
     log_probs = logits.float().log_softmax(-1)
     ids = indices.long()
     dense = dense.float()
     probs = dense.exp()
     kept = torch.where(probs > 0, probs * (dense - log_probs.gather(-1, ids)), 0.0).sum(-1)
     # A rest of exactly 0 is below what float32 can say, not impossible: its logarithm stays finite.
-    given_rest = _rest(log_probs, ids).clamp_min(torch.finfo(torch.float32).tiny)
-    rest = torch.xlogy(dense_rest, dense_rest) - dense_rest * given_rest.log()
-    return (kept + rest).clamp_min(0.0)
+    least = torch.finfo(torch.float32).tiny
+    logs = [rest.clamp_min(least).log() for rest in (dense_rest, _rest(log_probs, ids))]
+    return (kept + dense_rest * (logs[0] - logs[1])).clamp_min(0.0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from slimformer.errors import DataError
 from slimformer.evaluation.retrieval import RetrievalTask
+from slimformer.integrations.lm_eval import reason
 
 
 def mteb_task(task: RetrievalTask, *, name: str = "LocalRetrieval", language: str = "eng-Latn") -> Any:
@@ -67,3 +69,34 @@ def mteb_task(task: RetrievalTask, *, name: str = "LocalRetrieval", language: st
     }  # fmt: skip
     made.data_loaded = True
     return made
+
+
+def mteb_scores(model: Any, tasks: Sequence[Any]) -> dict[str, float]:
+    """The main score of tasks that mteb knows, or that `mteb_task` makes.
+
+    Args:
+        model: A SentenceTransformer, patched or not.
+        tasks: Names, such as `"STSBenchmark"`, or tasks.
+
+    Raises:
+        DataError: If mteb is not installed, knows no such task, or cannot get at its data.
+    """
+    try:
+        mteb: Any = importlib.import_module("mteb")
+    except ImportError as error:
+        raise DataError(
+            'Tasks for embeddings are run by mteb, which is not installed: pip install "slimformer[mteb]"'
+        ) from error
+    scores = {}
+    for task in tasks:
+        try:
+            known = mteb.get_task(task) if isinstance(task, str) else task
+            found = mteb.evaluate(model, [known], cache=None, show_progress_bar=False)
+            scores[known.metadata.name] = float(found.task_results[0].get_score())
+        # Its own errors and those of the libraries that fetch data share no base class.
+        except Exception as error:
+            raise DataError(
+                f"mteb cannot run {task}: {reason(error)}. Its documentation lists what it knows; the data of a task "
+                "come from the Hub, or from the folder that HF_HOME names."
+            ) from error
+    return scores

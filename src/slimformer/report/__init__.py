@@ -4,6 +4,7 @@ from slimformer.report.elastic import grid_picture, grid_table
 from slimformer.report.elimination import curve_table, predictor_table
 from slimformer.report.narrow import narrow_table
 from slimformer.report.page import plan_page
+from slimformer.report.panel import panel_table
 from slimformer.report.repair import repair_table
 from slimformer.report.routing import router_table
 from slimformer.report.tables import comparison_table, methods_table, plan_table
@@ -16,6 +17,7 @@ __all__ = [
     "grid_table",
     "methods_table",
     "narrow_table",
+    "panel_table",
     "plan_page",
     "plan_table",
     "predictor_table",

@@ -14,6 +14,7 @@ from slimformer.plans.plan import Plan
 from slimformer.report.charts import SHORT_STEPS, divergence_chart, marker, similarity_chart
 from slimformer.report.elastic import elastic_section
 from slimformer.report.elimination import curve_section
+from slimformer.report.panel import panel_section
 from slimformer.report.repair import repair_section
 from slimformer.report.routing import arank_section
 from slimformer.report.summary import NAMES, Summary, comparison, figure
@@ -24,9 +25,9 @@ from slimformer.report.temperature import temperature_section
 def plan_page(plan: Plan) -> str:
     """A page that shows what a plan drops, why, and what was measured with it.
 
-    It holds the similarity of every sublayer with the dropped ones marked, the removals in order, the divergence
-    against the number of drops, quality and speed beside dense, and the provenance. A part whose values the plan
-    does not carry is left out. All text from the plan is escaped.
+    It holds what is kept of every capability, the similarity of every sublayer with the dropped ones marked, the
+    removals in order, the divergence against the number of drops, quality and speed beside dense, and the provenance.
+    A part whose values the plan does not carry is left out. All text from the plan is escaped.
 
     Args:
         plan: Any plan.
@@ -45,6 +46,7 @@ def plan_page(plan: Plan) -> str:
     heading = f"{summary.count} of {2 * summary.layers} sublayers dropped" if summary.count else names
     body = (
         _tiles(plan),
+        panel_section(plan),
         elastic_section(plan),
         curve_section(plan),
         arank_section(plan),

@@ -137,7 +137,7 @@ class Summary:
 
 
 def comparison(measured: Mapping[str, Any]) -> list[Row]:
-    """Rows for what was measured, as `Plan.measured` holds it: `quality`, `task` and `speed`, any may be absent.
+    """Rows for what was measured, as `Plan.measured` holds it: `quality`, `task`, `tasks`, `speed`, any may be absent.
 
     Example:
         >>> comparison({"quality": {"perplexity_dense": 20.0, "perplexity_slim": 21.0}})
@@ -146,6 +146,7 @@ def comparison(measured: Mapping[str, Any]) -> list[Row]:
     return [
         *_quality_rows(_mapping(measured.get("quality"))),
         *_task_rows(_mapping(measured.get("task"))),
+        *_task_rows(_mapping(measured.get("tasks"))),
         *_speed_rows(_mapping(measured.get("speed"))),
     ]
 

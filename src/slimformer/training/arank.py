@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimformer.calibration.drops.calibration_text import longest
 from slimformer.calibration.drops.drop import tokenizer_of, versions
 from slimformer.calibration.drops.partial_results import PartialResults
 from slimformer.calibration.drops.replay import Call, executors, record_call, run_layer
 from slimformer.errors import CalibrationError, DataError, UnsupportedModelError
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.evaluation.readable import longest
 from slimformer.examination.layers import examine_layers, row_sublayers
 from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.mixture_of_depths import MixtureOfDepths

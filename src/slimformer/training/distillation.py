@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from slimformer.calibration.drops.calibration_text import predicts_tokens
 from slimformer.errors import CalibrationError
+from slimformer.evaluation.readable import predicts_tokens
 from slimformer.evaluation.similarity_task import masked_mean
 from slimformer.methods.elimination.token_elimination import TokenElimination
 from slimformer.model.anatomy import Anatomy, find_anatomy, transformer_of

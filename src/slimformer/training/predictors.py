@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from slimformer.calibration.drops.calibration_text import longest
 from slimformer.calibration.drops.drop import tokenizer_of, versions
 from slimformer.calibration.drops.replay import executors, record_call, run_layer
 from slimformer.decisions.registry import field_names
 from slimformer.errors import CalibrationError, UnsupportedModelError
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.evaluation.readable import longest
 from slimformer.examination.layers import examine_layers, row_sublayers
 from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.elimination.block_predictor import BLOCK, BlockPredictor

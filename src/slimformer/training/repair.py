@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from slimformer.calibration.drops.calibration_text import longest
 from slimformer.calibration.drops.drop import tokenizer_of, versions
 from slimformer.calibration.keep_ratio import meet_keep_ratio
 from slimformer.decisions.registry import tensors_of
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.evaluation.readable import longest
 from slimformer.methods.weight_delta import WeightDelta
 from slimformer.model.anatomy import find_anatomy, transformer_of
 from slimformer.model.layer_parts import KINDS

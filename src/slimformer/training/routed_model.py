@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimformer.calibration.drops.calibration_text import predicts_tokens
 from slimformer.calibration.drops.replay import Call, executors, finish, record_call, run_layer, run_layers
 from slimformer.calibration.keep_ratio import threshold
 from slimformer.decisions.image_tokens import where_images_are
 from slimformer.errors import DataError
+from slimformer.evaluation.readable import predicts_tokens
 from slimformer.methods.mixture_of_depths import MixtureOfDepths, router_name
 from slimformer.model.anatomy import Anatomy
 from slimformer.model.layer_parts import KINDS

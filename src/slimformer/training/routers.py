@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from slimformer.calibration.drops.calibration_text import longest
 from slimformer.calibration.drops.drop import tokenizer_of, versions
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.evaluation.readable import longest
 from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
 from slimformer.model.anatomy import transformer_of

@@ -25,6 +25,7 @@ from slimformer.calibration.drops.search import Judge, Replay, Search
 from slimformer.decisions.replacements import Replace
 from slimformer.errors import DataError, SlimformerWarning
 from slimformer.evaluation.divergence import DenseReference
+from slimformer.evaluation.readable import longest, predicts_tokens
 from slimformer.model.anatomy import Anatomy
 from slimformer.text.held_out import split_texts
 from slimformer.text.sources import (
@@ -34,7 +35,6 @@ from slimformer.text.sources import (
     token_batches_padded,
     token_blocks,
 )
-from slimformer.transforms.transform import position_offset
 
 _TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 2048}
 
@@ -155,17 +155,3 @@ def read_text(
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return CalibrationText(model, anatomy, {name: t[order] for name, t in rows.items()}, source, sizes)
-
-
-def longest(anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens that a model and its tokenizer say they can read."""
-    config = anatomy.stack.config
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if positions is None:
-        return int(tokenizer.model_max_length)
-    return int(min(tokenizer.model_max_length, positions - position_offset(anatomy)))
-
-
-def predicts_tokens(model: PreTrainedModel, anatomy: Anatomy) -> bool:
-    """Whether a model predicts next tokens, and not embeddings."""
-    return anatomy.causal and model.get_output_embeddings() is not None

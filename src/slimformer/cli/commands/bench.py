@@ -28,9 +28,9 @@ def bench(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure what PLAN saves in time and memory, the dense and the patched model taking turns."""
-    from slimformer.calibration.drops.calibration_text import predicts_tokens
     from slimformer.cli.loading import load_model
     from slimformer.cli.work import keep, plan_folder
+    from slimformer.evaluation.readable import predicts_tokens
     from slimformer.evaluation.timing.speed import measure_speed
     from slimformer.model.anatomy import find_anatomy
     from slimformer.plans.plan import Plan

@@ -154,10 +154,10 @@ def _decoder(
     model: str | None, device: str, dtype: str
 ) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase]:
     """A name to show, the model, and its tokenizer."""
-    from slimformer.calibration.drops.calibration_text import predicts_tokens
     from slimformer.cli.commands.demo_models import demo_model
     from slimformer.cli.loading import load_model, load_tokenizer
     from slimformer.errors import CalibrationError
+    from slimformer.evaluation.readable import predicts_tokens
     from slimformer.model.anatomy import find_anatomy
 
     path = model or str(demo_model())
@@ -173,7 +173,7 @@ def _decoder(
 def _batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], seed: int
 ) -> PaddedPrompts:
-    from slimformer.calibration.drops.calibration_text import longest
+    from slimformer.evaluation.readable import longest
     from slimformer.evaluation.timing.padded_prompts import measure_padded_prompts
     from slimformer.model.anatomy import find_anatomy
 
@@ -209,9 +209,9 @@ def _read(
 ) -> tuple[Plan, Path]:
     """Measure a plan on long prompts, write it and its page."""
     from slimformer import Plan, TokenElimination
-    from slimformer.calibration.drops.calibration_text import longest
     from slimformer.calibration.drops.drop import versions
     from slimformer.cli.work import keep
+    from slimformer.evaluation.readable import longest
     from slimformer.evaluation.timing.long_prompts import measure_long_prompts
     from slimformer.model.anatomy import find_anatomy
     from slimformer.plans.plan import fingerprint

@@ -1,20 +1,15 @@
 """`slimformer eval`: quality beside the dense model."""
 
-# Commands import torch when they run, so that --help does not wait for it.
-# ruff: noqa: PLC0415
-
 from __future__ import annotations
 
-import logging
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from slimformer.cli import options
 from slimformer.cli.applicable import refuse, refuse_text_field
-from slimformer.cli.output import print_json, print_tables
-
-_logger = logging.getLogger("slimformer")
+from slimformer.cli.judging import Judging, listed
 
 
 def eval_plan(
@@ -28,89 +23,97 @@ def eval_plan(
         typer.Option(
             metavar="N",
             min=1,
-            show_default="16; for an encoder 64",
-            help="Blocks of text, or texts for an encoder.",
+            show_default=False,
+            help="Blocks of text (16), or texts for an encoder (64).",
         ),
     ] = None,
-    sequence_length: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Tokens per block, at most what the model can read.")
-    ] = 512,
+    sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens per block at most.")] = 512,
     task: options.Task = None,
+    panel: Annotated[
+        options.PanelBudget,
+        typer.Option(
+            metavar="NAME", show_default=False, help="Size of the panel: quick, standard, thorough or none."
+        ),
+    ] = options.PanelBudget.standard,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="N,...", show_default=False, help="Tokens of prompts that hide a key."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", show_default=False, help="Your prompts: .jsonl (prompt, answer) or .txt."
+        ),
+    ] = None,
+    prompts_by: Annotated[
+        options.JudgedBy,
+        typer.Option(metavar="NAME", show_default=False, help="By likelihood (unless said) or by match."),
+    ] = options.JudgedBy.likelihood,
+    words: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", show_default=False, help="Keeps dense's answers; else the checkpoint does."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", show_default=False, help="Of lm-evaluation-harness; of mteb for embeddings."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, show_default=False, help="Questions of each of the tasks."),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Which blocks of the text are read.")] = 1,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     save: options.Save = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure what PLAN costs in quality, on text that calibration has not read."""
+    """Measure what PLAN costs in quality: capabilities, and text that calibration has not read."""
     if task is not None:
         without = "text, and --task measures embeddings by a task of its own"
-        refuse(ctx, dict.fromkeys(("data", "blocks", "sequence_length", "seed"), without))
+        unused = (
+            "data",
+            "blocks",
+            "sequence_length",
+            *(("seed",) if panel is options.PanelBudget.none else ()),
+        )
+        refuse(ctx, dict.fromkeys(unused, without))
     refuse_text_field(ctx, data, task)
+    if panel is options.PanelBudget.none:
+        refuse(ctx, dict.fromkeys(("lengths", "prompts", "prompts_by", "words"), "the panel"))
+    if prompts is None:
+        refuse(ctx, {"prompts_by": "a file of --prompts"})
+    if tasks is None:
+        refuse(ctx, {"limit": "--tasks"})
 
-    from slimformer.cli.loading import load_model, load_tokenizer
-    from slimformer.cli.work import evaluate, keep, plan_folder
-    from slimformer.plans.plan import Plan
-    from slimformer.report import comparison_table
-
-    found = Plan.from_pretrained(plan)
-    folder = plan_folder(plan) if save else None
+    names = None if tasks is None else listed(tasks, "--tasks", str)
+    judging = Judging(
+        model,
+        plan,
+        data=data,
+        text_field=text_field,
+        seed=seed,
+        device=device,
+        dtype=dtype.value,
+        budget=panel.value,
+        lengths=None if lengths is None else listed(lengths, "--lengths", int),
+        prompts=prompts,
+        prompts_by=prompts_by.value,
+        words=words,
+    )
+    judging.check(save)
     if task is not None:
-        kind, figures = "task", _measure_task(model, plan, task, text_field, device, dtype.value)
+        measured = {"task": judging.task(task)}
     else:
-        tokenizer = load_tokenizer(model)
-        quality, source = evaluate(
-            load_model(model, device, dtype.value),
-            tokenizer,
-            found,
-            data=data,
-            text_field=text_field,
-            blocks=blocks,
-            sequence_length=sequence_length,
-            seed=seed,
-        )
-        kind, figures = "quality", {**quality, "data": source}
-    if folder is not None:
-        keep(folder, found, {kind: figures})
-    if as_json:
-        print_json(figures)
-    else:
-        print_tables(comparison_table({kind: figures}, f"quality on {figures['data']}"))
-
-
-def _measure_task(
-    model: str, plan: str, source: str, text_field: str, device: str, dtype: str
-) -> dict[str, Any]:
-    """With --task: every figure of the dense pipeline and of the patched one.
-
-    Where the plan was chosen by the same task, only the part that was held out then is measured.
-
-    Raises:
-        DataError: If the task cannot be read.
-    """
-    import rich
-
-    import slimformer
-    from slimformer.cli.loading import load_embedder
-    from slimformer.evaluation.embedding_tasks import EmbeddingTask, read_task
-    from slimformer.plans.plan import Plan
-
-    found = Plan.from_pretrained(plan)
-    task: EmbeddingTask = read_task(source, text_field=text_field)
-    arguments = found.provenance.get("arguments")
-    said = arguments if isinstance(arguments, dict) else {}
-    # Plans of version 0.1.0 call it the objective.
-    chosen_by = str(said.get("task") or said.get("objective") or found.provenance.get("data"))
-    if chosen_by == task.source:
-        _logger.warning(
-            "The plan was chosen by all of this task, so its quality is overestimated: measure by another."
-        )
-    elif chosen_by.startswith(task.source):
-        task = task.split()[1]
-    loaded = load_embedder(model, device, dtype)
-    with rich.get_console().status("measuring embeddings"):
-        task = task.recorded(loaded)
-        dense = task.figures(loaded)
-        with slimformer.patched(loaded, found):
-            slim = task.figures(loaded)
-    return {"data": task.source, "dense": dense, "slim": slim}
+        measured = {"quality": judging.quality(blocks, sequence_length)}
+    judging.keep(measured, save)
+    if panel is not options.PanelBudget.none:
+        measured["panel"] = judging.panel(task)
+        judging.keep(measured, save)
+    if names is not None:
+        measured["tasks"] = judging.tasks(names, limit)
+        judging.keep(measured, save)
+    judging.show(measured, as_json)

@@ -44,6 +44,7 @@ def show(
         grid_table,
         methods_table,
         narrow_table,
+        panel_table,
         plan_page,
         plan_table,
         predictor_table,
@@ -72,6 +73,7 @@ def show(
             curve_table(found),
             *swept,
             repair_table(found),
+            panel_table(found.measured),
             compared,
         )
         # A plan without any method drops nothing, which the first table says.
