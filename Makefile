@@ -20,8 +20,9 @@ PYTEST = -m pytest -n $(WORKERS) --dist worksteal $(FULL)
 GPU_WORKERS ?= 4
 ON_GPU = PYTHONPATH=src:kernels:tests OMP_NUM_THREADS=2 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist worksteal $(FULL)
 # What patches models.
-CORE = $(addprefix tests/test_, $(addsuffix .py, anatomy plan rows unpadding layer_drop \
-	replacements early_exit mixture_of_depths token_elimination temperature self_extend integration embeddings))
+CORE = $(addprefix tests/, $(addsuffix .py, examination/test_anatomy plans/test_plan rows/test_rows rows/test_unpadding \
+	$(addprefix methods/test_, layer_drop replacements early_exit mixture_of_depths token_elimination) \
+	transforms/test_temperature transforms/test_self_extend patching/test_integration evaluation/test_embeddings))
 
 .PHONY: setup test test-gpu test-kernels test-repository test-oldest test-newest lint docs demo
 setup: $(VENV)/ready

@@ -112,7 +112,7 @@ class Judging:
             DataError: If the prompts cannot be judged.
         """
         from slimformer.cli.work import plan_folder
-        from slimformer.evaluation.panel.yours import check_answers, read_prompts
+        from slimformer.evaluation.panel.capabilities.yours import check_answers, read_prompts
 
         _ = self.plan
         if save:

@@ -11,16 +11,16 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.errors import DataError
-from slimformer.evaluation.panel import copying, retrieval
 from slimformer.evaluation.panel.builtin import builtin_prompts, builtin_texts
+from slimformer.evaluation.panel.capabilities import copying, retrieval
+from slimformer.evaluation.panel.capabilities.own_words import own_words
+from slimformer.evaluation.panel.capabilities.predictions import Likelihoods, Predictions
+from slimformer.evaluation.panel.capabilities.prompts import prompt_ids
+from slimformer.evaluation.panel.capabilities.reading import Row
+from slimformer.evaluation.panel.capabilities.text import text_rows
+from slimformer.evaluation.panel.capabilities.yours import Judging, Matches, Prompt
 from slimformer.evaluation.panel.capability import Capability
-from slimformer.evaluation.panel.own_words import own_words
-from slimformer.evaluation.panel.predictions import Likelihoods, Predictions
-from slimformer.evaluation.panel.prompts import prompt_ids
-from slimformer.evaluation.panel.reading import Row
 from slimformer.evaluation.panel.sizes import Sizes
-from slimformer.evaluation.panel.text import text_rows
-from slimformer.evaluation.panel.yours import Judging, Matches, Prompt
 from slimformer.evaluation.readable import longest
 from slimformer.model.anatomy import find_anatomy
 

@@ -12,11 +12,11 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.errors import CalibrationError, DataError
+from slimformer.evaluation.panel.capabilities.yours import Judging, Prompt, check_answers, read_prompts
 from slimformer.evaluation.panel.capability import Capability, Kept
 from slimformer.evaluation.panel.decoders import NAMES, DecoderCapabilities
 from slimformer.evaluation.panel.judgement import Judgement
 from slimformer.evaluation.panel.sizes import SIZES, PanelBudget
-from slimformer.evaluation.panel.yours import Judging, Prompt, check_answers, read_prompts
 from slimformer.evaluation.readable import predicts_tokens
 from slimformer.model.anatomy import find_anatomy
 from slimformer.patching import patched, status

@@ -20,13 +20,13 @@ from slimformer.cli.loading import load_model, load_tokenizer
 from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.panel import Judgement, Kept, Panel, Prompt, equal, read_prompts
 from slimformer.evaluation.panel.builtin import builtin_prompts, builtin_texts
+from slimformer.evaluation.panel.capabilities.copying import copying_rows
+from slimformer.evaluation.panel.capabilities.own_words import own_words
+from slimformer.evaluation.panel.capabilities.predictions import Likelihoods, Predictions
+from slimformer.evaluation.panel.capabilities.prompts import continued
+from slimformer.evaluation.panel.capabilities.reading import Row, read
+from slimformer.evaluation.panel.capabilities.retrieval import Retrieval, retrieval_prompts
 from slimformer.evaluation.panel.capability import bootstrapped
-from slimformer.evaluation.panel.copying import copying_rows
-from slimformer.evaluation.panel.own_words import own_words
-from slimformer.evaluation.panel.predictions import Likelihoods, Predictions
-from slimformer.evaluation.panel.prompts import continued
-from slimformer.evaluation.panel.reading import Row, read
-from slimformer.evaluation.panel.retrieval import Retrieval, retrieval_prompts
 from tiny_models import tiny_model
 
 DROP = LayerDrop(attention=[1], mlp=[2])

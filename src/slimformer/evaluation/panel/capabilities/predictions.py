@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimformer.evaluation.divergence import bucketed_divergence, likeliest
+from slimformer.evaluation.panel.capabilities.reading import Row, read
 from slimformer.evaluation.panel.capability import Kept, bootstrapped
-from slimformer.evaluation.panel.reading import Row, read
 from slimformer.evaluation.perplexity import TOKENS_AT_ONCE
 
 # Tokens told apart at every place; all others are one bucket.

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.methods.test_mixture_of_depths import Decisions, routed
 from torch import Tensor, nn
 from transformers import (
     LlavaConfig,
@@ -24,7 +25,6 @@ from slimformer.training.arank import layer_ranks
 from slimformer.training.loop import TrainingSettings
 from slimformer.training.routers import learn_routers
 from slow_rows import one_thread, rows_through, slowly  # noqa: F401
-from test_mixture_of_depths import Decisions, routed
 from tiny_models import COMMON, tiny_model
 
 IMAGE, MODELS = 60, ["llava", "qwen2_vl"]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.training.test_repair import repaired, strong
+from tests.training.test_training import TEXTS
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -20,8 +22,6 @@ from slimformer.cli import app
 from slimformer.errors import CalibrationError
 from slimformer.training.distillation import Distillation
 from slimformer.training.loop import TrainingSettings
-from test_repair import repaired, strong
-from test_training import TEXTS
 from tiny_checkpoints import tiny_checkpoint
 
 

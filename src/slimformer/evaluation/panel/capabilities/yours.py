@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.errors import DataError
+from slimformer.evaluation.panel.capabilities.prompts import continued
 from slimformer.evaluation.panel.capability import Kept, bootstrapped
-from slimformer.evaluation.panel.prompts import continued
 from slimformer.text.files import checked_text, lines_of, paragraphs
 
 Judging = Literal["likelihood", "match"]

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.patching.test_undo import IDS, sharp
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import slimformer
 from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
-from test_undo import IDS, sharp
 
 MASK = torch.ones_like(IDS)
 MASK[0, :12] = 0

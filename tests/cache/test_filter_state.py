@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
+from tests.cache.test_cache_layouts import filters
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import slimformer
 from slimformer.cache.filter_state import FilterState
 from slow_rows import one_thread, outputs, small  # noqa: F401
-from test_cache_layouts import filters
 
 LONG, TAPS = 1000, 3
 

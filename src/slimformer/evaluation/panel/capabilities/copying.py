@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from slimformer.evaluation.panel.reading import Row
+from slimformer.evaluation.panel.capabilities.reading import Row
 
 AT_ONCE = "at once"
 # Tokens of the second run that are read before it counts.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Normalize, Pooling, Transformer
+from tests.training.test_training import TEXTS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,7 +26,6 @@ from slimformer.training.distillation import Distillation
 from slimformer.training.loop import TrainingSettings
 from slimformer.training.rounds import in_rounds
 from slimformer.training.trained_weights import TrainedWeights
-from test_training import TEXTS
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import DECODERS, tiny_model
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.methods.test_mixture_of_depths import routed
+from tests.methods.test_replacements import filters
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -30,8 +32,6 @@ from slow_rows import (  # noqa: F401
     slowly,
     small,
 )
-from test_mixture_of_depths import routed
-from test_replacements import filters
 from tiny_models import DECODERS
 
 CLOSE = 1e-5

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.training.test_training import TEXTS
 from torch import Tensor
 
 import slimformer
@@ -20,7 +21,6 @@ from slimformer.training.loop import TrainingSettings
 from slimformer.training.routed_model import Routed
 from slimformer.training.routers import learn_routers
 from slow_rows import small
-from test_training import TEXTS
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import tiny_model
 

@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.errors import DataError
-from slimformer.evaluation.panel.prompts import continued, prompt_ids
-from slimformer.evaluation.panel.reading import Row
+from slimformer.evaluation.panel.capabilities.prompts import continued, prompt_ids
+from slimformer.evaluation.panel.capabilities.reading import Row
 
 _FORMAT = 1
 # Values of every weight that the digest of a model reads.

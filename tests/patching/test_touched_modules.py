@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.methods.test_mixture_of_depths import routed
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
@@ -17,7 +18,6 @@ from slimformer.errors import PlanError
 from slimformer.methods.elimination.random_keep import RandomKeep
 from slimformer.model.anatomy import find_anatomy
 from slow_rows import arguments, batch, error, kept, one_thread, outputs, positions, slowly, small  # noqa: F401
-from test_mixture_of_depths import routed
 
 CLOSE = 1e-5
 NAMES = ["llama", "gemma2", "gpt2", "gpt_neox", "bert", "distilbert", "modernbert"]

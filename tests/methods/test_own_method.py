@@ -26,7 +26,7 @@ from slimformer.patching import keep_ratios
 from slimformer.plans.plan import FILE
 from tiny_models import tiny_model
 
-PAGE = Path(__file__).parents[1] / "docs" / "guides" / "own_method.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "own_method.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 

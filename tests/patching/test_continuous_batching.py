@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.cache.test_cache_layouts import filters
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 import slimformer
@@ -13,7 +14,6 @@ from slimformer import LayerDrop, MixtureOfDepths, SelfExtend, TempScale, TokenE
 from slimformer.errors import PlanError
 from slimformer.methods.unpadding import Unpadding
 from slow_rows import one_thread, small  # noqa: F401
-from test_cache_layouts import filters
 
 PROMPTS = [[5, 9, 33, 12, 40, 7, 21, 30, 11], [8, 50, 3], [17, 4, 4, 61, 28, 19]]
 NEW = 5

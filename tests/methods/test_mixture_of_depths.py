@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.methods.test_token_elimination import ids, mask_of, not_evicted, only
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -18,7 +19,6 @@ from slimformer.model.anatomy import find_anatomy
 from slimformer.model.layer_parts import KINDS, Kind
 from slimformer.patching import keep_ratios
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, positions, rows_through, slowly, small  # noqa: F401
-from test_token_elimination import ids, mask_of, not_evicted, only
 from tiny_models import DECODERS, ENCODERS, tiny_model
 
 CLOSE = 1e-5

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimformer.evaluation.panel.capabilities.reading import Row, read
 from slimformer.evaluation.panel.capability import Kept, bootstrapped
-from slimformer.evaluation.panel.reading import Row, read
 
 _DOORS = ("red", "blue", "green", "white")
 _FACT = "\n\nThe code of the {door} door is {key}.\n\n"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.training.test_training import TEXTS
 
 import slimformer
 from slimformer import LayerDrop, MixtureOfDepths, Plan
@@ -13,7 +14,6 @@ from slimformer.calibration.keep_ratio import meet_keep_ratio
 from slimformer.methods.mixture_of_depths import router_name
 from slimformer.patching import keep_ratios
 from slimformer.training.loop import TrainingSettings
-from test_training import TEXTS
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import tiny_model
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.methods.test_mixture_of_depths import routed
 
 import slimformer
 from slimformer import TokenElimination
 from slimformer.methods.elimination.random_keep import RandomKeep
 from slow_rows import arguments, batch, error, graded, kept, one_thread, outputs, positions, slowly, small  # noqa: F401
-from test_mixture_of_depths import routed
 from tiny_models import DECODERS
 
 NAMES = ["llama", "gemma2", "olmo2", "phi3", "gpt2", "gpt_neox", "bert", "distilbert", "modernbert"]

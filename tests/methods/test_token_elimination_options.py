@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.methods.test_token_elimination import TOKENS, ids, mask_of, not_evicted, only
 from torch import Tensor
 
 import slimformer
@@ -18,7 +19,6 @@ from slimformer.methods.elimination.block_predictor import BlockPredictor
 from slimformer.methods.elimination.random_keep import chances
 from slimformer.model.layer_parts import KINDS, Kind
 from slow_rows import LAYOUTS, batch, error, one_thread, outputs, positions, slowly, small  # noqa: F401
-from test_token_elimination import TOKENS, ids, mask_of, not_evicted, only
 from tiny_models import tiny_model
 
 SHORT: dict[str, Any] = {"least": 8, "window": 3, "sink": 2}

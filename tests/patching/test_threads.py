@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.patching.test_undo import IDS, attributes, outputs, sharp
 from torch import Tensor
 from transformers import LogitsProcessor
 
@@ -17,7 +18,6 @@ from slimformer import LayerDrop, TokenElimination
 from slimformer.errors import SlimformerError
 from slimformer.patching import keep_ratios, patched, switched_off
 from slimformer.rows.sdpa_backend import without_cudnn
-from test_undo import IDS, attributes, outputs, sharp
 
 DROP = LayerDrop(attention=[1], mlp=[2])
 # Long enough for a change that does not wait; one that waits ends when the call does.

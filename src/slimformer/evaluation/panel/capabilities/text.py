@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from slimformer.errors import DataError
-from slimformer.evaluation.panel.reading import Row
+from slimformer.evaluation.panel.capabilities.reading import Row
 from slimformer.text.sources import token_blocks
 
 # So much of a row is read before anything is scored.

@@ -1,0 +1,1 @@
+"""One file per capability, and how a model reads what they ask."""
