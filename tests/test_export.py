@@ -32,6 +32,7 @@ from real_models import minilm
 from slimformer import EarlyExit, LayerDrop, Plan, TempScale
 from slimformer.cli import app
 from slimformer.errors import ExportError, PlanError, UnsupportedModelError
+from slimformer.exporting.configs import register_configs
 from slimformer.methods.weight_delta import WeightDelta
 from slimformer.plans.plan import fingerprint
 from tiny_checkpoints import tiny_checkpoint
@@ -201,6 +202,81 @@ def test_what_an_ordinary_checkpoint_cannot_hold_is_named(
     folder = tiny_checkpoint(tmp_path / "whole", "llama")
     with pytest.raises(ExportError, match=named):
         slimformer.export(folder, methods, tmp_path / "slim")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def refilled(model: PreTrainedModel, folder: Path, layers: list[int]) -> PreTrainedModel:
+    """The model with the tensors of an export, whose layers are these, and NaN for all that it lacks."""
+    tensors = load_file(folder / "model.safetensors")
+    for new, old in sorted(enumerate(layers), reverse=True):
+        for name in [name for name in tensors if name.startswith(f"model.layers.{new}.")]:
+            tensors[f"model.layers.{old}.{name.split('.', 3)[3]}"] = tensors.pop(name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors.get(name, torch.full_like(parameter, torch.nan)))
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+def test_layers_of_which_a_part_is_left_become_nemotron_nas(name: str, tmp_path: Path) -> None:
+    wide = {"intermediate_size": 512, "tie_word_embeddings": False}
+    plan = Plan([LayerDrop(attention=[1], mlp=[2], block=[3]), delta()])
+    folder = tiny_checkpoint(tmp_path / "whole", name, num_hidden_layers=5, **wide)
+    done = slimformer.export(folder, plan, tmp_path / "slim")
+    assert (done.format, done.layers) == ("nemotron-nas", (4, 5))
+    register_configs()
+    config = AutoConfig.from_pretrained(tmp_path / "slim")
+    blocks = config.block_configs
+    assert [block.attention.no_op for block in blocks] == [False, True, False, False]
+    assert [block.ffn.no_op for block in blocks] == [False, False, True, False]
+    assert config.num_attention_heads // blocks[0].attention.n_heads_in_group == 2
+    assert int(2 * blocks[0].ffn.ffn_mult * config.hidden_size / 3) == 512
+    assert config.qkv_bias == (name == "qwen2")
+    model = refilled(tiny_model(name, num_hidden_layers=5, **wide), tmp_path / "slim", [0, 1, 2, 4])
+    own = slimformer.patch(tiny_model(name, num_hidden_layers=5, **wide), plan)
+    torch.testing.assert_close(
+        outputs(slimformer.patch(model, *plan.methods[:1])), outputs(own), atol=1e-6, rtol=1e-6
+    )
+    with pytest.raises(ValueError, match="Unrecognized configuration"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+def test_means_and_filters_are_held_for_the_plugin_in_vllm(name: str, tmp_path: Path) -> None:
+    drop = [taps("filter", 1), LayerDrop(mlp=[2], replace="mean", weights={"mlp.2.bias": torch.ones(32)})]
+    folder = tiny_checkpoint(tmp_path / "whole", name, tie_word_embeddings=False)
+    done = slimformer.export(folder, [*drop, LayerDrop(attention=[0])], tmp_path / "slim", to="vllm")
+    assert done.format == "slimformer"
+    register_configs()
+    config = AutoConfig.from_pretrained(tmp_path / "slim")
+    assert config.model_type == f"slimformer_{name}"
+    left = [tuple(layer.values()) for layer in config.slimformer_layers]
+    assert left == [("dropped", "kept"), ("filter", "kept"), ("kept", "mean"), ("kept", "kept")]
+    tensors = load_file(tmp_path / "slim/model.safetensors")
+    assert torch.equal(tensors["model.layers.1.slimformer_attention.weight"], torch.zeros(32, 32))
+    assert torch.equal(tensors["model.layers.2.slimformer_mlp.bias"], torch.ones(32))
+    # The norm in front of a filter is read, and that of what is dropped is not.
+    assert "model.layers.1.input_layernorm.weight" in tensors
+    assert "model.layers.0.input_layernorm.weight" not in tensors
+    assert not any(".layers.2.mlp." in key or ".layers.1.self_attn." in key for key in tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "to", "named"),
+    [
+        ("qwen3", [LayerDrop(attention=[1])], "checkpoint", "qwen3 has others.*to='vllm' holds it"),
+        ("llama", [LayerDrop(attention=[1])], "checkpoint", "48 wide"),
+        ("olmo2", [LayerDrop(attention=[1])], "vllm", "not olmo2"),
+        ("llama", [LayerDrop(attention=[0, 1, 2, 3])], "vllm", "at least one attention"),
+        ("llama", [LayerDrop(block=[1])], "tflite", "takes one of checkpoint, vllm"),
+    ],
+)
+def test_a_plan_that_no_format_holds_is_refused_with_the_reasons(
+    name: str, plan: list[Any], to: Any, named: str, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "whole", name)
+    with pytest.raises(ExportError, match=named):
+        slimformer.export(folder, plan, tmp_path / "slim", to=to)
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 

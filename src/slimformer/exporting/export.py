@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,16 +14,26 @@ from typing import Any, Literal, get_args
 from slimformer.decisions.policy import TokenPolicy
 from slimformer.errors import ExportError
 from slimformer.exporting.checkpoint import write_checkpoint
-from slimformer.exporting.remains import what_remains
+from slimformer.exporting.partial_layers import (
+    why_not_nemotron,
+    why_not_slim,
+    write_nemotron,
+    write_slim,
+)
+from slimformer.exporting.remains import Remains, what_remains
 from slimformer.exporting.skeleton import read_config, skeleton
 from slimformer.exporting.source import Source, open_source
 from slimformer.exporting.writing import SHARD_BYTES, new_folder
 from slimformer.model.anatomy import transformer_of
 from slimformer.plans.plan import Plan
 
-To = Literal["checkpoint"]
+To = Literal["checkpoint", "vllm"]
 TARGETS: tuple[To, ...] = get_args(To)
-FORMATS = {"checkpoint": "an ordinary checkpoint with fewer layers, for whatever loads the whole one"}
+FORMATS = {
+    "checkpoint": "an ordinary checkpoint with fewer layers, for whatever loads the whole one",
+    "nemotron-nas": "DeciLMForCausalLM, for vLLM (where slimformer is installed), SGLang, TensorRT-LLM and mlx-lm",
+    "slimformer": "an architecture of slimformer's plugin, for vLLM where slimformer is installed: vllm serve FOLDER",
+}
 _logger = logging.getLogger(__name__)
 
 
@@ -68,8 +78,10 @@ def export(
             not, which is saved first.
         plan: A plan, where one is, or methods.
         folder: Where to; it is written whole or not at all.
-        to: `"checkpoint"`: an ordinary checkpoint with fewer layers, for transformers and whatever else loads the
-            model's architecture.
+        to: `"checkpoint"`: an ordinary checkpoint with fewer layers where whole blocks are dropped, for whatever loads
+            the model; else `nemotron-nas` for models with Llama's layers. `"vllm"`: the same, and where neither holds
+            the plan an architecture of slimformer's plugin for vLLM (Llama, Mistral, Qwen2, Qwen3 and Gemma 3, with
+            means and filters of one tap too).
         force: Replace an earlier export in `folder`.
         shard_bytes: The most that a file of weights holds, and about what is in memory at once.
 
@@ -99,16 +111,34 @@ def export(
         config = read_config(source)
         dense = skeleton(config, str(source.folder))
         remains = what_remains(chosen, dense.anatomy)
-        if not remains.whole:
-            raise ExportError(
-                f"An ordinary checkpoint holds whole layers, and this plan has {remains.describe()}. Calibrate one "
-                "that drops blocks."
-            )
-        write_checkpoint(temporary, source, config, dense, remains, shard_bytes)
+        format, write = _format(to, config, remains)
+        write(temporary, source, config, dense, remains, shard_bytes)
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-    done = Exported(target, "checkpoint", (len(remains.layers), remains.count), size)
+    done = Exported(target, format, (len(remains.layers), remains.count), size)
     _logger.info("%s: %s.", target, done.describe())
     return done
+
+
+def _format(to: str, config: Any, remains: Remains) -> tuple[str, Callable[..., None]]:
+    """The simplest format that holds what is left, and what writes it."""
+    if remains.whole:
+        return "checkpoint", write_checkpoint
+    reasons = ["an ordinary checkpoint holds whole layers"]
+    ways: list[tuple[str, Callable[[Any, Remains], str], Callable[..., None]]] = [
+        ("nemotron-nas", why_not_nemotron, write_nemotron)
+    ]
+    if to == "vllm":
+        ways.append(("slimformer", why_not_slim, write_slim))
+    for format, why_not, write in ways:
+        why = why_not(config, remains)
+        if not why:
+            return format, write
+        reasons.append(why)
+    other = "" if to == "vllm" or why_not_slim(config, remains) else " to='vllm' holds it."
+    raise ExportError(
+        f"No format holds this plan ({remains.describe()}): {'; '.join(reasons)}.{other} Whole blocks dropped are held "
+        "by every format."
+    )
 
 
 def _plan(given: Any) -> Plan:

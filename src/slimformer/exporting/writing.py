@@ -19,8 +19,8 @@ from torch import Tensor
 from slimformer.errors import ExportError
 from slimformer.exporting.source import CONFIG, INDEX, MODULES, PICKLES, SINGLE, Source
 
-# As much as is in memory at once: 70 billion weights become some seventy files in bfloat16.
-SHARD_BYTES = 2 * 10**9
+# A file's tensors are in memory twice while it is written: 70 billion weights become some 140 files in bfloat16.
+SHARD_BYTES = 10**9
 # A plan that lies with the whole checkpoint is not one for what is left of it; the card speaks of the whole one.
 _LEFT_BEHIND = frozenset(
     {"slimformer.json", "slimformer.safetensors", "README.md", CONFIG, INDEX, ".gitattributes"}

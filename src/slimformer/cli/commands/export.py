@@ -18,6 +18,7 @@ class To(str, Enum):
     """For what is exported, as `slimformer.exporting.export.To`, whose module imports torch."""
 
     checkpoint = "checkpoint"
+    vllm = "vllm"
 
 
 def export(
@@ -26,7 +27,10 @@ def export(
     output: options.Output,
     to: Annotated[
         To,
-        typer.Option(help="checkpoint: an ordinary one with fewer layers, for whatever loads MODEL."),
+        typer.Option(
+            help="checkpoint: an ordinary one with fewer layers where PLAN drops blocks, for whatever loads MODEL, "
+            "else nemotron-nas. vllm: the same, or what slimformer's plugin lets vLLM serve."
+        ),
     ] = To.checkpoint,
     force: Annotated[bool, typer.Option("--force", help="Replace the earlier export in the folder.")] = False,
 ) -> None:
