@@ -62,7 +62,14 @@ def _as_read(raw: dict[str, Any], config: Any) -> Any:
     """The config that a file with this content is read as."""
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / CONFIG, raw)
-        return type(config).from_pretrained(folder)
+        try:
+            return type(config).from_pretrained(folder)
+        # Such as ModernBERT's in transformers 5.16, which knows no model without sliding windows.
+        except Exception as error:
+            raise ExportError(
+                f"{type(config).__name__} of this version of transformers cannot describe what is left: {error}. "
+                "Keep a layer of every type, or upgrade transformers."
+            ) from error
 
 
 def remaining_entries(
