@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from slimformer.choosing import calibrate
     from slimformer.decisions.registry import register
     from slimformer.examination.tiers import support
+    from slimformer.exporting.export import export
     from slimformer.methods.early_exit import EarlyExit
     from slimformer.methods.elimination.token_elimination import TokenElimination
     from slimformer.methods.layer_drop import LayerDrop
@@ -31,6 +32,7 @@ __all__ = [
     "TempScale",
     "TokenElimination",
     "calibrate",
+    "export",
     "patch",
     "patched",
     "register",
@@ -51,6 +53,7 @@ _HOMES = {
     "TokenElimination": "slimformer.methods.elimination.token_elimination",
     "Plan": "slimformer.plans.plan",
     "calibrate": "slimformer.choosing",
+    "export": "slimformer.exporting.export",
     "register": "slimformer.decisions.registry",
     "repair": "slimformer.training.repair",
     "support": "slimformer.examination.tiers",

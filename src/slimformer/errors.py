@@ -29,5 +29,9 @@ class CalibrationError(SlimformerError):
     """Calibration that cannot go on, such as NaN logits or a target nothing can reach."""
 
 
+class ExportError(SlimformerError):
+    """A checkpoint that cannot be exported, or a format that cannot hold a plan."""
+
+
 class SlimformerWarning(UserWarning):
     """Something the user should know and that does not change results."""

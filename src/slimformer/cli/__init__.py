@@ -21,6 +21,7 @@ from slimformer.cli.commands.calibrate import calibrate
 from slimformer.cli.commands.demo import demo
 from slimformer.cli.commands.deprecated import train_predictor, train_router
 from slimformer.cli.commands.eval import eval_plan
+from slimformer.cli.commands.export import export
 from slimformer.cli.commands.generate import generate
 from slimformer.cli.commands.repair import repair
 from slimformer.cli.commands.show import show
@@ -126,6 +127,7 @@ for _command, _name, _example in (
     (eval_plan, "eval", "MODEL --plan plans/mine --save"),
     (bench, "bench", "MODEL --plan plans/mine --prompt-tokens 2048"),
     (generate, "generate", 'MODEL "A prompt" --plan plans/mine'),
+    (export, "export", "MODEL --plan plans/mine --to vllm -o slim"),
     (show, "show", "plans/mine --html plan.html"),
     (demo, "demo", "MODEL -o demo-output"),
 ):

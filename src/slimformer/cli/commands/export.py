@@ -1,0 +1,45 @@
+"""`slimformer export`: write what other engines load."""
+
+# Commands import torch when they run, so that --help does not wait for it.
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from slimformer.cli import options
+from slimformer.cli.output import note
+
+
+class To(str, Enum):
+    """For what is exported, as `slimformer.exporting.export.To`, whose module imports torch."""
+
+    checkpoint = "checkpoint"
+    vllm = "vllm"
+
+
+def export(
+    model: options.Model,
+    plan: options.PlanPath,
+    output: options.Output,
+    to: Annotated[
+        To,
+        typer.Option(
+            help="checkpoint: an ordinary one with fewer layers where PLAN drops blocks, for whatever loads MODEL, "
+            "else nemotron-nas. vllm: the same, or what slimformer's plugin lets vLLM serve."
+        ),
+    ] = To.checkpoint,
+    force: Annotated[bool, typer.Option("--force", help="Replace the earlier export in the folder.")] = False,
+) -> None:
+    """Write MODEL as PLAN leaves it, for engines that know nothing of slimformer; repair's changes are merged.
+
+    MODEL is read tensor by tensor, so that it may be larger than memory.
+    """
+    import slimformer
+
+    done = slimformer.export(model, plan, output, to.value, force=force)
+    left, whole = done.layers
+    note(f"{done.folder} holds {left} of {whole} layers, {done.bytes / 1e9:.2f} GB.")

@@ -1,0 +1,172 @@
+"""Make of a model and a plan what other engines load."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from slimformer.decisions.policy import TokenPolicy
+from slimformer.errors import ExportError
+from slimformer.exporting.checkpoint import write_checkpoint
+from slimformer.exporting.partial_layers import (
+    why_not_nemotron,
+    why_not_slim,
+    write_nemotron,
+    write_slim,
+)
+from slimformer.exporting.remains import Remains, what_remains
+from slimformer.exporting.skeleton import read_config, skeleton
+from slimformer.exporting.source import Source, open_source
+from slimformer.exporting.writing import SHARD_BYTES, new_folder
+from slimformer.model.anatomy import transformer_of
+from slimformer.plans.plan import Plan
+
+To = Literal["checkpoint", "vllm"]
+TARGETS: tuple[To, ...] = get_args(To)
+FORMATS = {
+    "checkpoint": "an ordinary checkpoint with fewer layers, for whatever loads the whole one",
+    "nemotron-nas": "DeciLMForCausalLM, for vLLM (where slimformer is installed), SGLang, TensorRT-LLM and mlx-lm",
+    "slimformer": "an architecture of slimformer's plugin, for vLLM where slimformer is installed: vllm serve FOLDER",
+}
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        format: In which format, the simplest that holds the plan.
+        layers: How many layers are left of how many.
+        bytes: How large the folder is.
+    """
+
+    folder: Path
+    format: str
+    layers: tuple[int, int]
+    bytes: int
+
+    def describe(self) -> str:
+        """The format, and what loads it."""
+        return FORMATS[self.format]
+
+
+def export(
+    model: Any,
+    plan: Plan | str | os.PathLike[str] | Sequence[Any],
+    folder: str | os.PathLike[str],
+    to: To = "checkpoint",
+    *,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Exported:
+    """Write a checkpoint that computes what a patched model computes, without slimformer.
+
+    What repair changed is merged into the weights, and weights that are not used any more are left out; tokenizer,
+    generation config, chat template and licence come along. A checkpoint on disk is read tensor by tensor, so that it
+    may be larger than memory.
+
+    Args:
+        model: A checkpoint's folder or Hub id; or a transformers model or SentenceTransformer in memory, patched or
+            not, which is saved first.
+        plan: A plan, where one is, or methods.
+        folder: Where to; it is written whole or not at all.
+        to: `"checkpoint"`: an ordinary checkpoint with fewer layers where whole blocks are dropped, for whatever loads
+            the model; else `nemotron-nas` for models with Llama's layers. `"vllm"`: the same, and where neither holds
+            the plan an architecture of slimformer's plugin for vLLM (Llama, Mistral, Qwen2, Qwen3 and Gemma 3, with
+            means and filters of one tap too).
+        force: Replace an earlier export in `folder`.
+        shard_bytes: The most that a file of weights holds, and about what is in memory at once.
+
+    Raises:
+        ExportError: If no format holds the plan, the checkpoint cannot be read, or `folder` cannot be written.
+        PlanError: If the plan is another model's.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> import slimformer
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+        ...                      num_attention_heads=2, num_key_value_heads=2)
+        >>> folder = tempfile.mkdtemp()
+        >>> drop = slimformer.LayerDrop(block=[2])
+        >>> slimformer.export(LlamaForCausalLM(config), drop, f"{folder}/slim").layers
+        (3, 4)
+        >>> LlamaForCausalLM.from_pretrained(f"{folder}/slim").config.num_hidden_layers
+        3
+    """
+    if to not in TARGETS:
+        raise ExportError(f"export(to=...) takes one of {', '.join(TARGETS)}, got {to!r}.")
+    target, chosen = Path(folder), _plan(plan)
+    with _on_disk(model, target) as source, new_folder(target, force) as temporary:
+        if target.absolute().is_relative_to(source.folder.absolute()):
+            raise ExportError(f"{target} lies in the checkpoint's own folder. Choose another.")
+        config = read_config(source)
+        dense = skeleton(config, str(source.folder))
+        remains = what_remains(chosen, dense.anatomy)
+        format, write = _format(to, config, remains)
+        write(temporary, source, config, dense, remains, shard_bytes)
+        size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+    done = Exported(target, format, (len(remains.layers), remains.count), size)
+    _logger.info("%s: %s.", target, done.describe())
+    return done
+
+
+def _format(to: str, config: Any, remains: Remains) -> tuple[str, Callable[..., None]]:
+    """The simplest format that holds what is left, and what writes it."""
+    if remains.whole:
+        return "checkpoint", write_checkpoint
+    reasons = ["an ordinary checkpoint holds whole layers"]
+    ways: list[tuple[str, Callable[[Any, Remains], str], Callable[..., None]]] = [
+        ("nemotron-nas", why_not_nemotron, write_nemotron)
+    ]
+    if to == "vllm":
+        ways.append(("slimformer", why_not_slim, write_slim))
+    for format, why_not, write in ways:
+        why = why_not(config, remains)
+        if not why:
+            return format, write
+        reasons.append(why)
+    other = "" if to == "vllm" or why_not_slim(config, remains) else " to='vllm' holds it."
+    raise ExportError(
+        f"No format holds this plan ({remains.describe()}): {'; '.join(reasons)}.{other} Whole blocks dropped are held "
+        "by every format."
+    )
+
+
+def _plan(given: Any) -> Plan:
+    if isinstance(given, Plan):
+        return given
+    if isinstance(given, (str, os.PathLike)):
+        return Plan.from_pretrained(given)
+    methods = [given] if isinstance(given, TokenPolicy) else given
+    if not isinstance(methods, (list, tuple)):
+        raise ExportError(
+            f"export(plan=...) takes a Plan, where one is, or methods, got {type(given).__name__}."
+        )
+    return Plan(methods)
+
+
+@contextlib.contextmanager
+def _on_disk(model: Any, target: Path) -> Iterator[Source]:
+    """The checkpoint of a model, which is saved for so long if it is in memory."""
+    if isinstance(model, (str, os.PathLike)):
+        yield open_source(model if isinstance(model, str) else Path(model))
+        return
+    inner = transformer_of(model)
+    if not hasattr(type(inner), "save_pretrained"):
+        raise ExportError(
+            f"export takes a checkpoint's folder or a transformers model, got {type(model).__name__}."
+        )
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}-whole-") as whole:
+        # A patched model saves its own values.
+        model.save_pretrained(whole)
+        yield open_source(Path(whole))
