@@ -110,6 +110,7 @@ Then look at the plan and use it:
   slimformer eval MODEL --plan plans/mine        what it costs in quality
   slimformer bench MODEL --plan plans/mine       what it saves in time and memory
   slimformer repair MODEL --plan plans/mine -o plans/repaired        win quality back
+  slimformer export MODEL --plan plans/mine --to vllm -o slim            a folder for other engines
   slimformer generate MODEL "A prompt" --plan plans/mine
   in Python: slimformer.patch(model, "plans/mine")
 
