@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -395,11 +394,3 @@ def test_a_static_cache_serves_again_after_a_reset() -> None:
         first = model(text, past_key_values=cache, use_cache=True).logits
         cache.reset()
         assert torch.equal(model(text, past_key_values=cache, use_cache=True).logits, first)
-
-
-@pytest.mark.parametrize("scorer", ["attention", "norm", "random"])
-def test_patched_models_travel_to_other_processes(scorer: Any) -> None:
-    model = slimformer.patch(tiny_model("llama"), TokenElimination({2: 0.4}, scorer=scorer, **SHORT))
-    other = pickle.loads(pickle.dumps(model))
-    with torch.no_grad():
-        assert torch.equal(other(ids()).logits, model(ids()).logits)

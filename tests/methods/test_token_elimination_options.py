@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +288,11 @@ def test_a_predictor_for_another_width_is_refused() -> None:
     damaged = {**BlockPredictor(32, 8, 4).tensors(1), "1.query.last.bias": torch.zeros(3)}
     with pytest.raises(PlanError, match="damaged"):
         TokenElimination({1: 0.5}, scorer="predictor", weights=damaged)
+
+
+@pytest.mark.parametrize("scorer", ["attention", "norm", "random"])
+def test_patched_models_travel_to_other_processes(scorer: Any) -> None:
+    model = slimformer.patch(tiny_model("llama"), TokenElimination({2: 0.4}, scorer=scorer, **SHORT))
+    other = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert torch.equal(other(ids()).logits, model(ids()).logits)
