@@ -5,7 +5,7 @@
 # supported versions, each in an environment of its own.
 # `make docs` builds the documentation into site/, in an environment of its own, and fails on any warning.
 # `make test-serving` serves exported models with vLLM on the CPU, in an environment of its own: vLLM with a PyTorch that
-# fits it, about 8 GB; with two cores ten minutes to install and five to run.
+# fits it. The tests alone took 4 min 38 s on two cores that others used too.
 # `make demo` sets up .venv and shows what is gained on real models; MODEL=folder-or-Hub-id takes another one.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.10
