@@ -17,7 +17,7 @@ from slimformer.calibration.drops.calibration_text import CalibrationText, read_
 from slimformer.calibration.drops.fitting import fit_together
 from slimformer.calibration.drops.partial_results import PartialResults
 from slimformer.calibration.drops.replay import saved_weights
-from slimformer.calibration.drops.search import Search, Step, may_drop, sublayers_of
+from slimformer.calibration.drops.search import Search, Step, may_drop, most_removals, sublayers_of
 from slimformer.calibration.drops.similarity import UNITS, Similarity, Unit, measure_similarity
 from slimformer.calibration.drops.stopping import Stop, dense_seconds
 from slimformer.calibration.drops.task_judge import TaskJudge
@@ -129,6 +129,7 @@ def choose_drops(
             # A task holds out what it is measured by, not what it reads.
             data, hold_out = kept.texts, False
     stop = Stop(drop, max_loss, speedup)
+    stop.check(most_removals(anatomy, kinds), kinds)
     sizes = BUDGETS[budget]
     with evaluating(inner), Stages(progress) as stages:
         text = read_text(
