@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,7 @@ from slimformer.patching import status
 from slimformer.plans.plan import Plan, fingerprint
 from slimformer.text.progress import Stages
 
+_logger = logging.getLogger("slimformer")
 _WHEN_TO_STOP = ("drop", "max_loss", "speedup")
 
 
@@ -205,6 +207,16 @@ def _greedy(
             break
         steps.append(step)
         partial.keep_steps(steps)
+        asked = "" if stop.drop is None else f" of {stop.drop}"
+        _logger.info(
+            "Removal %d%s: %s %d, %s %.4f.",
+            len(steps),
+            asked,
+            step.kind,
+            step.layer,
+            search.judge.name,
+            step.divergence,
+        )
     return _some(steps, stop)
 
 
