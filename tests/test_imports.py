@@ -41,5 +41,5 @@ def test_every_public_name_is_there_and_others_are_not() -> None:
 
 
 def test_a_method_that_is_looked_for_in_the_wrong_place_is_found_by_the_message() -> None:
-    with pytest.raises(AttributeError, match="from slimformer.methods import RopeScaling"):
+    with pytest.raises(AttributeError, match=r"from slimformer\.methods import RopeScaling"):
         slimformer.RopeScaling  # noqa: B018
