@@ -124,10 +124,11 @@ def choose_drops(
             "The model is patched; plans are made for the dense model. Call unpatch first."
         )
     inner, anatomy = transformer_of(model), known_anatomy(model)
+    of_task = data is None
     if kept is not None:
         kept = kept.split()[0] if hold_out else kept
         arguments["task"] = kept.source
-        if data is None:
+        if of_task:
             # A task holds out what it is measured by, not what it reads.
             data, hold_out = kept.texts, False
     stop = Stop(drop, max_loss, speedup)
@@ -144,6 +145,8 @@ def choose_drops(
             sizes,
             seed,
         )
+        if kept is not None and of_task:
+            text.source = f"the texts of {kept.source}, {text.source.partition(', ')[2]}"
         pool = None if sizes.pool is None or drop is None else max(sizes.pool * drop, drop + 1)
         deciding = {name: arguments[name] for name in arguments if name not in _WHEN_TO_STOP}
         identity = {**deciding, "pool": pool, "data": text.source, "model": fingerprint(inner)}
