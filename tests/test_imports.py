@@ -38,3 +38,8 @@ def test_every_public_name_is_there_and_others_are_not() -> None:
     assert all(callable(getattr(slimformer, name)) for name in slimformer.__all__)
     with pytest.raises(AttributeError, match="no attribute 'path'"):
         slimformer.path  # noqa: B018
+
+
+def test_a_method_that_is_looked_for_in_the_wrong_place_is_found_by_the_message() -> None:
+    with pytest.raises(AttributeError, match=r"from slimformer\.methods import RopeScaling"):
+        slimformer.RopeScaling  # noqa: B018

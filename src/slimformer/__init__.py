@@ -63,7 +63,11 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        methods = importlib.import_module("slimformer.methods")
+        where = f". It is in slimformer.methods: from slimformer.methods import {name}"
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}{where if name in methods.__all__ else ''}"
+        )
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -217,6 +217,20 @@ def test_wrong_arguments_are_refused(options: dict, message: str) -> None:
         slimformer.calibrate(tiny_model("llama"), tiny_tokenizer(), LayerDrop, data=TEXTS, **options)
 
 
+@pytest.mark.parametrize(("name", "kinds", "most"), [
+    ("llama", ("attention",), 3), ("llama", ("attention", "mlp"), 7), ("gemma2", ("block",), 3),
+    ("bert", ("attention",), 4),
+])  # fmt: skip
+def test_more_removals_than_can_be_are_refused_before_any_text_is_read(
+    name: str, kinds: tuple[str, ...], most: int
+) -> None:
+    model, options = tiny_model(name), {"kinds": kinds, "selection": "cosine"}
+    with pytest.raises(CalibrationError, match=f"at most {most} removals"):
+        slimformer.calibrate(model, tiny_tokenizer(), LayerDrop, data="absent.txt", drop=most + 1, **options)
+    plan = slimformer.calibrate(model, tiny_tokenizer(), LayerDrop, data=TEXTS, drop=most, **options)
+    assert sum(len(getattr(plan.drops[0], unit)) for unit in ("attention", "mlp", "block")) == most
+
+
 def test_unusable_models_and_texts_are_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(DataError, match="needs"):

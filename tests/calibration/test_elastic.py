@@ -207,7 +207,7 @@ def test_removals_are_chosen_by_the_task(tmp_path: Path, model: SentenceTransfor
     with slimformer.patched(model, plan):
         assert 1 - task.scores(model)[0] / dense == pytest.approx(steps[1]["divergence"], abs=1e-9)
     assert plan.provenance["divergence_name"] == "share lost of the dense nDCG@10"
-    assert plan.provenance["data"].startswith("list, 40 texts")
+    assert plan.provenance["data"].startswith(f"the texts of {task.source}, 40 texts")
 
 
 def test_what_is_left_in_place_is_fitted_before_the_task_judges(model: SentenceTransformer) -> None:

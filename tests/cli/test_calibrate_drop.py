@@ -45,13 +45,13 @@ def test_a_fitted_replacement_is_saved_with_the_plan_and_kept_with_the_figures(
     llama: str, tmp_path: Path, replace: str
 ) -> None:
     taps = ("--set", "taps=2") if replace == "filter" else ()
-    run("calibrate", "drop", llama, "-o", tmp_path / "p", "--drop", 1, "--replace", replace, *taps)
+    printed = run("calibrate", "drop", llama, "-o", tmp_path / "p", "--drop", 1, "--replace", replace, *taps)
     arguments = ("eval", llama, "--plan", tmp_path / "p", "--blocks", 2, "--json")
     first = json.loads(run(*arguments, "--save").stdout)
     assert json.loads(run(*arguments).stdout) == first
-    assert {"mean": "the mean", "filter": "a causal filter of 2 taps"}[replace] in plan_page(
-        Plan.from_pretrained(tmp_path / "p")
-    )
+    left = {"mean": "the mean", "filter": "a causal filter of 2 taps"}[replace]
+    assert left in plan_page(Plan.from_pretrained(tmp_path / "p"))
+    assert f"in their place {left}" in " ".join(printed.stdout.split())
 
 
 def test_calibrate_reads_the_text_it_is_given(llama: str, tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_an_encoder_is_calibrated_and_measured(bert: str, tmp_path: Path) -> Non
     run("calibrate", "drop", bert, "-o", tmp_path / "p", "--drop", 1)
     quality = json.loads(run("eval", bert, "--plan", tmp_path / "p", "--json").stdout)
     assert 0 < quality["embedding_cosine"] < 1
-    speed = json.loads(
-        run("bench", bert, "--plan", tmp_path / "p", "--prompt-tokens", 8, "--repeats", 1, "--json").stdout
-    )
+    bench = ("bench", bert, "--plan", tmp_path / "p", "--prompt-tokens", 8, "--repeats", 1)
+    assert "8 tokens read, batch 1" in run(*bench).stdout
+    speed = json.loads(run(*bench, "--json").stdout)
     assert speed["decode_speedup"] is None
 
 
@@ -169,7 +169,15 @@ def test_ctrl_c_keeps_partial_results_and_the_same_command_resumes(llama: str, t
     assert f"Partial results are in {partial}" in stopped.stderr
     assert any(partial.iterdir())
     assert not folder.exists()
-    run(*command, folder)
+    kept = (partial / "calibration.json").read_bytes()
+    resumed = run(*command, folder).stderr
+    assert f"Going on from the partial results in {partial}" in resumed
+    assert "Removal 3 of 3: attention" in resumed
     assert not partial.exists()
+    other = tmp_path / "other.slimformer-partial"
+    other.mkdir()
+    (other / "calibration.json").write_bytes(kept)
+    anew = run(*command, tmp_path / "other", "--set", "seed=1").stderr
+    assert "of another text, model or setting: starting anew" in anew
     run(*command, tmp_path / "whole")
     assert Plan.from_pretrained(folder).methods == Plan.from_pretrained(tmp_path / "whole").methods

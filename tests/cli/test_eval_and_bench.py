@@ -22,13 +22,20 @@ def test_eval_warns_where_calibration_read_the_same_text_whole(llama: str, tmp_p
 def test_eval_and_bench_print_tables_or_json_and_save_on_demand(llama: str, plan: str) -> None:
     before = Path(plan, FILE).read_text()
     sizes = ("--blocks", 2, "--sequence-length", 32)
-    assert "Perplexity" in run("eval", llama, "--plan", plan, *sizes).stdout
+    first = run("eval", llama, "--plan", plan, *sizes)
+    assert "Perplexity" in first.stdout
+    # Where bars show nothing, lines say what is going on, and where a file is left.
+    assert "measuring quality ..." in first.stderr
+    assert "measuring capabilities, --panel standard ..." in first.stderr
+    assert f"kept in {llama} for next time" in first.stderr
     assert Path(plan, FILE).read_text() == before
     quality = json.loads(run("eval", llama, "--plan", plan, *sizes, "--save", "--json").stdout)
     assert quality["tokens"] == 64
     assert quality["perplexity_slim"] != quality["perplexity_dense"]
     sizes = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1)
-    assert "KV cache" in run("bench", llama, "--plan", plan, *sizes).stdout
+    benched = run("bench", llama, "--plan", plan, *sizes).stdout
+    assert "8 tokens read, 2 made, batch 1" in benched
+    assert "KV cache" in benched
     speed = json.loads(run("bench", llama, "--plan", plan, *sizes, "--save", "--json").stdout)
     assert speed["slim"]["cache_bytes"] * 4 == speed["dense"]["cache_bytes"] * 3
     saved = Plan.from_pretrained(plan)

@@ -37,6 +37,22 @@ def test_every_help_fits_one_screen_and_ends_with_an_example(command: tuple[str,
     assert "\u2502" not in said[2]
 
 
+def test_the_list_of_commands_begins_with_the_one_to_begin_with() -> None:
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": str(COLUMNS), "TERM": "dumb"}).stdout
+    found = [word for line in shown.splitlines() for word in line.split()[1:2] if word in COMMANDS]
+    assert found[0] == "calibrate"
+    assert sorted(found) == sorted(COMMANDS)
+
+
+def test_the_lines_of_a_help_break_where_the_terminal_ends() -> None:
+    shown = CliRunner().invoke(app, ["repair", "--help"], env={"COLUMNS": "80", "TERM": "dumb"}).stdout
+    body = shown.partition("The checkpoint stays")[2].partition("\u256d")[0]
+    lines = [line.strip() for line in body.strip().splitlines()]
+    firsts = [after.split()[0] for after in lines[1:]]
+    # No line ends where the first word of the next would have fitted.
+    assert all(len(line) + len(" " + first) > 76 for line, first in zip(lines[1:-1], firsts[1:], strict=True))
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_each_choice_has_at_most_twelve_options(name: str) -> None:
     parameters = GROUP.commands["calibrate"].commands[name].params

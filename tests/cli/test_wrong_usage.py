@@ -14,9 +14,10 @@ from tiny_checkpoints import tiny_checkpoint
 
 def test_wrong_usage_ends_with_2(llama: str, plan: str, tmp_path: Path) -> None:
     assert "--drop, --max-loss or --speedup" in wrong("calibrate", "drop", llama, "-o", tmp_path / "p")
+    message = wrong("calibrate", "drop", llama, "-o", tmp_path / "p", "--drop", 1, "--kinds", "tail")
+    assert "'--kinds': 'tail' is not one of 'attention', 'mlp'" in message
     assert "Say first what is chosen, one of drop, narrow" in wrong("calibrate", llama, "--drop", 1)
     run("calibrate", "drop", llama, "-o", tmp_path / "p", "--drop", 0, code=2)
-    run("calibrate", "drop", llama, "-o", tmp_path / "p", "--drop", 1, "--kinds", "tail", code=2)
     run("calibrate", "drop", llama, "--drop", 1, code=2)
     run("eval", llama, code=2)
     run("demo", llama, "-o", tmp_path / "p", "--data", "-", code=2)
@@ -30,6 +31,8 @@ def test_a_model_that_cannot_be_loaded_is_named_with_what_was_tried(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refused("eval", "nobody/nothing", "--plan", plan)
     assert "the Hub id 'nobody/nothing', as there is no such folder" in message
+    path = tmp_path / "absent" / "model"
+    assert f"There is no folder {path}, and a Hub id looks like" in refused("eval", path, "--plan", plan)
     (tmp_path / "empty").mkdir()
     assert f"the folder {tmp_path / 'empty'}" in refused("bench", tmp_path / "empty", "--plan", plan)
     broken = Path(tiny_checkpoint(tmp_path / "broken", "llama"))
@@ -55,6 +58,7 @@ def test_what_is_no_plan_is_refused(llama: str, bert: str, plan: str, tmp_path: 
     (("drop", "--drop", 1, "--layer", 1), "No such option: --layer"),
     (("drop", "--drop", 1, "--set", "length=9"), "length does not apply to LayerDrop. What does: "),
     (("drop", "--drop", 1, "--set", "drop=2"), "drop does not apply"),
+    (("drop", "--drop", 1, "--set", "attention=[1]"), "attention does not apply to LayerDrop. What does: taps"),
     (("drop", "--drop", 1, "--set", "taps=4"), "taps=... goes with --replace filter"),
     (("drop", "--drop", 1, "--replace", "filter", "--set", "taps=many"), "taps=... takes a whole number, got 'many'"),
     (("drop", "--drop", 1, "--set", "selection=best"), "takes greedy, cosine, got 'best'"),

@@ -94,6 +94,8 @@ def test_the_tier_and_why_are_said_and_the_plain_patch_changes_nothing(
     assert found.tier == "sublayers"
     assert type(find_anatomy(model).layers[0]).__name__ in found.reason
     assert "tier 'sublayers'" in found.describe()
+    assert str(found) == found.describe()
+    assert "Linear(" not in repr(found)
     slimformer.patch(model)
     assert "runs as it did" in caplog.text
     assert slimformer.status(model)[2] == {"attention": "all rows", "mlp": "all rows"}

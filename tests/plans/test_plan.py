@@ -33,6 +33,15 @@ def test_a_saved_plan_gives_the_same_logits(tmp_path: Path) -> None:
         assert torch.equal(model(ids).logits, expected)
 
 
+def test_a_printed_plan_says_its_methods_and_its_model_in_a_line() -> None:
+    provenance = {"similarity": {"attention": [0.123456] * 99}}
+    shown = str(Plan([DROP], fingerprint(tiny_model("llama")), provenance, {"speed": {"prefill_speedup": 2}}))
+    assert "LayerDrop(attention=(1,)" in shown
+    assert "'model_type': 'llama'" in shown
+    assert "0.123456" not in shown
+    assert "prefill_speedup" not in shown
+
+
 def test_a_plan_for_another_model_is_refused_with_the_difference() -> None:
     plan = Plan([DROP], fingerprint(tiny_model("llama", num_hidden_layers=6)))
     model = tiny_model("llama")

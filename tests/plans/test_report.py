@@ -229,3 +229,19 @@ def test_a_repaired_plan_shows_the_curve_of_every_round() -> None:
         damaged = Plan([LayerDrop(attention=[1])], provenance={"repair": broken})
         assert "<h2>Repair" not in plan_page(damaged)
         assert repair_table(damaged).row_count == 0
+
+
+def test_what_narrow_mlps_cost_is_a_table_of_the_page() -> None:
+    narrow = {"name": "Spearman × 100", "dense": 85.05998, "curve": [{"keep": 0.5, "score": 82.4857}]}
+    text = " ".join(Page(plan_page(Plan([LayerDrop(mlp=[0])], provenance={"narrow": narrow}))).text)
+    before, table, after = text.partition("Hidden units that stay")
+    assert table
+    assert "82.49" in after
+    # As it lies in the plan's file, and nowhere else on the page.
+    assert (before + after).count("85.05998") == 1
+
+
+def test_what_reads_once_has_no_prefill() -> None:
+    speed = {"dense": {"prefill_seconds": 2.0}, "slim": {"prefill_seconds": 1.0}, "decode_speedup": None}
+    for given, name in ((speed, "Forward"), (SPEED, "Prefill")):
+        assert next(iter(comparison_table({"speed": given}).columns[0].cells)).plain == name

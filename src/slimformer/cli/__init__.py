@@ -25,6 +25,7 @@ from slimformer.cli.commands.export import export
 from slimformer.cli.commands.generate import generate
 from slimformer.cli.commands.repair import repair
 from slimformer.cli.commands.show import show
+from slimformer.cli.options import help_of
 from slimformer.cli.output import note
 from slimformer.errors import SlimformerError, SlimformerWarning
 
@@ -32,10 +33,18 @@ from slimformer.errors import SlimformerError, SlimformerWarning
 class _Commands(TyperGroup):
     """Turns errors made on purpose into one line and an exit code, and leaves all others their traceback."""
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        # Groups are listed behind commands, and this one is what others start from.
+        return sorted(super().list_commands(ctx), key=lambda name: name != "calibrate")
+
     def invoke(self, ctx: Any) -> Any:
         with _notices_on_standard_error():
             try:
                 return super().invoke(ctx)
+            except typer.BadParameter as error:
+                # typer says of a choice that it raised a ValueError, which is no news to whoever typed it.
+                error.message = error.message.removeprefix("Value error, ")
+                raise
             except SlimformerError as error:
                 note(f"error: {error}")
                 raise typer.Exit(1) from error
@@ -101,7 +110,7 @@ _WISHES = (
 )
 _ALONE = """slimformer makes transformer models cheaper to run without retraining them.
 
-Which command for which wish (MODEL is a folder or Hub id, and is never changed):
+Which command for which wish (MODEL is a folder or Hub id; its weights are never changed):
 
 {wishes}
 
@@ -132,7 +141,7 @@ for _command, _name, _example in (
     (show, "show", "plans/mine --html plan.html"),
     (demo, "demo", "MODEL -o demo-output"),
 ):
-    app.command(_name, epilog=f"Example: slimformer {_name} {_example}")(_command)
+    app.command(_name, help=help_of(_command), epilog=f"Example: slimformer {_name} {_example}")(_command)
 for _name, _old in (("train-router", train_router), ("train-predictor", train_predictor)):
     # Help is that of the command that does its work.
     app.command(

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from slimformer.cli.output import note, print_json, print_tables
+from slimformer.cli.output import begun, note, print_json, print_tables, working
 
 _logger = logging.getLogger("slimformer")
 Value = TypeVar("Value")
@@ -138,13 +138,11 @@ class Judging:
 
     def task(self, source: str) -> dict[str, Any]:
         """Every figure of the user's task for embeddings."""
-        import rich
-
         import slimformer
 
         task = _unread_task(self.plan, source, self.text_field)
         model = self.embedder
-        with rich.get_console().status("measuring embeddings"):
+        with working("measuring embeddings"):
             task = task.recorded(model)
             dense = task.figures(model)
             with slimformer.patched(model, self.plan):
@@ -156,6 +154,7 @@ class Judging:
         from slimformer.evaluation.panel import Panel, embedding_panel
 
         texts, source = self._texts()
+        begun(f"measuring capabilities, --panel {self.budget}")
         if task is not None or not self.writes:
             refused = {"--lengths": self.lengths, "--prompts": self.prompts, "--words": self.words}
             given = [name for name, value in refused.items() if value is not None]
@@ -242,6 +241,9 @@ class Judging:
             return self.words
         folder = Path(self.model)
         if folder.is_dir() and os.access(folder, os.W_OK):
+            note(
+                f"What the dense model writes is kept in {folder} for next time; --words names another folder."
+            )
             return folder
         note(
             "What the dense model writes is not kept, since there is no folder for it: name one with --words."

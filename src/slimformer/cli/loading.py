@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from typing import Any
 
@@ -29,6 +30,7 @@ from slimformer.errors import SlimformerError
 from slimformer.model.anatomy import find_anatomy
 
 _LONGEST_REASON = 300
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Loaded with the head that predicts tokens; every other architecture is loaded without a head.
 _WITH_HEAD = (
     (AutoModelForCausalLM, set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())),
@@ -132,6 +134,11 @@ def _attempt(what: str, name: str, load: Any) -> Any:
         return load()
     # transformers, the Hub client and safetensors share no base class of errors.
     except Exception as error:
+        if not os.path.isdir(name) and not _HUB_ID.fullmatch(name):
+            raise SlimformerError(
+                f"There is no folder {name}, and a Hub id looks like owner/name. Give a folder with a transformers "
+                "checkpoint (config.json, weights, tokenizer files) or a Hub id."
+            ) from error
         where = (
             f"the folder {name}"
             if os.path.isdir(name)

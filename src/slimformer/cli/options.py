@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def help_of(command: Callable[..., None]) -> str:
+    """A command's docstring with the lines of a paragraph joined, as terminals are wide in many ways."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 class Dtype(str, Enum):
@@ -64,7 +72,8 @@ TaskData = Annotated[
         metavar="SOURCE",
         show_default=False,
         help="What embeddings are for: a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/), a .tsv file of "
-        "pairs (score, sentence1, sentence2), or text, for what the unpatched model makes of it.",
+        "pairs (score, sentence1, sentence2), or text, for what the unpatched model makes of it. Left out, Python's "
+        "manual.",
     ),
 ]
 More = Annotated[

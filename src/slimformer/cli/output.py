@@ -7,10 +7,11 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import rich
 import typer
 from rich.console import Console, RenderableType
 
@@ -23,6 +24,20 @@ _PLAN_FILE = "slimformer.json"
 def note(text: str) -> None:
     """One line to standard error."""
     typer.echo(text, err=True)
+
+
+def begun(what: str) -> None:
+    """Says what is begun where standard error is no terminal, and bars show nothing."""
+    if not rich.get_console().is_terminal:
+        note(f"{what} ...")
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Says what is done while it is done, by a line that moves where standard error is a terminal."""
+    begun(what)
+    with rich.get_console().status(what):
+        yield
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import rich
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from slimformer.cli.output import working
 from slimformer.errors import CalibrationError, DataError, PlanError
 from slimformer.evaluation.quality import measure_quality
 from slimformer.evaluation.readable import longest, predicts_tokens
@@ -49,7 +49,7 @@ def evaluate(
     length = min(sequence_length, longest(anatomy, tokenizer))
     count = blocks or (16 if predicts_tokens(model, anatomy) else 64)
     texts, source = unread_texts(plan, data, text_field, count * length)
-    with rich.get_console().status("measuring quality"):
+    with working("measuring quality"):
         if predicts_tokens(model, anatomy):
             ids = token_blocks(texts, tokenizer, sequence_length=length, count=count, seed=seed)
             return measure_quality(model, plan, blocks=ids).to_dict(), source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from slimformer.cache.slots import compact_slots
@@ -18,6 +18,10 @@ from slimformer.runtime.sublayer_modules import SublayerModules
 from slimformer.runtime.switched_layer import SwitchedLayer
 
 Tier = Literal["rows", "sublayers"]
+_ALLOWS: dict[Tier, str] = {
+    "rows": "every method applies",
+    "sublayers": "sublayers and layers can be dropped, attention scores changed",
+}
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,12 @@ class Support:
 
     tier: Tier
     reason: str
-    anatomy: Anatomy
-    findings: tuple[LayerFinding, ...] = ()
-    modules: tuple[SublayerModules, ...] = ()
+    anatomy: Anatomy = field(repr=False)
+    findings: tuple[LayerFinding, ...] = field(default=(), repr=False)
+    modules: tuple[SublayerModules, ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        return self.describe()
 
     def layer(self, index: int) -> LayerExecutor | SwitchedLayer:
         """What runs a layer by the decisions of methods."""
@@ -63,7 +70,7 @@ class Support:
     def describe(self) -> str:
         """One line per tier and limit, for people."""
         lines = [
-            f"{self.anatomy.describe()}: tier {self.tier!r}"
+            f"{self.anatomy.describe()}: tier {self.tier!r} ({_ALLOWS[self.tier]})"
             + (f", since {self.reason}" if self.reason else "")
         ]
         for index, finding in enumerate(self.findings):

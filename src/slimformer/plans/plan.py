@@ -84,8 +84,9 @@ class Plan:
 
     methods: Sequence[PlannedMethod]
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    measured: Mapping[str, Any] = field(default_factory=dict)
+    # Pages of numbers, which `slimformer show` puts in order.
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    measured: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))

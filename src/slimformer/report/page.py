@@ -14,12 +14,16 @@ from slimformer.plans.plan import Plan
 from slimformer.report.charts import SHORT_STEPS, divergence_chart, marker, similarity_chart
 from slimformer.report.elastic import elastic_section
 from slimformer.report.elimination import curve_section
+from slimformer.report.narrow import narrow_rows
 from slimformer.report.panel import panel_section
 from slimformer.report.repair import repair_section
 from slimformer.report.routing import arank_section
 from slimformer.report.summary import NAMES, Summary, comparison, figure
 from slimformer.report.tables import caption, method_rows, words
 from slimformer.report.temperature import temperature_section
+
+# Provenance that has a section of its own.
+_SHOWN_ELSEWHERE = {"similarity", "steps", "divergence_name", "elastic", "repair", "temperature", "narrow"}
 
 
 def plan_page(plan: Plan) -> str:
@@ -52,6 +56,7 @@ def plan_page(plan: Plan) -> str:
         arank_section(plan),
         repair_section(plan),
         temperature_section(plan),
+        _narrow_section(plan),
         _similarity_section(summary) if summary.count else "",
         _steps_section(summary) if summary.count else "",
         _measured_section(plan),
@@ -140,6 +145,15 @@ def _steps_section(summary: Summary) -> str:
     return f'<section><h2>What was dropped</h2><p>{escape(text)}</p><div class="pair">{drawing}{table}</div></section>'
 
 
+def _narrow_section(plan: Plan) -> str:
+    rows = narrow_rows(plan)
+    if not rows:
+        return ""
+    table = _table([rows[0][0].capitalize(), rows[0][1]], rows[1:], words=1)
+    text = "Quality by the fraction of hidden units that stay, measured while calibrating."
+    return f'<section><h2>Narrow MLPs</h2><p>{text}</p><div class="scroll">{table}</div></section>'
+
+
 def _measured_section(plan: Plan) -> str:
     rows = comparison(plan.measured)
     if not rows:
@@ -162,11 +176,7 @@ def _measured_section(plan: Plan) -> str:
 
 
 def _provenance_section(plan: Plan, summary: Summary) -> str:
-    shown = {
-        name: value
-        for name, value in plan.provenance.items()
-        if name not in ("similarity", "steps", "divergence_name", "elastic", "repair", "temperature")
-    }
+    shown = {name: value for name, value in plan.provenance.items() if name not in _SHOWN_ELSEWHERE}
     rows = [list(row) for row in method_rows(plan)]
     if summary.count:
         rows.append(["Left in place", summary.replacement])

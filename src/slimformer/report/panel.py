@@ -145,7 +145,7 @@ def _together(panel: Mapping[str, Any]) -> list[Bar]:
 
 
 def _caption(panel: Mapping[str, Any]) -> str:
-    parts = [f"budget {panel['budget']}"] if isinstance(panel.get("budget"), str) else []
+    parts = [f"panel {panel['budget']}"] if isinstance(panel.get("budget"), str) else []
     parts += [f"{name} left out: {why}" for name, why in _mapping(panel.get("left_out")).items()]
     return ". ".join(part[:1].upper() + part[1:] for part in parts) + "." * bool(parts)
 

@@ -181,7 +181,9 @@ def _task_rows(task: Mapping[str, Any]) -> list[Row]:
 def _speed_rows(speed: Mapping[str, Any]) -> list[Row]:
     dense, slim = _mapping(speed.get("dense")), _mapping(speed.get("slim"))
     rows = []
-    for name, key in (("Prefill", "prefill_seconds"), ("Decode, per token", "decode_seconds_per_token")):
+    # What makes embeddings reads once, and that is all.
+    reading = "Forward" if speed.get("decode_speedup", 0) is None else "Prefill"
+    for name, key in ((reading, "prefill_seconds"), ("Decode, per token", "decode_seconds_per_token")):
         before, after = _number(dense.get(key)), _number(slim.get(key))
         if before and after:
             rows.append(Row(name, seconds(before), seconds(after), f"{before / after:.2f}× as fast"))

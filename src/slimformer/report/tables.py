@@ -33,6 +33,8 @@ def plan_table(plan: Plan) -> Table:
     similarities = [summary.similarity_of(step) for step in summary.steps]
     divergences = [step.divergence for step in summary.steps]
     title = f"{summary.count} of {2 * summary.layers} sublayers dropped"
+    if any(method.replace != "nothing" for method in plan.drops):
+        title += f", in their place {summary.replacement}"
     table = Table(
         title=Text(title), title_justify="left", caption=Text(caption(plan)), caption_justify="left"
     )

@@ -29,6 +29,8 @@ def lines_of(path: Path) -> Iterator[str]:
     try:
         with path.open(**ENCODING) as file:
             yield from checked_lines(file, str(path))
+    except FileNotFoundError as error:
+        raise DataError(f"The file {path} does not exist. Check its name and folder.") from error
     except OSError as error:
         raise DataError(f"Cannot read {path} as UTF-8 text: {error}.") from error
 

@@ -329,7 +329,7 @@ def _hub_rows(source: str, text_field: str, rows: int) -> Iterator[str]:
         found = list(stream.take(rows))
     except Exception as error:
         raise DataError(
-            f"Cannot read {source!r}: there is no such file, and as a Hub dataset it gave "
+            f"Cannot read {source!r}: there is no such file or folder, and as a Hub dataset it gave "
             f"{type(error).__name__}: {error}. Check the name, the config (owner/name:config) and the connection."
         ) from error
     for number, row in enumerate(found):

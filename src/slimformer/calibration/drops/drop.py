@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ from slimformer.calibration.drops.calibration_text import CalibrationText, read_
 from slimformer.calibration.drops.fitting import fit_together
 from slimformer.calibration.drops.partial_results import PartialResults
 from slimformer.calibration.drops.replay import saved_weights
-from slimformer.calibration.drops.search import Search, Step, may_drop, sublayers_of
+from slimformer.calibration.drops.search import Search, Step, may_drop, most_removals, sublayers_of
 from slimformer.calibration.drops.similarity import UNITS, Similarity, Unit, measure_similarity
 from slimformer.calibration.drops.stopping import Stop, dense_seconds
 from slimformer.calibration.drops.task_judge import TaskJudge
@@ -31,6 +32,7 @@ from slimformer.patching import status
 from slimformer.plans.plan import Plan, fingerprint
 from slimformer.text.progress import Stages
 
+_logger = logging.getLogger("slimformer")
 _WHEN_TO_STOP = ("drop", "max_loss", "speedup")
 
 
@@ -122,13 +124,15 @@ def choose_drops(
             "The model is patched; plans are made for the dense model. Call unpatch first."
         )
     inner, anatomy = transformer_of(model), known_anatomy(model)
+    of_task = data is None
     if kept is not None:
         kept = kept.split()[0] if hold_out else kept
         arguments["task"] = kept.source
-        if data is None:
+        if of_task:
             # A task holds out what it is measured by, not what it reads.
             data, hold_out = kept.texts, False
     stop = Stop(drop, max_loss, speedup)
+    stop.check(most_removals(anatomy, kinds), kinds)
     sizes = BUDGETS[budget]
     with evaluating(inner), Stages(progress) as stages:
         text = read_text(
@@ -141,6 +145,8 @@ def choose_drops(
             sizes,
             seed,
         )
+        if kept is not None and of_task:
+            text.source = f"the texts of {kept.source}, {text.source.partition(', ')[2]}"
         pool = None if sizes.pool is None or drop is None else max(sizes.pool * drop, drop + 1)
         deciding = {name: arguments[name] for name in arguments if name not in _WHEN_TO_STOP}
         identity = {**deciding, "pool": pool, "data": text.source, "model": fingerprint(inner)}
@@ -204,6 +210,16 @@ def _greedy(
             break
         steps.append(step)
         partial.keep_steps(steps)
+        asked = "" if stop.drop is None else f" of {stop.drop}"
+        _logger.info(
+            "Removal %d%s: %s %d, %s %.4f.",
+            len(steps),
+            asked,
+            step.kind,
+            step.layer,
+            search.judge.name,
+            step.divergence,
+        )
     return _some(steps, stop)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from slimformer.calibration.drops.similarity import UNITS, Similarity
 from slimformer.errors import CalibrationError
 
 _FILE = "calibration.json"
+_logger = logging.getLogger("slimformer")
 
 
 class PartialResults:
@@ -32,8 +34,15 @@ class PartialResults:
             found = {} if self.file is None else json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = {}  # none, or a file cut short: calibration starts anew
-        if isinstance(found, dict) and found.get("identity") == self.content["identity"]:
+        if not isinstance(found, dict) or "identity" not in found:
+            return
+        if found["identity"] == self.content["identity"]:
             self.content = found
+            _logger.info("Going on from the partial results in %s.", folder)
+        else:
+            _logger.info(
+                "The partial results in %s are of another text, model or setting: starting anew.", folder
+            )
 
     def kept(self, name: str) -> Any:
         """What was kept under a name; None if nothing was."""

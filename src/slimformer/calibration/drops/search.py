@@ -166,6 +166,17 @@ def sublayers_of(kind: Unit, layer: int) -> tuple[Sublayer, ...]:
     return tuple((k, layer) for k in KINDS) if kind == "block" else ((kind, layer),)
 
 
+def most_removals(anatomy: Anatomy, kinds: Sequence[Unit]) -> int:
+    """How many units of these kinds can go, so that what stays still counts positions."""
+    gone: list[Sublayer] = []
+    count = 0
+    for unit in ((kind, layer) for layer in reversed(range(len(anatomy.layers))) for kind in kinds):
+        more = [*gone, *sublayers_of(*unit)]
+        if may_drop(anatomy, more):
+            gone, count = more, count + 1
+    return count
+
+
 def may_drop(anatomy: Anatomy, sublayers: Sequence[Sublayer]) -> bool:
     """Whether what stays can still count positions and hold a cache."""
     gone = [index for kind, index in sublayers if kind == "attention"]

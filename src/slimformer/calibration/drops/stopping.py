@@ -40,6 +40,22 @@ class Stop:
     speedup: float | None
     seconds: Seconds | None = None
 
+    def check(self, most: int, kinds: Sequence[Unit]) -> None:
+        """Refuse a number of removals that no text allows, before any is measured.
+
+        Args:
+            most: How many are possible.
+            kinds: What may be dropped.
+
+        Raises:
+            CalibrationError: If more are asked for.
+        """
+        if self.drop is not None and self.drop > most:
+            raise CalibrationError(
+                f"drop is {self.drop}, and at most {most} removals of the kinds {', '.join(kinds)} are possible in "
+                f"this model. Ask for at most {most}, or for other kinds."
+            )
+
     def reached(self, steps: Sequence[Step]) -> bool:
         """Whether enough is dropped."""
         if self.drop is not None and len(steps) >= self.drop:
@@ -56,13 +72,8 @@ class Stop:
         """Nothing is left to drop: fine where a divergence was the limit.
 
         Raises:
-            CalibrationError: If a number or a speed-up was asked for that cannot be reached.
+            CalibrationError: If a speed-up was asked for that cannot be reached.
         """
-        if self.drop is not None:
-            raise CalibrationError(
-                f"Only {len(steps)} of the {self.drop} removals asked for are possible: one attention must stay to "
-                f"count positions by. Ask for at most {len(steps)}."
-            )
         if self.speedup is not None and self.seconds is not None:
             raise CalibrationError(
                 f"A speed-up of {self.speedup} cannot be reached by dropping these kinds: with all of them gone it is "

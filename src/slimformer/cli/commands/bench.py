@@ -39,7 +39,10 @@ def bench(
     found = Plan.from_pretrained(plan)
     folder = plan_folder(plan) if save else None
     loaded = load_model(model, device, dtype.value)
-    if not predicts_tokens(loaded, find_anatomy(loaded)):
+    read = f"{prompt_tokens} tokens read"
+    if predicts_tokens(loaded, find_anatomy(loaded)):
+        read += f", {new_tokens} made"
+    else:
         refuse(ctx, {"new_tokens": f"a model that generates, and {type(loaded).__name__} makes embeddings"})
     speed = measure_speed(
         loaded,
@@ -56,6 +59,4 @@ def bench(
     if as_json:
         print_json(measured["speed"])
     else:
-        print_tables(
-            comparison_table(measured, f"{prompt_tokens} tokens read, {new_tokens} made, batch {batch_size}")
-        )
+        print_tables(comparison_table(measured, f"{read}, batch {batch_size}"))

@@ -41,9 +41,10 @@ def demo(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
-            show_default="SmolLM2-135M-Instruct, and all-MiniLM-L6-v2 for the embeddings, fetched the first time",
-            help="A decoder's folder or Hub id; with it, nothing is embedded.",
+            metavar="MODEL",
+            show_default=False,
+            help="A decoder's folder or Hub id; with it, nothing is embedded. Left out, SmolLM2-135M-Instruct, and "
+            "all-MiniLM-L6-v2 for the embeddings, fetched the first time.",
         ),
     ] = None,
     output: Annotated[

@@ -24,7 +24,7 @@ def eval_plan(
             metavar="N",
             min=1,
             show_default=False,
-            help="Blocks of text (16), or texts for an encoder (64).",
+            help="Blocks of text, 16 unless said; for an encoder texts, 64.",
         ),
     ] = None,
     sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens per block at most.")] = 512,
@@ -32,7 +32,9 @@ def eval_plan(
     panel: Annotated[
         options.PanelBudget,
         typer.Option(
-            metavar="NAME", show_default=False, help="Size of the panel: quick, standard, thorough or none."
+            metavar="NAME",
+            show_default=False,
+            help="Capabilities: none, quick, standard (default), thorough.",
         ),
     ] = options.PanelBudget.standard,
     lengths: Annotated[
@@ -52,7 +54,9 @@ def eval_plan(
     words: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", show_default=False, help="Keeps dense's answers; else the checkpoint does."
+            metavar="FOLDER",
+            show_default=False,
+            help="Where dense's answers are kept; else in MODEL's folder.",
         ),
     ] = None,
     tasks: Annotated[

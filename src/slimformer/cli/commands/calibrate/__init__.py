@@ -13,6 +13,7 @@ from slimformer.cli.commands.calibrate.exit import exit_early
 from slimformer.cli.commands.calibrate.narrow import narrow
 from slimformer.cli.commands.calibrate.route import route
 from slimformer.cli.commands.calibrate.temperature import temperature
+from slimformer.cli.options import help_of
 
 
 class _Choices(TyperGroup):
@@ -41,4 +42,6 @@ for _command, _name, _example in (
     (temperature, "temperature", "MODEL -o plans/mine --data my-beir"),
     (route, "route", "MODEL -o plans/mine --data text.jsonl --keep 0.5"),
 ):
-    calibrate.command(_name, epilog=f"Example: slimformer calibrate {_name} {_example}")(_command)
+    calibrate.command(
+        _name, help=help_of(_command), epilog=f"Example: slimformer calibrate {_name} {_example}"
+    )(_command)

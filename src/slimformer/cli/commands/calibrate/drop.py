@@ -61,15 +61,19 @@ def drop(
     ] = None,
     kinds: Annotated[
         Kinds,
-        typer.Option(metavar="KINDS", help="attention, mlp, attention,mlp or block."),
+        typer.Option(
+            metavar="KINDS", help="What is dropped: attention, mlp, attention,mlp or block (a whole layer)."
+        ),
     ] = Kinds.attention,
     replace: Annotated[
         Replace,
-        typer.Option(metavar="WHAT", help="nothing, mean or filter in its place."),
+        typer.Option(metavar="WHAT", help="What stands in its place: nothing, mean or filter."),
     ] = Replace.nothing,
     budget: Annotated[
         Budget,
-        typer.Option(metavar="NAME", help="quick (a minute), standard or thorough."),
+        typer.Option(
+            metavar="NAME", help="How much text is read: quick (minutes on a CPU), standard or thorough."
+        ),
     ] = Budget.quick,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -91,7 +95,8 @@ def drop(
         model,
         output,
         data=data,
-        fields={"replace": replace.value},
+        # Which sublayers go is what is chosen.
+        fields={"replace": replace.value, "attention": None, "mlp": None, "block": None},
         defaults={"taps": _TAPS} if filters else None,
         options={
             "drop": drop,

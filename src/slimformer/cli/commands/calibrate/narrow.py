@@ -36,7 +36,8 @@ def narrow(
 ) -> None:
     """Give an embedding model narrow MLPs, fitted in closed form: faster embeddings.
 
-    For models of BERT's structure. --set takes batch_size, fit_on, hold_out and text_field.
+    For models of BERT's structure; the MLP of the last layer becomes linear. --set takes batch_size, fit_on,
+    hold_out and text_field.
     """
     if (keep is None) == (max_loss is None):
         raise typer.BadParameter("Say how narrow: give either --keep or --max-loss.")
