@@ -353,6 +353,28 @@ def test_compiles_without_graph_breaks(name: str, counts: str, layout: str) -> N
     assert error(outputs(compiled, given), expected, mask) <= CLOSE
 
 
+def test_a_compiled_pass_that_fails_leaves_later_ones_nothing_of_its_text() -> None:
+    torch.compiler.reset()
+    # Whose layers are not told where tokens stand, so that it is the stack's call that says it.
+    model = small("bert", num_hidden_layers=2)
+    ids = batch("bert", "none")["input_ids"]
+    slimformer.patch(model, RandomKeep(0.5, seed=3))
+
+    def fail(*given: object) -> None:
+        torch._dynamo.graph_break()
+        raise RuntimeError("inside")
+
+    hook = model.pooler.register_forward_pre_hook(fail)
+    elsewhere = torch.arange(ids.shape[1], device=ids.device).flip(0)[None]
+    with pytest.raises(RuntimeError, match="inside"):
+        torch.compile(model, backend="eager")(input_ids=ids, position_ids=elsewhere)
+    hook.remove()
+    expected = model(input_ids=ids).last_hidden_state
+    for layer in model.encoder.layer:
+        layer.compile(backend="eager")
+    assert torch.allclose(model(input_ids=ids).last_hidden_state, expected, atol=1e-6)
+
+
 def attributes(model: nn.Module) -> list[tuple[str, list[str]]]:
     return [(name, sorted(vars(module))) for name, module in model.named_modules()]
 

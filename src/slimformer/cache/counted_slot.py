@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 
 from slimformer.cache.filter_state import FilterState
 from slimformer.cache.slots import layer_cache
+from slimformer.model.anatomy import named_arguments
 
 
 class CountedSlot(FilterState):
@@ -107,7 +108,7 @@ class Count:
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """With the arguments of a module or layer."""
-        given = {**kwargs, **dict(zip(self.names, args, strict=False))}
+        given = named_arguments(self.names, args, kwargs)
         cache = layer_cache(given)
         if cache is not None:
             _count(cache, self.slot, given[self.names[0]])

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from slimformer.cache.filter_state import mark_empty_slots
 from slimformer.cache.slots import Content, layer_cache
 from slimformer.errors import PlanError
-from slimformer.model.anatomy import positional_names
+from slimformer.model.anatomy import named_arguments, positional_names
 
 # Where a cache carries the layout by which it was filled.
 _STAMP = "_slimformer_layout"
@@ -82,7 +82,7 @@ class CacheOwner:
         Raises:
             PlanError: If the cache was filled under another layout.
         """
-        given = kwargs if len(args) < 2 else {**kwargs, **dict(zip(self.names, args, strict=False))}
+        given = kwargs if len(args) < 2 else named_arguments(self.names, args, kwargs)
         cache = layer_cache(given)
         if cache is not None:
             self.check(cache)

@@ -93,8 +93,10 @@ class _CountedStack:
         current = _Pass()
         if torch.compiler.is_compiling():
             outer, _traced.current = _traced.current, current
-            output = self.had(*args, **kwargs)
-            _traced.current = outer
+            try:
+                output = self.had(*args, **kwargs)
+            finally:
+                _traced.current = outer
         else:
             token = _running.set(current)
             try:

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from slimformer.cache.slots import CACHE_NAMES
 from slimformer.errors import UnsupportedModelError
-from slimformer.model.anatomy import Anatomy, layer_count, positional_names
+from slimformer.model.anatomy import Anatomy, layer_count, named_arguments, positional_names
 from slimformer.model.touched_modules import HOOKS
 
 Padding = Literal["none", "left", "right"]
@@ -309,7 +309,7 @@ class _Handed:
     names: tuple[str, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = named_arguments(self.names, args, kwargs)
         hidden = given.pop(self.names[0])
         calls = self.calls
         if not calls.arguments:

@@ -14,7 +14,7 @@ from transformers.utils.output_capturing import _active_collector
 from slimformer.cache.slots import CACHE_NAMES
 from slimformer.calls.layer_calls import layer_calls
 from slimformer.changes.ledger import Ledger
-from slimformer.model.anatomy import Anatomy, positional_names
+from slimformer.model.anatomy import Anatomy, named_arguments, positional_names
 from slimformer.model.touched_modules import has_own_forward, is_hooked
 
 # Arguments of stacks that say what the first layer gets, what layers get beside it, or what is returned.
@@ -101,12 +101,13 @@ class StackReader:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stack's own `forward`, with the same arguments."""
-        call = self._noted({**{name: args[i] for i, name in enumerate(self.names[: len(args)])}, **kwargs})
+        call = self._noted(named_arguments(self.names, args, kwargs))
         if torch.compiler.is_compiling():
             outer, _traced.call = _traced.call, call
-            output = self.had(*args, **kwargs)
-            _traced.call = outer
-            return output
+            try:
+                return self.had(*args, **kwargs)
+            finally:
+                _traced.call = outer
         token = _current.set(call)
         try:
             return self.had(*args, **kwargs)

@@ -16,6 +16,7 @@ from slimformer.cache.slots import has_foreign_cache, layer_cache
 from slimformer.calls.masks import keys_seen
 from slimformer.changes.call_context import call_variable
 from slimformer.errors import DataError
+from slimformer.model.anatomy import named_arguments
 
 # Of the forward pass that runs in this thread or task.
 _current: ContextVar[Texts | None] = call_variable("texts", None)
@@ -157,7 +158,7 @@ class TextReader:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stack's own `forward`, with the same arguments."""
-        given = {**dict(zip(self.names[: len(args)], args, strict=True)), **kwargs}
+        given = named_arguments(self.names, args, kwargs)
         token = _current.set(_texts_of(given))
         try:
             return self.had(*args, **kwargs)

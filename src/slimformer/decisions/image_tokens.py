@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from slimformer.changes.call_context import call_variable
 from slimformer.changes.ledger import Ledger
 from slimformer.errors import PlanError
-from slimformer.model.anatomy import positional_names
+from slimformer.model.anatomy import named_arguments, positional_names
 from slimformer.rows.stream import Stream
 
 _NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -93,7 +93,7 @@ class ImageReader:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `forward`, with the same arguments."""
-        ids = {**dict(zip(self.names[: len(args)], args, strict=True)), **kwargs}.get("input_ids")
+        ids = named_arguments(self.names, args, kwargs).get("input_ids")
         token = _current.set(where_images_are(ids, self.config) if isinstance(ids, Tensor) else None)
         try:
             return self.had(*args, **kwargs)

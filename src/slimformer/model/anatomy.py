@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,6 +263,14 @@ def positional_names(layer: nn.Module) -> tuple[str, ...]:
         code = code.__wrapped__
     # A subclass that takes *args names nothing; every layer's first argument is the residual.
     return code.__code__.co_varnames[1 : code.__code__.co_argcount] or ("hidden_states",)
+
+
+def named_arguments(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by the names of `positional_names`; what is behind the last name is left out."""
+    # torch.compile of torch 2.9 cannot trace dict(zip(...)).
+    return {**{name: args[i] for i, name in enumerate(names[: len(args)])}, **kwargs}
 
 
 def _text_stack(model: PreTrainedModel) -> PreTrainedModel:

@@ -21,7 +21,7 @@ from slimformer.decisions.policy import Decision, Replacement
 from slimformer.decisions.replacements import LinearFilter, keeps_state
 from slimformer.decisions.selection import RowSelector, check_one_text_per_row, compares_tokens, intersection
 from slimformer.errors import PlanError, UnsupportedModelError
-from slimformer.model.anatomy import Anatomy, attention_core, positional_names
+from slimformer.model.anatomy import Anatomy, attention_core, named_arguments, positional_names
 from slimformer.model.layer_list import LayerList
 from slimformer.model.layer_parts import KINDS, Kind, Structure
 from slimformer.model.touched_modules import has_own_forward
@@ -326,7 +326,7 @@ class LayerExecutor:
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The layer's arguments beside the residual, by their names."""
-        return {**kwargs, **dict(zip(self.names[: len(args)], args, strict=True))}
+        return named_arguments(self.names, args, kwargs)
 
     def _with_own_mask(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
         """The layer's arguments with a mask as long as its own cache."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimformer.calls.texts import current_texts
 from slimformer.errors import PlanError, UnsupportedModelError
-from slimformer.model.anatomy import positional_names
+from slimformer.model.anatomy import named_arguments, positional_names
 from slimformer.transforms.transform import Attentions, position_offset
 
 
@@ -103,7 +103,7 @@ class PlacedEmbeddings:
         Raises:
             DataError: If a text is longer than the method reaches.
         """
-        given = {**dict(zip(self.names[: len(args)], args, strict=True)), **kwargs}
+        given = named_arguments(self.names, args, kwargs)
         source = given.get("input_ids")
         source = given["inputs_embeds"] if source is None else source
         batch, tokens = source.shape[:2]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from slimformer.changes.ledger import Ledger
 from slimformer.decisions.policy import Decision
 from slimformer.decisions.replacements import apply_taps, filter_reach, zero_padding
-from slimformer.model.anatomy import Anatomy, positional_names
+from slimformer.model.anatomy import Anatomy, named_arguments, positional_names
 from slimformer.model.layer_parts import Kind
 from slimformer.runtime.layer import LayerExecutor
 
@@ -112,7 +112,7 @@ def record_call(anatomy: Anatomy, batch: Mapping[str, Tensor], model: PreTrained
         def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not call.arguments:
                 call.hidden = hidden_states
-            call.arguments.append({**kwargs, **dict(zip(self.names, args, strict=False))})
+            call.arguments.append(named_arguments(self.names, args, kwargs))
             return _as_layer_returns(self.names, hidden_states)
 
     with torch.no_grad():
