@@ -28,6 +28,8 @@ def test_repair_writes_a_plan_that_is_nearer_to_dense_and_says_so(
         6,
         "--set",
         "every=3",
+        "--set",
+        "panel=null",
     )
     result = run(*arguments, "--what", "norms,lora", "--set", "near=null", "-o", tmp_path / "repaired")
     assert "won back" in result.stdout
@@ -53,3 +55,32 @@ def test_repair_refuses_in_one_line(llama: str, plan: str, tmp_path: Path) -> No
     (tmp_path / "short.txt").write_text("Two words.")
     assert "Give more text" in refused(*repair, "--data", tmp_path / "short.txt")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_repair_that_wins_nothing_says_so_and_exits_with_its_own_code(
+    llama: str, plan: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("All work and no play makes a dull text. " * 60)
+    result = run(
+        *("repair", llama, "--plan", plan, "-o", tmp_path / "out", "--length", 32, "--steps", 2),
+        *("--data", tmp_path / "text.txt", "--set", "rank=1", "--set", "learning_rate=1e-9"),
+        *("--set", "panel=null", "--minutes", 0),
+        code=4,
+    )
+    assert "Nothing was won: the divergence from dense is" in result.stderr
+    assert "nothing was won" in result.stdout
+    left = Plan.from_pretrained(tmp_path / "out")
+    assert left.methods == Plan.from_pretrained(plan).methods
+    shown = run("show", tmp_path / "out", "--html", tmp_path / "page.html")
+    assert "nothing was won" in shown.stdout
+    assert "Nothing was won" in (tmp_path / "page.html").read_text()
+
+
+def test_weights_of_sources_that_are_no_numbers_are_refused_in_one_line(
+    llama: str, plan: str, tmp_path: Path
+) -> None:
+    repair = ("repair", llama, "--plan", plan, "-o", tmp_path / "out", "--length", 32)
+    assert "The weight of 'a.txt' is 'two'" in refused(*repair, "--data", "a.txt=two")
+    assert "The weight of 'own-words' is 0.0" in refused(
+        *repair, "--data", "own-words=0", "--data", "copying"
+    )

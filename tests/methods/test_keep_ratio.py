@@ -105,7 +105,9 @@ def test_a_repair_sets_them_anew() -> None:
         data=TEXTS,
         length=48,
         rank=4,
-        settings=TrainingSettings(steps=5, rows=2, learning_rate=3e-3),
+        minutes=None,
+        panel=None,
+        settings=TrainingSettings(steps=40, rows=4, learning_rate=3e-3),
     )
     before, after = (p.methods[0].tensors() for p in (plan, repaired))
     assert all(torch.equal(before[n], after[n]) for n in before if n.endswith("weight"))

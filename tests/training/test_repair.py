@@ -20,8 +20,10 @@ from real_models import minilm
 from slimformer import EarlyExit, LayerDrop, MixtureOfDepths, Plan, TempScale, TokenElimination
 from slimformer.calibration.drops.replay import Fitted, saved_weights
 from slimformer.errors import CalibrationError, DataError, PlanError
+from slimformer.evaluation.panel import Judgement, Kept
 from slimformer.methods.weight_delta import WeightDelta
 from slimformer.model.anatomy import find_anatomy
+from slimformer.training.attempts.outcome import Judged, Outcome
 from slimformer.training.distillation import Distillation
 from slimformer.training.loop import TrainingSettings
 from slimformer.training.rounds import in_rounds
@@ -70,7 +72,15 @@ def routed(**layers: list[int]) -> MixtureOfDepths:
 def repaired(model: Any, plan: Plan, settings: TrainingSettings = SHORT, **options: Any) -> Plan:
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 256
-    given: dict[str, Any] = {"data": TEXTS, "length": 48, "every": 10, "rank": 4, **options}
+    given: dict[str, Any] = {
+        "data": TEXTS,
+        "length": 48,
+        "every": 10,
+        "rank": 4,
+        "minutes": None,
+        "panel": None,
+    }
+    given |= options
     return slimformer.repair(model, plan, tokenizer, settings=settings, **given)
 
 
@@ -191,12 +201,12 @@ def _some_delta(layer: nn.Module) -> dict[str, Tensor]:
 def test_what_is_trained_is_what_was_asked_for() -> None:
     model = strong("llama")
     plan = Plan([filters(("attention", 2))])
-    added = repaired(model, plan, what=["added"])
+    added = repaired(model, plan, LONG, what=["added"])
     assert [type(method) for method in added.methods] == [LayerDrop]
     assert not torch.equal(
         added.methods[0].tensors()["attention.2.weight"], plan.methods[0].tensors()["attention.2.weight"]
     )
-    norms, lora = (repaired(model, plan, what=[what], near=1).methods for what in ("norms", "lora"))
+    norms, lora = (repaired(model, plan, LONG, what=[what], near=1).methods for what in ("norms", "lora"))
     assert all(
         torch.equal(norms[0].tensors()[name], tensor) for name, tensor in plan.methods[0].tensors().items()
     )
@@ -267,6 +277,89 @@ def test_mixed_precision_and_a_bfloat16_model() -> None:
         assert found["divergence_after"] < found["divergence_before"]
 
 
+def test_a_repair_that_wins_nothing_gives_the_plan_as_it_was_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plan = Plan([LayerDrop(attention=[1])], measured={"quality": {"divergence": 0.5}})
+    idle = TrainingSettings(steps=2, rows=2, learning_rate=1e-9)
+    found = repaired(strong("llama"), plan, idle)
+    assert found.methods == plan.methods
+    assert found.measured["quality"] == {"divergence": 0.5}
+    said = found.measured["repair"]
+    assert said["won"] is False
+    assert said["divergence_after"] == said["divergence_before"]
+    assert "learning rates tried: 1e-09" in said["why"]
+    assert "Repair won nothing" in caplog.text
+
+
+def test_a_rate_that_is_too_high_is_lowered_and_wins() -> None:
+    wild = TrainingSettings(steps=20, rows=4, learning_rate=30.0, warmup=0.0)
+    found = repaired(strong("llama"), Plan([LayerDrop(attention=[1, 3])]), wild, every=5)
+    (curve,) = found.provenance["repair"]
+    assert found.measured["repair"]["won"]
+    assert curve["failed"][0]["learning_rate"] == 30.0
+    assert curve["learning_rate"] < 30.0
+
+
+def test_without_data_and_rate_the_model_writes_and_a_range_test_decides(tmp_path: Path) -> None:
+    model, plan = strong("llama"), Plan([LayerDrop(attention=[1, 3])])
+    settings = TrainingSettings(steps=30, rows=4)
+    options: dict[str, Any] = {"data": None, "panel": "quick", "cache": tmp_path, "minutes": 5.0}
+    found = repaired(model, plan, settings, **options)
+    measured = found.measured["repair"]
+    assert measured["won"]
+    assert list(measured["sources"]) == ["own-words", "built-in", "copying"]
+    assert all(part["after"] < part["before"] for part in measured["sources"].values())
+    (curve,) = found.provenance["repair"]
+    tested = curve["range_test"]
+    assert tested["held_out"][tested["rates"].index(min(tested["rates"]))] < tested["held_out_before"]
+    assert curve["learning_rate"] < max(tested["rates"])
+    # Every capability before and after, on prompts and texts that were not trained on.
+    before, after = measured["panel_before"]["capabilities"], found.measured["panel"]["capabilities"]
+    assert before.keys() == after.keys() >= {"text", "own words"}
+    assert after["text"]["kept"] > before["text"]["kept"]
+    assert list(tmp_path.glob("written-*.json"))
+
+
+def test_a_plan_that_loses_elsewhere_has_won_nothing() -> None:
+    """Trained on one text over and over, it comes nearer to dense there and nowhere else."""
+    before, after = ([0.4, 0.6], ["a", "b"]), [0.2, 0.3]
+    kept = [Kept("own words", part, 0.01, 8) for part in (0.9, 0.5)]
+    judged = Judged(*(Judgement([one]) for one in kept))
+    outcome = Outcome.of(*before[:1], after, before[1], [{"learning_rate": 1e-3, "losses": []}], judged)
+    assert not outcome.won
+    assert "the panel's score falls from 0.900 to 0.500" in outcome.why
+    assert Outcome.of(*before[:1], after, before[1], [{"learning_rate": 1e-3, "losses": []}], Judged()).won
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        ("llama", [filters(("attention", 1), ("mlp", 2)), TempScale(tau=0.9)]),
+        ("gpt2", [LayerDrop(attention=[1])]),
+        ("bert", [LayerDrop(attention=[1])]),
+    ],
+)
+def test_gradient_checkpointing_gives_the_same_repair(name: str, methods: list[Any]) -> None:
+    model, few = strong(name), TrainingSettings(steps=6, rows=2, learning_rate=3e-3)
+    plain, again = (
+        repaired(model, Plan(methods), few, gradient_checkpointing=on, hidden=0.1).provenance["repair"][0]
+        for on in (False, True)
+    )
+    assert again["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+    assert again["held_out"] == pytest.approx(plain["held_out"], rel=1e-4)
+    assert not any("forward" in vars(layer) for layer in find_anatomy(model).layers)
+
+
+def test_what_is_trained_of_a_bfloat16_model_is_held_in_float32() -> None:
+    model = strong("llama").bfloat16()
+    plan = Plan([filters(("attention", 1), ("mlp", 2))])
+    with slimformer.patched(model, plan):
+        weights = TrainedWeights(find_anatomy(model), plan, ["added", "norms", "lora"], None, 2)
+        assert {parameter.dtype for parameter in weights.parameters()} == {torch.float32}
+        weights.adapters.take_out()
+
+
 def test_plans_and_arguments_that_leave_nothing_to_repair_are_refused() -> None:
     model = strong("llama")
     drop = Plan([LayerDrop(attention=[1])])
@@ -282,8 +375,11 @@ def test_plans_and_arguments_that_leave_nothing_to_repair_are_refused() -> None:
     for name, value in (("rank", 0), ("near", -1), ("hidden", -1.0), ("rounds", 2), ("patience", 0)):
         with pytest.raises(CalibrationError, match=name):
             repaired(model, drop, **{name: value})
-    with pytest.raises(CalibrationError, match="lets tokens leave"):
-        repaired(model, Plan([TokenElimination({2: 0.5}, least=16, window=4)]), hidden=1.0)
+    for given in ({"hidden": 1.0}, {"gradient_checkpointing": True}):
+        with pytest.raises(CalibrationError, match="lets tokens leave"):
+            repaired(model, Plan([TokenElimination({2: 0.5}, least=16, window=4)]), **given)
+    with pytest.raises(CalibrationError, match="minutes must be a number above 0"):
+        repaired(model, drop, minutes=0)
     with pytest.raises(PlanError, match="5 layers"):
         repaired(model, Plan([LayerDrop(attention=[9])]))
     with pytest.raises(DataError, match="Give more text"):
@@ -334,7 +430,8 @@ def test_minilm_without_a_layer_comes_nearer_to_itself_and_is_left_bit_for_bit()
         near=None,
         length=24,
         every=10,
-        settings=TrainingSettings(steps=10, rows=8),
+        minutes=None,
+        settings=TrainingSettings(steps=10, rows=8, learning_rate=1e-3),
     )
     assert (model.encode(texts) == dense).all()
     measured = plan.measured["repair"]

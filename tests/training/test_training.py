@@ -90,7 +90,7 @@ def test_memory_that_runs_out_is_said_with_what_to_change() -> None:
     with pytest.raises(CalibrationError, match=r"2 row\(s\) of 4 tokens .* Try rows=1 with accumulate=4"):
         fit(line(), full, ROWS, SETTINGS, identity={})
     with pytest.raises(CalibrationError, match=r"1 row\(s\) of 4 tokens .* Try rows of 2 tokens"):
-        fit(line(), full, ROWS, TrainingSettings(rows=1), identity={})
+        fit(line(), full, ROWS, TrainingSettings(rows=1, learning_rate=0.1), identity={})
 
 
 def test_without_accelerate_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,5 +314,5 @@ def test_a_held_out_figure_that_is_no_number_stops() -> None:
 
 def test_another_precision_in_the_same_process() -> None:
     for precision in ("no", "bf16", "no"):
-        settings = TrainingSettings(steps=2, precision=precision)
+        settings = TrainingSettings(steps=2, learning_rate=0.1, precision=precision)
         assert len(fit(line(), loss_of, ROWS, settings, identity={}).losses) == 2

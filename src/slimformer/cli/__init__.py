@@ -1,6 +1,7 @@
 """The command `slimformer`: calibrate a plan, measure it, generate with it, show it.
 
-Exit codes: 0 done, 1 an error with its reason on standard error, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error with its reason on standard error, 2 wrong usage, 4 a training that won nothing, 130
+interrupted.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.cli.applicable import refuse_settings_without_data
-from slimformer.cli.output import check_output, note, print_tables
+from slimformer.cli.output import check_output, leave_where_nothing_was_won, note, print_tables
 from slimformer.cli.partial import partial_results
 from slimformer.cli.settings import Settings
 
@@ -109,3 +109,4 @@ def choose(
     note(f"The plan is in {output}. slimformer show {output} says more of it, slimformer eval what it costs.")
     found = getattr(report, table)(plan)
     print_tables(*([] if found is None else [found]))
+    leave_where_nothing_was_won(plan.measured, "training")

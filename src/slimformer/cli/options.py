@@ -126,6 +126,7 @@ Length = Annotated[int, typer.Option(min=16, metavar="N", help="Tokens per row."
 class Precision(str, Enum):
     """What is trained in."""
 
+    auto = "auto"
     no = "no"
     bf16 = "bf16"
     fp16 = "fp16"
@@ -133,5 +134,5 @@ class Precision(str, Enum):
 
 PrecisionOption = Annotated[
     Precision,
-    typer.Option("--precision", metavar="NAME", help="Mixed precision: no, bf16 or fp16."),
+    typer.Option("--precision", metavar="NAME", help="Mixed precision: auto, no, bf16 or fp16."),
 ]

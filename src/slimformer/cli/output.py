@@ -19,6 +19,8 @@ from slimformer.errors import PlanError
 
 # The plan's file, as slimformer.plans.plan.FILE: that module imports torch, and this one is read for --help.
 _PLAN_FILE = "slimformer.json"
+# The exit code of a training that leaves things as they were.
+NOTHING_WON = 4
 
 
 def note(text: str) -> None:
@@ -50,6 +52,22 @@ def print_tables(*tables: RenderableType) -> None:
     console = Console()
     for table in tables:
         console.print(table)
+
+
+def leave_where_nothing_was_won(measured: Mapping[str, Any], name: str) -> None:
+    """End the command with its own exit code where a training says that it won nothing.
+
+    Args:
+        measured: What a plan says was measured.
+        name: What it says of that training.
+    """
+    found = measured.get(name)
+    if isinstance(found, Mapping) and found.get("won") is False:
+        why = found.get(
+            "why", "no step was better than none, at four learning rates each a tenth of the last"
+        )
+        note(f"Nothing was won: {why}")
+        raise typer.Exit(NOTHING_WON)
 
 
 def check_output(folder: Path, force: bool) -> None:

@@ -77,7 +77,7 @@ def unread_texts(plan: Plan, data: str | None, text_field: str, tokens: int) -> 
     # Of the plan's own source, a fifth is read.
     texts, source = load_texts(data, text_field=text_field, enough=characters_for(5 * tokens))
     read = (plan.provenance, _mapping(plan.provenance.get("repaired_with")))
-    same = [part for part in read if _name(source) == _name(str(part.get("data", "")))]
+    same = [part for part in read if _name(source) in map(_name, str(part.get("data", "")).split("; "))]
     if same:
         if any(_mapping(part.get("arguments")).get("hold_out") is False for part in same):
             _logger.warning(

@@ -18,6 +18,19 @@ _LEFT, _TOP, _WIDTH, _HEIGHT = 84.0, 26.0, 640.0, 260.0
 _AXIS = "divergence from dense on held-out text"
 
 
+def nothing_won(plan: Plan) -> str:
+    """Why the last repair won nothing; empty where it won something, or there was none.
+
+    Example:
+        >>> nothing_won(Plan(measured={"repair": {"won": False, "why": "no step was better than none"}}))
+        'no step was better than none'
+    """
+    found = plan.measured.get("repair")
+    if not isinstance(found, Mapping) or found.get("won") is not False:
+        return ""
+    return str(found.get("why", "no step was better than none"))
+
+
 class Round(NamedTuple):
     """One round of a repair.
 
@@ -26,12 +39,16 @@ class Round(NamedTuple):
         curve: Steps and the divergence after each of them, the first before any.
         best: The step that was kept.
         steps: How many steps there were.
+        rate: The learning rate's peak; None where the plan does not tell.
+        lowered: How many rates before were too high.
     """
 
     dropped: int
     curve: tuple[tuple[int, float], ...]
     best: int
     steps: int
+    rate: float | None = None
+    lowered: int = 0
 
     @property
     def before(self) -> float:
@@ -56,10 +73,11 @@ def repair_table(plan: Plan) -> Table:
         >>> repair_table(Plan([LayerDrop(attention=[3, 5])], provenance={"repair": [done]})).row_count
         1
     """
+    why = nothing_won(plan)
     table = Table(
-        title=Text(f"Repair: {_AXIS}"),
+        title=Text(f"Repair{': nothing was won' if why else ''}: {_AXIS}"),
         title_justify="left",
-        caption=Text(caption(plan)),
+        caption=Text(". ".join(part for part in (why.rstrip(".") or _rates_of(plan), caption(plan)) if part)),
         caption_justify="left",
     )
     for name in ("round", "sublayers dropped", "before", "after", "won back", "steps", "best step"):
@@ -82,12 +100,14 @@ def repair_section(plan: Plan) -> str:
     rounds = rounds_of(plan)
     if not rounds:
         return ""
-    first, last = rounds[0].before, rounds[-1].after
+    first, last, why = rounds[0].before, rounds[-1].after, nothing_won(plan)
     more = f" in {len(rounds)} rounds, each of which drops more" if len(rounds) > 1 else ""
     text = (
         f"The dense model taught its slimmed self on unlabelled text{more}. Divergence from dense on text that was not "
         f"trained on: {first:.4g} before, {last:.4g} after. The filled point of a curve is what was kept."
     )
+    if why:
+        text = f"Nothing was won, and the plan is what it was before: {why}"
     return (
         f'<section><h2>Repair</h2><p>{escape(text)}</p><div class="scroll">{_chart(rounds)}</div></section>'
     )
@@ -107,9 +127,26 @@ def rounds_of(plan: Plan) -> list[Round]:
                     curve,
                     best if isinstance(best, int) else curve[-1][0],
                     len(losses) if isinstance(losses, list) else curve[-1][0],
+                    *_rates(entry),
                 )
             )
     return rounds
+
+
+def _rates(entry: Mapping[str, Any]) -> tuple[float | None, int]:
+    rate, failed = entry.get("learning_rate"), entry.get("failed")
+    known = float(rate) if isinstance(rate, (int, float)) and math.isfinite(rate) else None
+    return known, (len(failed) if isinstance(failed, list) else 0)
+
+
+def _rates_of(plan: Plan) -> str:
+    """The learning rate of every round, with how often it was lowered."""
+    said = [
+        f"{found.rate:.3g}{f' (lowered {found.lowered} times)' if found.lowered else ''}"
+        for found in rounds_of(plan)
+        if found.rate is not None
+    ]
+    return f"learning rate {', '.join(said)}" if said else ""
 
 
 def _curve(given: Any) -> tuple[tuple[int, float], ...]:

@@ -140,7 +140,7 @@ def token_blocks(
                 [ 10, 100, 101, 102]])
     """
     _check(texts, sequence_length=sequence_length, count=count)
-    front = _tokens_in_front(tokenizer)
+    front = tokens_in_front(tokenizer)
     length = sequence_length - len(front)
     if length < 1:
         raise DataError(
@@ -220,7 +220,7 @@ def _not_blank(found: Iterator[str], enough: int | None) -> Iterator[str]:
             return
 
 
-def _tokens_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def tokens_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that a tokenizer puts before a text."""
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     starts = range(len(whole) - len(plain) + 1)

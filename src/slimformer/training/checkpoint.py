@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,3 +104,37 @@ class Checkpoint:
         if self.folder is None or not (self.folder / _STATE).is_dir():
             return ""
         return f"The last good checkpoint is in {self.folder / _STATE}. "
+
+
+class Interrupted(Exception):
+    """Ctrl-C was pressed, and the step that was under way is done."""
+
+
+class InterruptsBetweenSteps:
+    """Lets a step finish when Ctrl-C is pressed, since half of one cannot be kept; pressed twice, it ends at once.
+
+    Other threads than the main one get no signals, and are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self.before: Any = None
+
+    def __enter__(self) -> InterruptsBetweenSteps:
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _press(self, number: int, frame: Any) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+    def check(self) -> None:
+        """Stop here if it was pressed."""
+        if self.pressed:
+            raise Interrupted

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from slimformer.changes.recomputation import recomputed
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.readable import predicts_tokens
 from slimformer.evaluation.similarity_task import masked_mean
@@ -47,7 +48,8 @@ class Distillation:
         weights: What is trained; None only measures.
         hidden: How much the residual behind `layers` counts beside the outputs.
         layers: Behind which layers.
-        expected: The dense model's outputs on text that is not trained on, once they are known.
+        expected: The dense model's outputs on batches that are not trained on, by their numbers, once they are known.
+        recompute: Compute every layer again in the backward pass, so that only what is between layers is kept.
     """
 
     model: Any
@@ -55,7 +57,8 @@ class Distillation:
     weights: TrainedWeights | None = None
     hidden: float = 0.0
     layers: Sequence[int] = ()
-    expected: list[Tensor] = field(default_factory=list)
+    expected: dict[int, Tensor] = field(default_factory=dict)
+    recompute: bool = False
     anatomy: Anatomy = field(init=False)
     decoder: bool = field(init=False)
 
@@ -69,6 +72,11 @@ class Distillation:
         if self.hidden and leaving:
             raise CalibrationError(
                 "hidden=... compares the residuals of all tokens, and the plan lets tokens leave. Use hidden=0."
+            )
+        if self.recompute and leaving:
+            raise CalibrationError(
+                "gradient_checkpointing=True computes layers again, and the plan lets tokens leave between them. Use "
+                "gradient_checkpointing=False, and fewer or shorter rows."
             )
 
     def loss(self, module: nn.Module, batch: Tensor) -> Tensor:
@@ -91,17 +99,22 @@ class Distillation:
         found: Tensor = module(run)
         return found
 
+    def divergence(self, batches: Sequence[Tensor], some: Sequence[int] | None = None) -> float:
+        """The mean distance from dense on batches that are not trained on, or on some of them."""
+        found = self.divergences(batches, some)
+        return sum(found) / len(found)
+
     @torch.no_grad()
-    def divergence(self, rows: Sequence[Tensor]) -> float:
-        """The mean distance from dense on batches that are not trained on."""
+    def divergences(self, batches: Sequence[Tensor], some: Sequence[int] | None = None) -> list[float]:
+        """The distance from dense on each of these batches."""
         values = []
-        for number, batch in enumerate(rows):
-            ids, mask = _cropped(batch.to(self.anatomy.stack.device))
-            if number == len(self.expected):
-                self.expected.append(self.teacher(ids, mask).output)
+        for number in range(len(batches)) if some is None else some:
+            ids, mask = _cropped(batches[number].to(self.anatomy.stack.device))
+            if number not in self.expected:
+                self.expected[number] = self.teacher(ids, mask).output
             slim = self.student({} if self.weights is None else self.weights.tensors(), ids, mask)
             values.append(self._outputs_apart(slim.output, self.expected[number], in_batch=False))
-        return float(torch.stack(values).mean())
+        return [float(value) for value in values]
 
     @torch.no_grad()
     def teacher(self, ids: Tensor, mask: Tensor | None) -> Passed:
@@ -116,7 +129,11 @@ class Distillation:
         def stack(**inputs: Any) -> Any:
             return functional_call(self.anatomy.stack, tensors, (), inputs)
 
-        with tokens_leave_under_gradients():
+        again = self.recompute and torch.is_grad_enabled()
+        with (
+            tokens_leave_under_gradients(),
+            recomputed(self.anatomy, tensors) if again else contextlib.nullcontext(),
+        ):
             return self._pass(stack, ids, mask)
 
     def _pass(self, stack: Callable[..., Any], ids: Tensor, mask: Tensor | None) -> Passed:

@@ -6,11 +6,10 @@ import contextlib
 import importlib
 import math
 import os
-import signal
-import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,9 @@ from transformers import get_cosine_schedule_with_warmup
 
 from slimformer.errors import CalibrationError
 from slimformer.text.progress import Stages
-from slimformer.training.checkpoint import Checkpoint, History
+from slimformer.training.checkpoint import Checkpoint, History, Interrupted, InterruptsBetweenSteps
 
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,13 @@ class TrainingSettings:
         steps: Updates of the parameters.
         rows: Rows of text per process and forward pass.
         accumulate: Forward passes per update.
-        learning_rate: Its peak, after a linear warm-up and before a cosine decay to zero.
+        learning_rate: Its peak, after a linear warm-up and before a cosine decay to zero; `"auto"` is what a trainer
+            knows to work or finds by a range test.
         warmup: The fraction of the steps that warm up.
         weight_decay: AdamW's.
         clip: The largest norm of the gradient.
-        precision: What the trained module computes in: `"no"` for float32, `"bf16"` or `"fp16"` mixed.
+        precision: What the trained module computes in: `"no"` for float32, `"bf16"` or `"fp16"` mixed; `"auto"` is
+            `"bf16"` where repair finds a bfloat16 model on a GPU, else `"no"`.
         keep_every: Steps between checkpoints.
         seed: Decides the order of the rows and the initial weights.
 
@@ -46,11 +47,11 @@ class TrainingSettings:
     steps: int = 400
     rows: int = 1
     accumulate: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float | Literal["auto"] = "auto"
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 1.0
-    precision: Precision = "no"
+    precision: Precision = "auto"
     keep_every: int = 50
     seed: int = 0
 
@@ -60,12 +61,17 @@ class TrainingSettings:
                 raise CalibrationError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise CalibrationError(f"{name} must be above 0, got {value!r}.")
+            if name == "learning_rate" and value == "auto":
+                continue
+            if isinstance(value, str) or not (value > 0 and math.isfinite(value)):
+                allowed = "a number above 0, or 'auto'" if name == "learning_rate" else "above 0"
+                raise CalibrationError(f"{name} must be {allowed}, got {value!r}.")
         if not 0 <= self.warmup <= 1:
             raise CalibrationError(f"warmup must be a fraction from 0 to 1, got {self.warmup!r}.")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise CalibrationError(f"precision must be one of no, bf16, fp16, got {self.precision!r}.")
+        if self.precision not in get_args(Precision):
+            raise CalibrationError(
+                f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}."
+            )
 
     @property
     def rows_read(self) -> int:
@@ -93,16 +99,30 @@ class EarlyStop:
         measure: The figure on that text after so many steps; the lower, the better.
         every: Steps between measurements.
         patience: So many measurements in a row that are no better than the best end it.
+        worst: A figure so many times that before the first step ends it, too.
     """
 
     measure: Callable[[int], float]
     every: int = 25
     patience: int = 4
+    worst: float = math.inf
 
     def __post_init__(self) -> None:
         for name in ("every", "patience"):
             if getattr(self, name) < 1:
                 raise CalibrationError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
+
+
+class Diverged(CalibrationError):
+    """A training whose figures are no finite numbers any more.
+
+    Attributes:
+        history: What happened before.
+    """
+
+    def __init__(self, message: str, history: History) -> None:
+        super().__init__(message)
+        self.history = history
 
 
 @contextlib.contextmanager
@@ -138,6 +158,8 @@ def fit(
     stages: Stages | None = None,
     after_step: Callable[[int], Any] | None = None,
     early_stop: EarlyStop | None = None,
+    schedule: Callable[[Any, int], Any] | None = None,
+    deadline: float = math.inf,
 ) -> History:
     """Train `module` in place.
 
@@ -153,11 +175,19 @@ def fit(
         stages: Where a progress bar is shown.
         after_step: Called with the number of every finished step; what it returns, unless None, goes into the history.
         early_stop: When to end before the last step. The module is then what it was after its best step.
+        schedule: Makes the schedule of learning rates from the optimizer and the number of steps; left out, a linear
+            warm-up and a cosine decay.
+        deadline: No step begins later, by `time.monotonic`.
 
     Raises:
-        CalibrationError: If accelerate is not installed, the loss is no finite number, or memory runs out.
+        Diverged: If the loss, a gradient or a figure on held-out text is no finite number.
+        CalibrationError: If accelerate is not installed, the learning rate is no number, or memory runs out.
     """
     accelerator = _accelerator(module, settings)
+    if settings.learning_rate == "auto":
+        raise CalibrationError(
+            "This training takes a learning rate. Give a number above 0 in place of 'auto'."
+        )
     optimizer = torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad],
         lr=settings.learning_rate,
@@ -165,20 +195,25 @@ def fit(
     )
     # The accelerator moves the schedule on once per process.
     steps = settings.steps * accelerator.num_processes
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(settings.warmup * steps), steps)
-    wrapped, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
+    if schedule is None:
+        rates = get_cosine_schedule_with_warmup(optimizer, int(settings.warmup * steps), steps)
+    else:
+        rates = schedule(optimizer, steps)
+    wrapped, optimizer, rates = accelerator.prepare(module, optimizer, rates)
     kept = Checkpoint(folder, {**identity, "processes": accelerator.num_processes}, accelerator)
     history = kept.resume()
     order, done = _Order(len(rows), settings, accelerator), len(history.losses)
-    watch = _Watch(module, early_stop, settings.steps, history, kept, accelerator)
+    watch = _Watch(module, early_stop, history, kept, accelerator)
     remaining = range(done, settings.steps)
+    # A training of the same module that ended within a step leaves its gradients.
+    optimizer.zero_grad()
     module.train()
     try:
-        with _InterruptsBetweenSteps() as interrupts:
+        with InterruptsBetweenSteps() as interrupts:
             watch.look(0)
             for step in remaining if stages is None else stages.track(remaining, "training"):
                 interrupts.check()
-                if watch.over:
+                if watch.over or _late(deadline, accelerator):
                     break
                 total = 0.0
                 for part in range(settings.accumulate):
@@ -194,18 +229,20 @@ def fit(
                         accelerator.backward(value)
                     total += float(value.detach())
                 if not math.isfinite(total):
-                    raise CalibrationError(
+                    raise Diverged(
                         f"The loss is {total} at step {step + 1}. {kept.place()}Try a lower learning rate, or "
-                        "precision='no'."
+                        "precision='no'.",
+                        history,
                     )
                 norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
                 if settings.precision != "fp16" and not math.isfinite(float(norm)):
-                    raise CalibrationError(
+                    raise Diverged(
                         f"The gradient is {float(norm)} at step {step + 1}. {kept.place()}Try a lower learning rate, "
-                        "or precision='no'."
+                        "or precision='no'.",
+                        history,
                     )
                 optimizer.step()
-                schedule.step()
+                rates.step()
                 optimizer.zero_grad()
                 history.losses.append(total)
                 measured = None if after_step is None else after_step(step + 1)
@@ -215,6 +252,7 @@ def fit(
                 if (step + 1) % settings.keep_every == 0:
                     kept.write(history)
             interrupts.check()
+            watch.look(len(history.losses), last=True)
             if len(history.losses) > done:
                 kept.write(history)
     except torch.OutOfMemoryError as error:
@@ -222,12 +260,21 @@ def fit(
             f"Memory ran out with {settings.rows} row(s) of {rows.shape[-1]} tokens at a time. {kept.place()}"
             f"{_smaller(settings, rows.shape[-1])}"
         ) from error
-    except _Interrupted as interruption:
+    except Interrupted as interruption:
         kept.write(history)
         raise KeyboardInterrupt from interruption
     watch.go_back()
     module.eval()
     return history
+
+
+def _late(deadline: float, accelerator: Any) -> bool:
+    """Whether time is over in any process, so that all of them stop at one step."""
+    late = time.monotonic() > deadline
+    if deadline == math.inf or accelerator.num_processes == 1:
+        return late
+    anywhere = torch.tensor(float(late), device=accelerator.device)
+    return float(accelerator.reduce(anywhere, "sum")) > 0
 
 
 def _smaller(settings: TrainingSettings, tokens: int) -> str:
@@ -240,13 +287,23 @@ def _smaller(settings: TrainingSettings, tokens: int) -> str:
     )
 
 
-def _accelerator(module: nn.Module, settings: TrainingSettings) -> Any:
+def processes_meet(model: nn.Module) -> None:
+    """Let the processes of a launcher know each other before they train, for what they do together before."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _accelerate().PartialState(cpu=next(model.parameters()).device.type == "cpu")
+
+
+def _accelerate() -> Any:
     try:
-        accelerate: Any = importlib.import_module("accelerate")
+        return importlib.import_module("accelerate")
     except ImportError as error:
         raise CalibrationError(
             "Training needs accelerate, which is not installed. Install it with `pip install slimformer[training]`."
         ) from error
+
+
+def _accelerator(module: nn.Module, settings: TrainingSettings) -> Any:
+    accelerate = _accelerate()
     accelerate.utils.set_seed(settings.seed)
     device = next(module.parameters()).device
     if accelerate.PartialState(cpu=device.type == "cpu").num_processes == 1:
@@ -258,46 +315,14 @@ def _accelerator(module: nn.Module, settings: TrainingSettings) -> Any:
             broadcast_buffers=False, gradient_as_bucket_view=True
         )
         return accelerate.Accelerator(
-            mixed_precision=settings.precision, cpu=device.type == "cpu", kwargs_handlers=[several]
+            mixed_precision="no" if settings.precision == "auto" else settings.precision,
+            cpu=device.type == "cpu",
+            kwargs_handlers=[several],
         )
     except ValueError as error:
         raise CalibrationError(
             f"precision={settings.precision!r} does not work on {device}: {error}. Use precision='no'."
         ) from error
-
-
-class _Interrupted(Exception):
-    """Ctrl-C was pressed, and the step that was under way is done."""
-
-
-class _InterruptsBetweenSteps:
-    """Lets a step finish when Ctrl-C is pressed, since half of one cannot be kept; pressed twice, it ends at once.
-
-    Other threads than the main one get no signals, and are left alone.
-    """
-
-    def __init__(self) -> None:
-        self.pressed = False
-        self.before: Any = None
-
-    def __enter__(self) -> _InterruptsBetweenSteps:
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _press(self, number: int, frame: Any) -> None:
-        if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed = True
-
-    def check(self) -> None:
-        """Stop here if it was pressed."""
-        if self.pressed:
-            raise _Interrupted
 
 
 class _Watch:
@@ -307,12 +332,11 @@ class _Watch:
         self,
         module: nn.Module,
         early_stop: EarlyStop | None,
-        steps: int,
         history: History,
         kept: Checkpoint,
         accelerator: Any,
     ) -> None:
-        self.module, self.early_stop, self.steps, self.history = module, early_stop, steps, history
+        self.module, self.early_stop, self.history = module, early_stop, history
         self.kept, self.accelerator = kept, accelerator
 
     @property
@@ -320,23 +344,27 @@ class _Watch:
         """Whether the last measurements are all no better than the best."""
         if self.early_stop is None or not self.history.held_out:
             return False
+        figures = list(self.history.held_out.values())
+        # What starts from nothing lost has no multiple of it.
+        if figures[0] > 0 and figures[-1] > self.early_stop.worst * figures[0]:
+            return True
         return (
             sum(int(step) > self.history.best for step in self.history.held_out) >= self.early_stop.patience
         )
 
-    def look(self, step: int) -> None:
+    def look(self, step: int, last: bool = False) -> None:
         """Measure, if it is time to."""
         found = self.early_stop
-        last = step == self.steps
         if found is None or (step % found.every and not last) or str(step) in self.history.held_out:
             return
         measured = torch.tensor(found.measure(step), device=self.accelerator.device)
         # One figure for all processes, so that all of them stop.
         value = float(self.accelerator.reduce(measured, "mean"))
         if not math.isfinite(value):
-            raise CalibrationError(
+            raise Diverged(
                 f"Held-out text gives {value} after step {step}. {self.kept.place()}Try a lower learning rate, or "
-                "precision='no'."
+                "precision='no'.",
+                self.history,
             )
         self.history.held_out[str(step)] = value
         if self.history.best == step:

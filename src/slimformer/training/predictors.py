@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -31,12 +32,19 @@ from slimformer.runtime.sublayers import RowSublayers
 from slimformer.text.progress import Stages
 from slimformer.text.rows import training_rows
 from slimformer.text.sources import check_token_ids
-from slimformer.training.loop import TrainingSettings, fit, seeded
+from slimformer.training.attempts.attempts import Watched, attempted
+from slimformer.training.loop import TrainingSettings, seeded
 from slimformer_kernels import pooled_scores
 
 _HELD_OUT_ROWS = 16
+# What predictors are to say is in units of its own mean, so that one rate suits every model.
+_RATE = 1e-3
+# Rows that tell whether anything was learnt, of those that are held out.
+_JUDGED = 4
 # When neurons retire, as parts of the training: seldom enough that the others can make up for them.
 _RETIRE_AT = (0.25, 0.5, 0.75)
+
+_logger = logging.getLogger("slimformer")
 
 
 def learn_predictors(
@@ -77,7 +85,8 @@ def learn_predictors(
     Returns:
         The plan. `plan.measured["predictors"]` has, per layer and on text not trained on, the loss, the final sizes and
         the recall: the share of the blocks with the highest true scores that are among those predicted highest, by
-        column sums (`"all"`, LeMo's) and by what the last blocks attend to (`"last"`).
+        column sums (`"all"`, LeMo's) and by what the last blocks attend to (`"last"`); `plan.measured["training"]`
+        says whether they learnt anything (`won`): where they did not, the learning rate was lowered three times.
 
     Raises:
         CalibrationError: If the method has a schedule, the model is patched, an argument is not one of those allowed,
@@ -93,6 +102,8 @@ def learn_predictors(
             "The TokenElimination has predictors already, and they are to be trained. Patch it as it is, or give "
             "schedule=... beside TokenElimination(scorer='predictor')."
         )
+    if settings.learning_rate == "auto":
+        settings = replace(settings, learning_rate=_RATE)
     if status(model):
         raise CalibrationError(
             "The model is patched; predictors learn from the dense model. Call unpatch first."
@@ -136,22 +147,43 @@ def learn_predictors(
                 for predictor in trained.by_layer().values():
                     predictor.retire()
 
-        history = fit(
+        def frozen_predictors() -> dict[int, BlockPredictor]:
+            weights = {
+                name: tensor
+                for layer, predictor in trained.by_layer().items()
+                for name, tensor in predictor.tensors(layer).items()
+            }
+            return {layer: BlockPredictor.from_tensors(weights, layer).to(device) for layer in schedule}
+
+        @torch.no_grad()
+        def judged() -> float:
+            found = frozen_predictors()
+            losses = []
+            for row in held_out[:_JUDGED].split(1):
+                inputs, targets = teacher.lesson(row.to(device))
+                predicted = {layer: found[layer](h, *_whole(h)) for layer, h in inputs.items()}
+                losses.append(_loss(predicted, targets, anatomy.causal))
+            return float(torch.stack(losses).mean())
+
+        done = attempted(
             trained,
             loss,
             read,
             settings,
+            Watched(judged, judged, every=settings.steps),
             identity=identity,
             folder=checkpoint,
             stages=stages,
             after_step=after,
         )
+        if not done.won:
+            _logger.warning("Training won nothing: the predictors know scores no better than before it.")
+        found = frozen_predictors()
         weights = {
             name: tensor.cpu()
             for layer, predictor in trained.by_layer().items()
             for name, tensor in predictor.tensors(layer).items()
         }
-        found = {layer: BlockPredictor.from_tensors(weights, layer).to(device) for layer in schedule}
         measured = _measure(teacher, found, schedule, stages.track(held_out.split(1), "held-out text"))
     trained_method = replace(method, schedule=schedule, scorer="predictor", weights=weights)
     provenance = {
@@ -159,9 +191,12 @@ def learn_predictors(
         "arguments": {"length": tokens, "size": size, "rank": rank, "hold_out": hold_out, **vars(settings)},
         "data": source,
         "tokens": read.numel(),
-        "losses": history.losses,
+        "losses": done.history.losses,
+        "learning_rate": done.learning_rate,
+        **({"failed": done.failed} if done.failed else {}),
     }
-    return Plan([trained_method], fingerprint(inner), provenance, {"predictors": measured})
+    measurements = {"predictors": measured, "training": done.measured()}
+    return Plan([trained_method], fingerprint(inner), provenance, measurements)
 
 
 def train_predictors(

@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.calibration.drops.drop import tokenizer_of, versions
 from slimformer.calibration.keep_ratio import meet_keep_ratio
-from slimformer.decisions.registry import tensors_of
+from slimformer.calibration.mixture.rows import mixture_rows, mixture_texts
+from slimformer.calibration.mixture.sources import sources_of
 from slimformer.errors import CalibrationError
+from slimformer.evaluation.panel.sizes import PanelBudget
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.evaluation.readable import longest
-from slimformer.methods.weight_delta import WeightDelta
 from slimformer.model.anatomy import find_anatomy, transformer_of
 from slimformer.model.layer_parts import KINDS
 from slimformer.patching import patched, status
 from slimformer.plans.plan import Plan, PlannedMethod, fingerprint
 from slimformer.text.progress import Stages
-from slimformer.text.rows import training_rows, training_texts
 from slimformer.text.sources import check_token_ids
-from slimformer.training.checkpoint import History
+from slimformer.training.attempts.lesson import Lesson, digest, with_learnt
+from slimformer.training.attempts.minutes import Minutes
+from slimformer.training.attempts.outcome import Judges, Outcome
 from slimformer.training.distillation import Distillation
-from slimformer.training.loop import EarlyStop, TrainingSettings, fit, frozen
+from slimformer.training.loop import Precision, TrainingSettings, processes_meet
 from slimformer.training.rounds import in_rounds
-from slimformer.training.trained_weights import WHAT, TrainedWeights, What, changed_layers
+from slimformer.training.trained_weights import WHAT, What
 
-_HELD_OUT_ROWS, _HELD_OUT_TEXTS, _TEXTS_AT_ONCE = 8, 128, 32
-# A plan that is nearer to dense than this changes nothing that could be won back.
-_NOTHING = 1e-6
+_logger = logging.getLogger("slimformer")
+_HELD_OUT_ROWS, _HELD_OUT_TEXTS, _TEXTS_AT_ONCE = 12, 128, 32
+# Where the time given does not end it before.
+_STEPS = 2000
+_EVERY, _MEASUREMENTS = 25, 40
+# The part of the time in which the model writes what it is trained on.
+_WRITING = 0.25
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -49,7 +51,7 @@ def repair(
     plan: Plan | str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    data: str | os.PathLike[str] | Iterable[str] | None = None,
+    data: str | os.PathLike[str] | Iterable[str] | Mapping[str, float] | None = None,
     text_field: str = "text",
     hold_out: bool = True,
     what: Sequence[What] = WHAT,
@@ -58,9 +60,13 @@ def repair(
     hidden: float = 0.0,
     length: int = 1024,
     rounds: int = 1,
-    every: int = 25,
+    minutes: float | None = 10.0,
+    every: int | None = None,
     patience: int = 4,
     settings: TrainingSettings | None = None,
+    gradient_checkpointing: bool = False,
+    panel: PanelBudget | None = "quick",
+    cache: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Plan:
@@ -75,11 +81,16 @@ def repair(
     Routers and predictors keep their weights: they decide, and have their own training. Thresholds of routers are set
     anew, so that they compute as many tokens as before of text that is not trained on.
 
+    A repair that wins nothing says so: where no step is better than none, the learning rate is lowered three times, and
+    then the plan comes back as it was, with `plan.measured["repair"]["won"]` False.
+
     Args:
         model: An unpatched decoder, encoder, or SentenceTransformer; it is left as it was, bit for bit.
         plan: The plan to repair, or where it is.
         tokenizer: The model's tokenizer; a SentenceTransformer or Pipeline brings its own.
-        data: As for `slimformer.calibrate`. Decoders read texts one behind the other, encoders one by one.
+        data: As for `slimformer.calibrate`, or a mapping from sources to weights, of which `"own-words"` (what the
+            model writes), `"built-in"` and `"copying"` (random sequences that repeat) are built in. Left out, these
+            three; for encoders the built-in text. Decoders read texts one behind the other, encoders one by one.
         text_field: The field with the text, in JSON lines, Parquet and Hub datasets.
         hold_out: Measure on every fifth text, which is not trained on; without, on the last ones.
         what: What is trained: `"added"` (filters, means and heads of the plan), `"norms"` (with biases), and `"lora"`
@@ -89,28 +100,35 @@ def repair(
         hidden: How much the residual behind changed layers counts beside the outputs; 0 leaves it out.
         length: Tokens per row.
         rounds: Drop the plan's sublayers in so many rounds, each followed by a repair of as many steps.
-        every: Steps between measurements on text that is not trained on.
+        minutes: About how long it may take in all; None for as long as the steps take.
+        every: Steps between measurements on text that is not trained on; None for one fortieth of all, 25 at least.
         patience: So many measurements without a better one end a round.
-        settings: How long and how fast.
+        settings: How long and how fast; the learning rate `"auto"` is found by a range test of a few steps.
+        gradient_checkpointing: Compute layers again in the backward pass: less memory, a third more time.
+        panel: How much of its panel the plan is judged by before and after, for decoders; None leaves that out.
+        cache: A folder for what the model writes, which is read from there the next time.
         checkpoint: A folder for checkpoints. The same call resumes from them after an interruption.
         progress: Show progress bars with the time left.
 
     Returns:
-        The repaired plan. `plan.measured["repair"]` has the divergence from dense before and after on text that was not
-        trained on, `plan.provenance["repair"]` the curve of every round.
+        The repaired plan, or the plan itself where nothing was won. `plan.measured["repair"]` says which (`won`), with
+        the divergence from dense before and after on text that was not trained on, of every source;
+        `plan.provenance["repair"]` has the curve of every round, the learning rates tried, and what they gave.
 
     Raises:
         CalibrationError: If an argument is not one of those allowed, the model is patched or quantised, the plan leaves
             nothing to repair, or training fails.
-        DataError: If the text is too short.
+        DataError: If the text is too short, or a source or its weight is none.
         PlanError: If the plan does not fit the model.
 
     Example:
         >>> repaired = slimformer.repair(model, plan, tokenizer, data="text.jsonl")  # doctest: +SKIP
-        >>> slimformer.patch(model, repaired)  # doctest: +SKIP
+        >>> repaired.measured["repair"]["won"]  # doctest: +SKIP
+        True
     """
+    time_left = Minutes(minutes)
     given = plan if isinstance(plan, Plan) else Plan.from_pretrained(plan)
-    settings = TrainingSettings(rows=4) if settings is None else settings
+    settings = TrainingSettings(rows=4, steps=_STEPS) if settings is None else settings
     _check(what, rank, near, hidden)
     if status(model):
         raise CalibrationError(
@@ -127,19 +145,9 @@ def repair(
     tokenizer = tokenizer or tokenizer_of(model)
     tokens = min(length, longest(anatomy, tokenizer))
     decoder = Distillation(model, given).decoder
-    read, held_out, source = (training_rows if decoder else training_texts)(
-        tokenizer,
-        data,
-        text_field=text_field,
-        hold_out=hold_out,
-        tokens=tokens,
-        count=settings.rows_read,
-        seed=settings.seed,
-        held_out=_HELD_OUT_ROWS if decoder else _HELD_OUT_TEXTS,
-    )
-    for rows in (read, held_out):
-        check_token_ids(rows, inner)
-    batches = held_out.split(1 if decoder else _TEXTS_AT_ONCE)
+    sources = sources_of(data, decoder)
+    settings = dataclasses.replace(settings, precision=_precision(settings, inner))
+    every = max(_EVERY, settings.steps // _MEASUREMENTS) if every is None else every
     arguments = {
         "what": list(what),
         "near": near,
@@ -148,28 +156,72 @@ def repair(
         "length": tokens,
         "rounds": rounds,
         "hold_out": hold_out,
+        "minutes": minutes,
         **vars(settings),
     }
-    identity = {"data": source, "text": text_field, "model": fingerprint(inner), **arguments}
-    lesson = _Lesson(model, read, batches, what, near, rank, hidden, settings, every, patience)
     curves: list[dict[str, Any]] = []
     learnt: Sequence[PlannedMethod] = ()
     with evaluating(inner), Stages(progress) as stages:
+        processes_meet(inner)
+        Lesson.check(model, given, what, near, rank)
+        cut: dict[str, Any] = {
+            "text_field": text_field,
+            "hold_out": hold_out,
+            "tokens": tokens,
+            "count": settings.rows_read,
+            "seed": settings.seed,
+        }
+        if decoder:
+            text = mixture_rows(
+                inner,
+                tokenizer,
+                sources,
+                held_out=_HELD_OUT_ROWS,
+                seconds=time_left.part(_WRITING),
+                cache=cache or checkpoint,
+                stages=stages,
+                **cut,
+            )
+        else:
+            text = mixture_texts(tokenizer, sources, held_out=_HELD_OUT_TEXTS, **cut)
+        for rows in (text.read, text.held_out):
+            check_token_ids(rows, inner)
+        judges = Judges.of(model, given, tokenizer, panel if decoder else None, cache, time_left)
+        batches, of = text.batches(1 if decoder else _TEXTS_AT_ONCE)
+        identity = {"data": text.record, "text": text_field, "model": fingerprint(inner), **arguments}
+        lesson = Lesson(
+            model,
+            text.read,
+            batches,
+            what,
+            near,
+            rank,
+            hidden,
+            settings,
+            every,
+            patience,
+            gradient_checkpointing,
+        )
+        unrepaired = Distillation(model, given, expected=lesson.expected)
+        with patched(model, given):
+            before = unrepaired.divergences(batches)
         for number, part in enumerate(parts, start=1):
-            part = dataclasses.replace(part, methods=_with(part.methods, learnt))
-            learnt, history = lesson.teach(
+            part = dataclasses.replace(part, methods=with_learnt(part.methods, learnt))
+            learnt, done = lesson.teach(
                 part,
-                identity={**identity, "plan": _digest(part)},
+                identity={**identity, "plan": digest(part)},
                 folder=None if checkpoint is None else Path(checkpoint) / f"round-{number}",
                 stages=stages,
+                deadline=time_left.until(1 / (len(parts) - number + 1)),
             )
-            curves.append({"dropped": _count(part), **dataclasses.asdict(history), "best": history.best})
+            curves.append({"dropped": _count(part), **done.to_dict()})
         repaired = dataclasses.replace(given, methods=learnt, fingerprint=fingerprint(inner))
-        after = Distillation(model, repaired, expected=lesson.expected)
+        student = Distillation(model, repaired, expected=lesson.expected)
         # What routers read has changed.
-        repaired = meet_keep_ratio(model, repaired, lambda: after.divergence(batches))
+        repaired = meet_keep_ratio(model, repaired, lambda: student.divergence(batches))
         with patched(model, repaired):
-            divergence = after.divergence(batches)
+            after = student.divergences(batches)
+        outcome = Outcome.of(before, after, of, curves, judges.after(model, repaired))
     earlier = given.provenance.get("repair")
     provenance = {
         **given.provenance,
@@ -177,109 +229,31 @@ def repair(
         "repaired_with": {
             **versions(anatomy),
             "arguments": arguments,
-            "data": source,
-            "tokens": read.numel(),
+            "data": "; ".join(part["from"] for part in text.record.values()),
+            "sources": text.record,
+            "tokens": text.read.numel(),
         },
     }
+    if not outcome.won:
+        _logger.warning("Repair won nothing, and the plan is what it was: %s", outcome.why)
+        return dataclasses.replace(
+            given, provenance=provenance, measured={**given.measured, **outcome.to_dict()}
+        )
     # What was measured of its quality no longer holds; it is as fast as it was.
     measured = {name: value for name, value in given.measured.items() if name == "speed"}
-    measured["repair"] = {"divergence_before": curves[-1]["held_out"]["0"], "divergence_after": divergence}
-    return dataclasses.replace(repaired, provenance=provenance, measured=measured)
-
-
-@dataclass
-class _Lesson:
-    """What is the same in every round.
-
-    Attributes:
-        model: The unpatched model.
-        rows: What is trained on.
-        held_out: Batches that are not.
-        expected: What the dense model makes of these, once it is known.
-    """
-
-    model: Any
-    rows: Tensor
-    held_out: Sequence[Tensor]
-    what: Sequence[What]
-    near: int | None
-    rank: int
-    hidden: float
-    settings: TrainingSettings
-    every: int
-    patience: int
-    expected: list[Tensor] = field(default_factory=list)
-
-    def teach(
-        self, plan: Plan, *, identity: Mapping[str, Any], folder: Path | None, stages: Stages
-    ) -> tuple[list[PlannedMethod], History]:
-        """Train what a plan leaves open; the model is unpatched before and after."""
-        inner = transformer_of(self.model)
-        torch.manual_seed(self.settings.seed)
-        weights = None
-        with patched(self.model, plan), frozen(inner):
-            try:
-                anatomy = find_anatomy(inner)
-                weights = TrainedWeights(anatomy, plan, self.what, self.near, self.rank)
-                decisions = plan.decisions(anatomy)
-                layers = changed_layers(anatomy, plan, decisions) if self.hidden else ()
-                student = Distillation(self.model, plan, weights, self.hidden, layers, self.expected)
-                before = student.divergence(self.held_out)
-                if before < _NOTHING:
-                    raise CalibrationError(
-                        f"There is nothing to repair: on rows of {self.rows.shape[-1]} tokens the plan is as far from "
-                        f"dense as {before:.1e}. Elimination acts on long texts only: give a greater length."
-                    )
-                history = fit(
-                    weights,
-                    student.loss,
-                    self.rows,
-                    self.settings,
-                    identity=identity,
-                    folder=folder,
-                    stages=stages,
-                    early_stop=EarlyStop(
-                        lambda step: student.divergence(self.held_out) if step else before,
-                        self.every,
-                        self.patience,
-                    ),
-                )
-                return _merged(weights.repaired(plan)), history
-            finally:
-                if weights is not None and weights.adapters is not None:
-                    weights.adapters.take_out()
-
-
-def _with(methods: Sequence[PlannedMethod], learnt: Sequence[PlannedMethod]) -> list[PlannedMethod]:
-    """A round's methods with what earlier rounds have learnt."""
-    known = {
-        (type(method).__name__, name): tensor
-        for method in learnt
-        for name, tensor in tensors_of(method).items()
-    }
-    found: list[Any] = [m for m in methods if not (learnt and isinstance(m, WeightDelta))]
-    for place, method in enumerate(found):
-        lead = type(method).__name__
-        weights = {name: known.get((lead, name), tensor) for name, tensor in tensors_of(method).items()}
-        if weights:
-            found[place] = dataclasses.replace(method, weights=weights)
-    return [*found, *(method for method in learnt if isinstance(method, WeightDelta))]
-
-
-def _merged(methods: Sequence[PlannedMethod]) -> list[PlannedMethod]:
-    """The methods with at most one change of weights, at the end."""
-    deltas = [method for method in methods if isinstance(method, WeightDelta)]
-    others = [method for method in methods if not isinstance(method, WeightDelta)]
-    return [*others, functools.reduce(WeightDelta.followed_by, deltas)] if deltas else others
+    return dataclasses.replace(repaired, provenance=provenance, measured={**measured, **outcome.to_dict()})
 
 
 def _count(plan: Plan) -> int:
     return sum(len(plan.dropped(kind)) for kind in KINDS)
 
 
-def _digest(plan: Plan) -> str:
-    content = json.dumps(plan.to_dict()["methods"], sort_keys=True).encode()
-    return hashlib.sha256(content + safetensors.torch.save(plan.tensors())).hexdigest()
+def _precision(settings: TrainingSettings, model: PreTrainedModel) -> Precision:
+    """Mixed where the weights are held in bfloat16 on a GPU; what is trained is held in float32 everywhere."""
+    if settings.precision != "auto":
+        return settings.precision
+    mixed = model.device.type == "cuda" and model.dtype == torch.bfloat16 and torch.cuda.is_bf16_supported()
+    return "bf16" if mixed else "no"
 
 
 def _check(what: Sequence[What], rank: int, near: int | None, hidden: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,12 +28,17 @@ from slimformer.text.progress import Stages
 from slimformer.text.rows import examples, rows_of_examples, training_rows
 from slimformer.text.sources import check_token_ids
 from slimformer.training.arank import LayerOrder, calibrate_arank
-from slimformer.training.loop import TrainingSettings, fit, frozen, seeded
+from slimformer.training.attempts.attempts import Watched, attempted
+from slimformer.training.loop import TrainingSettings, frozen, seeded
 from slimformer.training.routed_model import Batch, Routed
 
 _HELD_OUT_ROWS = 8
-# The peak of the learning rate, where nothing else is said.
+# What routers read is standardised, so that one rate suits every model.
 _RATE = 5e-3
+# Rows that tell whether anything was learnt, of those that are held out.
+_JUDGED = 4
+
+_logger = logging.getLogger("slimformer")
 
 
 def learn_routing(
@@ -84,7 +90,7 @@ def learn_routing(
         DataError: If the text is too short.
         PlanError: If the method does not fit the model.
     """
-    settings = seeded(settings or TrainingSettings(learning_rate=_RATE), seed)
+    settings = seeded(settings or TrainingSettings(), seed)
     method = MixtureOfDepths() if method is None else method
     common: dict[str, Any] = {"data": data, "text_field": text_field, "hold_out": hold_out, "length": length,
                               "checkpoint": checkpoint, "progress": progress}  # fmt: skip
@@ -164,14 +170,17 @@ def learn_routers(
 
     Returns:
         The plan. `plan.measured["routers"]` has the divergence and the keep ratio of every routed sublayer on held-out
-        text.
+        text; `plan.measured["training"]` says whether the routers learnt anything (`won`): where they did not, the
+        learning rate was lowered three times.
 
     Raises:
         CalibrationError: If the model is patched, or training fails.
         DataError: If the text is too short.
         PlanError: If the method does not fit the model.
     """
-    settings = settings or TrainingSettings(learning_rate=_RATE)
+    settings = settings or TrainingSettings()
+    if settings.learning_rate == "auto":
+        settings = replace(settings, learning_rate=_RATE)
     if status(model):
         raise CalibrationError(
             "The model is patched; routers learn from the dense model. Call unpatch first."
@@ -220,16 +229,29 @@ def learn_routers(
             "tokens": tokens,
             "settings": vars(settings),
         }
-        history = fit(
+        kept = [batch for row in held_out.split(1) for batch in of(row)]
+
+        def judged() -> float:
+            # The same draws every time, and none that training would have had.
+            with (
+                torch.random.fork_rng([inner.device] if inner.device.type == "cuda" else []),
+                torch.no_grad(),
+            ):
+                torch.manual_seed(settings.seed)
+                return float(torch.stack([routed.loss(routers, [batch]) for batch in kept[:_JUDGED]]).mean())
+
+        done = attempted(
             routers,
             loss,
             read,
             settings,
+            Watched(judged, judged, every=settings.steps),
             identity=identity,
             folder=checkpoint,
             stages=stages,
         )
-        kept = [batch for row in held_out.split(1) for batch in of(row)]
+        if not done.won:
+            _logger.warning("Training won nothing: the routers tell tokens apart no better than before it.")
         routed.meet_budget(routers, kept)
         measured = routed.measure(routers, stages.track(kept, "held-out text"))
     provenance = {
@@ -237,10 +259,12 @@ def learn_routers(
         "arguments": {"length": tokens, "hold_out": hold_out, **vars(settings)},
         "data": source,
         "tokens": read.numel() if batches is None else sum(batch["input_ids"].numel() for batch in batches),
-        "losses": history.losses,
+        "losses": done.history.losses,
+        "learning_rate": done.learning_rate,
+        **({"failed": done.failed} if done.failed else {}),
     }
     trained = replace(method, weights={name: tensor.cpu() for name, tensor in routers.tensors().items()})
-    return Plan([trained], fingerprint(inner), provenance, {"routers": measured})
+    return Plan([trained], fingerprint(inner), provenance, {"routers": measured, "training": done.measured()})
 
 
 def train_routers(
