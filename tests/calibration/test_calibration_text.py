@@ -104,11 +104,28 @@ def test_too_few_texts_to_choose_by_are_said_with_how_many_would_do(name: str) -
         SlimformerWarning, match="gives 3 blocks .* Give 12 times as much text: .* reads 36 blocks"
     ):
         slimformer.calibrate(
-            model, tiny_tokenizer(), LayerDrop, data=TEXTS[:3], drop=1, hold_out=False
-        ) if name == "bert" else (
-            slimformer.calibrate(
-                model, tiny_tokenizer(), LayerDrop, data=["abc" * 129], drop=1, hold_out=False
-            )
+            model,
+            tiny_tokenizer(),
+            LayerDrop,
+            data=TEXTS[:3] if name == "bert" else ["abc" * 129],
+            selection="greedy",
+            drop=1,
+            hold_out=False,
         )
     with pytest.raises(DataError, match="at least two blocks"):
-        slimformer.calibrate(model, tiny_tokenizer(), LayerDrop, data=["abc" * 50], drop=1, hold_out=False)
+        slimformer.calibrate(
+            model,
+            tiny_tokenizer(),
+            LayerDrop,
+            data=["abc" * 50],
+            selection="greedy",
+            drop=1,
+            hold_out=False,
+        )
+
+
+def test_a_source_that_is_too_short_to_choose_by_is_named() -> None:
+    with pytest.warns(SlimformerWarning, match="texts gives 1 blocks .* Give 2 times as much"):
+        slimformer.calibrate(
+            tiny_model("llama"), tiny_tokenizer(), LayerDrop, data=["abc" * 50], drop=1, hold_out=False
+        )

@@ -61,7 +61,7 @@ def test_what_is_no_plan_is_refused(llama: str, bert: str, plan: str, tmp_path: 
     (("drop", "--drop", 1, "--set", "attention=[1]"), "attention does not apply to LayerDrop. What does: taps"),
     (("drop", "--drop", 1, "--set", "taps=4"), "taps=... goes with --replace filter"),
     (("drop", "--drop", 1, "--replace", "filter", "--set", "taps=many"), "taps=... takes a whole number, got 'many'"),
-    (("drop", "--drop", 1, "--set", "selection=best"), "takes greedy, cosine, got 'best'"),
+    (("drop", "--drop", 1, "--set", "selection=best"), "takes panel, greedy, cosine, got 'best'"),
     (("drop", "--drop", 1, "--set", "seed"), "NAME=VALUE"),
     (("drop", "--drop", 1, "--set", "seed=1", "--set", "seed=2"), "each name once"),
     (("drop", "--drop", 1, "--set", "text_field=body"), "text_field=... goes with a source of texts"),

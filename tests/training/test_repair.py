@@ -31,7 +31,7 @@ from slimformer.training.trained_weights import TrainedWeights
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import DECODERS, tiny_model
 
-SHORT = TrainingSettings(steps=3, rows=2, learning_rate=3e-3)
+SHORT = TrainingSettings(steps=6, rows=2, learning_rate=5e-3)
 LONG = TrainingSettings(steps=40, rows=4, learning_rate=3e-3)
 GENERATOR = torch.Generator().manual_seed(1)
 IDS = torch.randint(3, 60, (2, 70), generator=GENERATOR)
@@ -404,7 +404,7 @@ def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     model, plan = strong("llama"), Plan([LayerDrop(attention=[1])])
     with pytest.raises(CalibrationError, match=r"slimformer\[training\]"):
         repaired(model, plan)
-    assert repaired(model, plan, what=["norms"]).methods[-1].parameters
+    assert repaired(model, plan, LONG, what=["norms"]).methods[-1].parameters
 
 
 def test_every_decoder_structure_has_linear_layers_to_train() -> None:

@@ -100,13 +100,17 @@ class DenseReference:
         Raises:
             DataError: If `logits` has another shape than the recorded block.
         """
+        return self.divergences(logits, block_index).mean()
+
+    def divergences(self, logits: Tensor, block_index: int) -> Tensor:
+        """The same for every token `[tokens]`."""
         self._check(logits)
         log_probs, indices, rest = (
             kept[block_index].to(logits.device).split(TOKENS_AT_ONCE)
             for kept in (self.log_probs, self.indices, self.rest)
         )
         chunks = zip(logits.split(TOKENS_AT_ONCE), log_probs, indices, rest, strict=True)
-        return torch.cat([bucketed_divergence(*chunk) for chunk in chunks]).mean()
+        return torch.cat([bucketed_divergence(*chunk) for chunk in chunks])
 
     def agreement(self, logits: Tensor, block_index: int) -> Tensor:
         """Share of the block's tokens after which the dense model's first choice is also a first choice here.

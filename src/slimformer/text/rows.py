@@ -38,7 +38,7 @@ def training_rows(
         hold_out: Take the second part from every fifth text, which the first does not read; else from the last rows.
         tokens: Tokens per row.
         count: How many rows are taken to train on.
-        held_out: How many rows the second part may have.
+        held_out: How many rows the second part may have; 0 for none.
         seed: Decides which.
 
     Returns:
@@ -52,12 +52,12 @@ def training_rows(
     if hold_out:
         kept, others = split_texts(texts)
         read = token_blocks(kept, tokenizer, count=count, **cut)
-        rest = token_blocks(others, tokenizer, count=held_out, **cut)
+        rest = token_blocks(others, tokenizer, count=held_out, **cut) if held_out else read[:0]
     else:
         rows = token_blocks(texts, tokenizer, count=count + held_out, **cut)
         last = min(held_out, len(rows) // 5)
         read, rest = rows[: len(rows) - last], rows[len(rows) - last :]
-    if not len(read) or not len(rest):
+    if not len(read) or (held_out and not len(rest)):
         raise DataError(
             f"Training needs a row of {tokens} tokens to read and one to measure on, and {source} gives {len(read)} "
             f"and {len(rest)}. Give more text, or a smaller length."

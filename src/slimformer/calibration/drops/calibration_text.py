@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,12 +22,15 @@ from slimformer.calibration.drops.divergence_to_dense import (
 )
 from slimformer.calibration.drops.replay import Call, record_call
 from slimformer.calibration.drops.search import Judge, Replay, Search
+from slimformer.calibration.mixture.rows import mixture_rows
+from slimformer.calibration.mixture.sources import sources_of
 from slimformer.decisions.replacements import Replace
 from slimformer.errors import DataError, SlimformerWarning
 from slimformer.evaluation.divergence import DenseReference
 from slimformer.evaluation.readable import longest, predicts_tokens
 from slimformer.model.anatomy import Anatomy
 from slimformer.text.held_out import split_texts
+from slimformer.text.progress import Stages
 from slimformer.text.sources import (
     characters_for,
     check_token_ids,
@@ -49,6 +52,7 @@ class CalibrationText:
         rows: `input_ids` and for encoders `attention_mask`, each `[rows, tokens]`.
         source: Where they came from.
         sizes: How many rows each part reads.
+        sources: The source of each row that is judged, which are then the first rows; none where there is one source.
     """
 
     model: PreTrainedModel
@@ -56,6 +60,7 @@ class CalibrationText:
     rows: dict[str, Tensor]
     source: str
     sizes: Budget
+    sources: Sequence[str] = ()
 
     @property
     def tokens(self) -> int:
@@ -66,6 +71,8 @@ class CalibrationText:
     @property
     def judged(self) -> int:
         """Rows for judging; the rest is for fitting."""
+        if self.sources:
+            return len(self.sources)
         return min(self.sizes.judged, max(len(self.rows["input_ids"]) // 4, 1))
 
     def similarity_batches(self) -> list[dict[str, Tensor]]:
@@ -102,7 +109,10 @@ class CalibrationText:
         blocks = torch.cat([call.batch["input_ids"].cpu() for call in self._judged_calls])
         device = self.anatomy.stack.device
         return PredictionDivergence(
-            self.model, self.anatomy, DenseReference.record(self.model, blocks, device=device)
+            self.model,
+            self.anatomy,
+            DenseReference.record(self.model, blocks, device=device),
+            self.sources or [""] * len(blocks),
         )
 
     def _batches(self, begin: int, end: int) -> list[dict[str, Tensor]]:
@@ -111,6 +121,64 @@ class CalibrationText:
         chosen = {name: tensor[begin:end] for name, tensor in self.rows.items()}
         parts = zip(*(tensor.split(rows) for tensor in chosen.values()), strict=True)
         return [dict(zip(chosen, part, strict=True)) for part in parts]
+
+
+def read_mixture(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Any,
+    text_field: str,
+    hold_out: bool,
+    sizes: Budget,
+    seed: int,
+    *,
+    fitting: bool,
+    cache: str | os.PathLike[str] | None,
+    stages: Stages,
+) -> CalibrationText:
+    """Rows of several sources, equally many of each to judge by, and more to fit on where that is wanted.
+
+    Raises:
+        DataError: If the text cannot be read, or a source gives too little.
+        CalibrationError: If the model is to write and writes nothing.
+    """
+    sources = sources_of(data)
+    each = max(sizes.judged // 2, 2)
+    mixture = mixture_rows(
+        model,
+        tokenizer,
+        sources,
+        text_field=text_field,
+        hold_out=hold_out,
+        tokens=min(sizes.sequence_length, longest(anatomy, tokenizer)),
+        count=sizes.final if fitting else 1,
+        held_out=0,
+        seed=seed,
+        cache=cache,
+        stages=stages,
+        least=each,
+    )
+    check_token_ids(mixture.read, model)
+    for name, part in mixture.record.items():
+        if part["rows"] < each:
+            _warn_of_chance(name, part["rows"], mixture.read.shape[1], each)
+    places = {
+        name: [place for place, of in enumerate(mixture.read_of) if of == name] for name in mixture.record
+    }
+    generator = torch.Generator().manual_seed(seed)
+    judged = [place for of in places.values() for place in of[:each]]
+    rest = torch.tensor([place for of in places.values() for place in of[each:]], dtype=torch.long)
+    order = [*judged, *rest[torch.randperm(len(rest), generator=generator)].tolist()]
+    origin = "; ".join(part["from"] for part in mixture.record.values())
+    return CalibrationText(
+        model,
+        anatomy,
+        {"input_ids": mixture.read[order]},
+        origin,
+        sizes,
+        [mixture.read_of[place] for place in judged],
+    )
 
 
 def read_text(
@@ -146,12 +214,15 @@ def read_text(
     check_token_ids(rows["input_ids"], model)
     fewest = BUDGETS["quick"]
     if count < fewest.similarity:
-        warnings.warn(
-            f"{source} gives {count} blocks of up to {length} tokens to calibrate on, and by so few the choice is "
-            f"mostly chance. Give {math.ceil(fewest.blocks / count)} times as much text: the budget 'quick' reads "
-            f"{fewest.blocks} blocks.",
-            SlimformerWarning,
-            stacklevel=3,
-        )
+        _warn_of_chance(source, count, length, fewest.blocks)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return CalibrationText(model, anatomy, {name: t[order] for name, t in rows.items()}, source, sizes)
+
+
+def _warn_of_chance(source: str, blocks: int, tokens: int, wanted: int) -> None:
+    warnings.warn(
+        f"{source} gives {blocks} blocks of up to {tokens} tokens to calibrate on, and by so few the choice is mostly "
+        f"chance. Give {math.ceil(wanted / blocks)} times as much text: the budget reads {wanted} blocks.",
+        SlimformerWarning,
+        stacklevel=4,
+    )

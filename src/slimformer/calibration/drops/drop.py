@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slimformer import __version__
 from slimformer.calibration.drops.budgets import BUDGETS, BudgetName
-from slimformer.calibration.drops.calibration_text import CalibrationText, read_text
+from slimformer.calibration.drops.calibration_text import CalibrationText, read_mixture, read_text
 from slimformer.calibration.drops.fitting import fit_together
 from slimformer.calibration.drops.partial_results import PartialResults
 from slimformer.calibration.drops.replay import saved_weights
@@ -25,6 +25,7 @@ from slimformer.calibration.drops.task_judge import TaskJudge
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.embedding_tasks import EmbeddingTask, is_labelled, task_of
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.evaluation.readable import predicts_tokens
 from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.model.anatomy import Anatomy, transformer_of
@@ -41,16 +42,16 @@ def choose_drops(
     tokenizer: PreTrainedTokenizerBase | None = None,
     method: LayerDrop | None = None,
     *,
-    data: EmbeddingTask | str | os.PathLike[str] | Iterable[str] | None = None,
+    data: EmbeddingTask | str | os.PathLike[str] | Iterable[str] | Mapping[str, float] | None = None,
     text_field: str = "text",
     hold_out: bool = True,
-    selection: Literal["greedy", "cosine"] = "greedy",
+    selection: Literal["panel", "greedy", "cosine"] | None = None,
     kinds: Sequence[Unit] = ("attention",),
     drop: int | None = None,
     max_loss: float | None = None,
     speedup: float | None = None,
     task: EmbeddingTask | str | os.PathLike[str] | None = None,
-    budget: BudgetName = "quick",
+    budget: BudgetName | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -63,23 +64,29 @@ def choose_drops(
         method: What a dropped sublayer leaves behind, such as `LayerDrop(replace="filter", taps=4)`; None for nothing.
         data: A `.txt`, `.jsonl` or `.parquet` file, a Hub dataset id, `"-"` for standard input, a list of strings, or
             None for a text that every Python carries. Text like that of your own application is better. For a
-            SentenceTransformer also what `task` takes with labels, which is then the task.
+            SentenceTransformer also what `task` takes with labels, which is then the task. For `"panel"` also a mapping
+            from sources to weights, as `slimformer.repair` takes it; text alone stands in it for what is built in.
         text_field: The field with the text, in JSON lines, Parquet and Hub datasets.
         hold_out: Leave every fifth text alone, so that `slimformer eval` can measure on it.
-        selection: `"greedy"` removes, one after the other, what moves the model's output least (in decoders the KL
-            divergence of next-token distributions, in encoders the cosine of mean-pooled embeddings); `"cosine"` is
-            LLM-Drop's one pass (arXiv 2406.15786).
+        selection: `"panel"`, which is what decoders take if None is given, removes, one after the other, what moves the
+            predictions of a decoder least on several sources: what the model writes itself, text, and sequences that
+            repeat. Sources count in parts of what one removal typically costs, and the one that moves most counts
+            twice. `"greedy"` does the same on the text alone (in encoders by the cosine of mean-pooled embeddings), and
+            `"cosine"` is LLM-Drop's one pass (arXiv 2406.15786).
         kinds: What may be dropped: `"attention"`, `"mlp"`, both (joint), or `"block"`.
         drop: Stop after so many removals.
-        max_loss: Stop before the divergence on the calibration text passes this: nats of KL, or 1 - cosine.
+        max_loss: Stop before the divergence on the calibration text, with `"panel"` on any source, passes this: nats of
+            KL, or 1 - cosine.
         speedup: Stop once a forward over one block is so many times as fast, by times measured here.
         task: For a SentenceTransformer, what `"greedy"` removals are to keep instead: a folder in BEIR's layout, a
             `.tsv` file of scored pairs, text for lists of neighbours, or what `read_task` of
             `slimformer.evaluation.embedding_tasks` makes of them. What is lost is then a share of its figure; without
             `data`, its texts are read.
-        budget: `"quick"`, `"standard"` or `"thorough"`: how much text is read (`slimformer.calibration.drops.budgets`).
+        budget: `"quick"`, `"standard"` or `"thorough"`: how much text is read (`slimformer.calibration.drops.budgets`);
+            None for the first on a CPU and the second on a GPU.
         seed: Which of the text is read.
-        checkpoint: A folder for partial results. The same call resumes from them after an interruption.
+        checkpoint: A folder for partial results, and for what the model writes. The same call resumes from them after
+            an interruption.
         progress: Show progress bars with the time left.
 
     Returns:
@@ -102,6 +109,12 @@ def choose_drops(
             f"{method!r} names its sublayers, and calibration chooses them. Patch it as it is, or leave them out."
         )
     replace, taps = method.replace, method.taps
+    inner, anatomy = transformer_of(model), known_anatomy(model)
+    decoder = predicts_tokens(inner, anatomy)
+    if selection is None:
+        selection = "panel" if decoder else "greedy"
+    if budget is None:
+        budget = "standard" if inner.device.type == "cuda" else "quick"
     if task is None and is_labelled(data):
         task, data = cast(EmbeddingTask, data), None
     kept = None if task is None else task_of(task, text_field)
@@ -118,12 +131,16 @@ def choose_drops(
         "hold_out": hold_out,
         "task": None if kept is None else kept.source,
     }
-    _check(arguments)
+    _check(arguments, decoder)
+    if isinstance(data, Mapping) and selection != "panel":
+        raise CalibrationError(
+            f"Several sources are for selection='panel', got selection={selection!r}. Give one text, or "
+            "selection='panel'."
+        )
     if status(model):
         raise CalibrationError(
             "The model is patched; plans are made for the dense model. Call unpatch first."
         )
-    inner, anatomy = transformer_of(model), known_anatomy(model)
     of_task = data is None
     if kept is not None:
         kept = kept.split()[0] if hold_out else kept
@@ -135,16 +152,21 @@ def choose_drops(
     stop.check(most_removals(anatomy, kinds), kinds)
     sizes = BUDGETS[budget]
     with evaluating(inner), Stages(progress) as stages:
-        text = read_text(
+        read: tuple[Any, ...] = (
             inner,
             anatomy,
             tokenizer or tokenizer_of(model),
-            cast(Any, data),
+            data,
             text_field,
             hold_out,
             sizes,
             seed,
         )
+        if selection == "panel":
+            fitting = replace != "nothing"
+            text = read_mixture(*read, fitting=fitting, cache=checkpoint, stages=stages)
+        else:
+            text = read_text(*read)
         if kept is not None and of_task:
             text.source = f"the texts of {kept.source}, {text.source.partition(', ')[2]}"
         pool = None if sizes.pool is None or drop is None else max(sizes.pool * drop, drop + 1)
@@ -160,13 +182,15 @@ def choose_drops(
         if speedup is not None:
             stop.seconds = dense_seconds(inner, anatomy, text.final_batches()[0], kinds)
         search = None
-        if selection == "greedy" or max_loss is not None:
+        if selection != "cosine" or max_loss is not None:
             judge = None if kept is None else TaskJudge.record(model, kept, replace, taps)
             search = text.search(replace, taps, stages.advance("candidates judged"), judge)
+        if selection == "panel":
+            units = _best_alone(units, cast(Search, search), partial)
         steps = (
-            _greedy(units[:pool], stop, cast(Search, search), partial)
-            if selection == "greedy"
-            else _in_order(units, stop, anatomy, search)
+            _in_order(units, stop, anatomy, search)
+            if selection == "cosine"
+            else _greedy(units[:pool], stop, cast(Search, search), partial)
         )
         dropped = [sublayer for step in steps for sublayer in sublayers_of(step.kind, step.layer)]
         fitted = (
@@ -223,6 +247,17 @@ def _greedy(
     return _some(steps, stop)
 
 
+def _best_alone(
+    units: Sequence[tuple[Unit, int]], search: Search, partial: PartialResults
+) -> list[tuple[Unit, int]]:
+    """The candidates, the one first that is missed least when it alone goes."""
+    may_go = [unit for unit in units if may_drop(search.anatomy, sublayers_of(*unit))]
+    search.singles = dict(partial.singles())
+    search.weigh_sources(may_go)
+    partial.keep_singles(search.singles)
+    return sorted(may_go, key=lambda unit: search.loss(search.singles[unit]))
+
+
 def _in_order(
     units: Sequence[tuple[Unit, int]], stop: Stop, anatomy: Anatomy, search: Search | None
 ) -> list[Step]:
@@ -234,10 +269,12 @@ def _in_order(
         more = [*dropped, *sublayers_of(kind, layer)]
         if not may_drop(anatomy, more):
             continue
-        divergence = None if search is None else search.divergence_of(more)
-        if stop.too_far(divergence):
+        step = (
+            Step(kind, layer, None) if search is None else Step.of(kind, layer, search.divergences_of(more))
+        )
+        if stop.too_far(step.divergence):
             return _some(steps, stop)
-        steps, dropped = [*steps, Step(kind, layer, divergence)], more
+        steps, dropped = [*steps, step], more
     if not stop.reached(steps):
         stop.give_up(steps)
     return _some(steps, stop)
@@ -256,9 +293,9 @@ def _ranked(similarity: Similarity, kinds: Sequence[Unit]) -> list[tuple[Unit, i
     return similarity.most_similar(len(kinds) * len(similarity.attention), kinds)
 
 
-def _check(arguments: dict[str, Any]) -> None:
+def _check(arguments: dict[str, Any], decoder: bool) -> None:
     allowed: dict[str, tuple[Any, ...]] = {
-        "selection": ("greedy", "cosine"),
+        "selection": ("panel", "greedy", "cosine") if decoder else ("greedy", "cosine"),
         "budget": get_args(BudgetName),
     }
     for name, values in allowed.items():
@@ -277,6 +314,10 @@ def _check(arguments: dict[str, Any]) -> None:
     if all(arguments[name] is None for name in _WHEN_TO_STOP):
         raise CalibrationError(
             f"Say when to stop: give {', '.join(_WHEN_TO_STOP[:-1])} or {_WHEN_TO_STOP[-1]}."
+        )
+    if arguments["task"] is not None and arguments["selection"] == "panel":
+        raise CalibrationError(
+            "A task is for selection='greedy', got selection='panel'. Give one or the other."
         )
     if arguments["task"] is not None and arguments["selection"] == "cosine" and arguments["max_loss"] is None:
         raise CalibrationError(
@@ -317,6 +358,7 @@ def _provenance(
         "tokens": text.tokens,
         "similarity": {unit: list(getattr(similarity, unit)) for unit in UNITS},
         **({} if search is None else {"divergence_name": search.judge.name}),
+        **({} if search is None or not search.scale else {"scale": dict(search.scale)}),
         "steps": [step.to_dict() for step in steps],
     }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.calibration.drops.search import Step
-from slimformer.calibration.drops.similarity import UNITS, Similarity
+from slimformer.calibration.drops.similarity import UNITS, Similarity, Unit
 from slimformer.errors import CalibrationError
 
 _FILE = "calibration.json"
@@ -65,7 +65,21 @@ class PartialResults:
 
     def steps(self) -> list[Step]:
         """The removals so far."""
-        return [Step(step["kind"], step["layer"], step["divergence"]) for step in self.content["steps"]]
+        return [
+            Step(step["kind"], step["layer"], step["divergence"], step.get("sources", {}))
+            for step in self.content["steps"]
+        ]
+
+    def singles(self) -> dict[tuple[Unit, int], dict[str, float]]:
+        """The divergences of candidates that are removed alone."""
+        return {(one["kind"], one["layer"]): one["sources"] for one in self.kept("singles") or ()}
+
+    def keep_singles(self, singles: Mapping[tuple[Unit, int], Mapping[str, float]]) -> None:
+        """Write them."""
+        self.keep(
+            "singles",
+            [{"kind": kind, "layer": layer, "sources": dict(of)} for (kind, layer), of in singles.items()],
+        )
 
     def keep_steps(self, steps: Sequence[Step]) -> None:
         """Write the removals."""

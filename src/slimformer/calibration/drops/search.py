@@ -6,7 +6,8 @@ replacements are fitted before a candidate is judged, and a candidate at layer i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,18 +32,31 @@ class Step:
     Attributes:
         kind: What was removed.
         layer: Of which layer.
-        divergence: From the dense model, with this and all earlier removals, replacements fitted; None where it was
-            not measured.
+        divergence: From the dense model, with this and all earlier removals, replacements fitted: that of the source
+            that moves most; None where it was not measured.
+        sources: The same of every source, where there are several.
     """
 
     kind: Unit
     layer: int
     divergence: float | None
+    sources: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kind: Unit, layer: int, divergences: Mapping[str, float]) -> Step:
+        """From the divergence of every source."""
+        several = dict(divergences) if len(divergences) > 1 else {}
+        return cls(kind, layer, max(divergences.values()), several)
 
     def to_dict(self) -> dict[str, Any]:
         """As a plan's provenance holds it."""
-        known = {} if self.divergence is None else {"divergence": self.divergence}
-        return {"kind": self.kind, "layer": self.layer, **known}
+        known: dict[str, Any] = {} if self.divergence is None else {"divergence": self.divergence}
+        return {
+            "kind": self.kind,
+            "layer": self.layer,
+            **known,
+            **({"sources": dict(self.sources)} if self.sources else {}),
+        }
 
 
 class Judge(Protocol):
@@ -57,8 +71,8 @@ class Judge(Protocol):
         """Called before candidates are judged on top of those that are `dropped` already."""
         ...
 
-    def divergence(self, dropped: Dropped, start: int) -> float:
-        """The divergence with all of `dropped`; below layer `start` they are those of the last `begin`."""
+    def divergence(self, dropped: Dropped, start: int) -> Mapping[str, float]:
+        """That of every source with all of `dropped`; below layer `start` they are those of the last `begin`."""
         ...
 
 
@@ -93,7 +107,7 @@ class Replay:
             self.inputs.append(inputs)
 
     @torch.no_grad()
-    def divergence(self, dropped: Dropped, start: int) -> float:
+    def divergence(self, dropped: Dropped, start: int) -> Mapping[str, float]:
         """The divergence of the last layer's outputs."""
         layers = executors(self.anatomy, dropped)
         states = [inputs[start] for inputs in self.inputs] if start else [call.hidden for call in self.calls]
@@ -114,6 +128,8 @@ class Search:
         replace: What dropped sublayers leave behind.
         taps: How many inputs a filter reads.
         advance: Called after every candidate that was judged, with the number of candidates of this round.
+        singles: The divergences of candidates that are removed alone, once they are known.
+        scale: What the divergence of a source is divided by before sources are compared; 1 where it is not named.
     """
 
     anatomy: Anatomy
@@ -122,6 +138,20 @@ class Search:
     replace: Replace
     taps: int
     advance: Callable[[int], None]
+    singles: dict[tuple[Unit, int], Mapping[str, float]] = field(default_factory=dict)
+    scale: Mapping[str, float] = field(default_factory=dict)
+
+    def loss(self, divergences: Mapping[str, float]) -> float:
+        """What is minimised: the divergences of all sources, and the largest of them once more."""
+        scaled = [value / self.scale.get(source, 1.0) for source, value in divergences.items()]
+        return scaled[0] if len(scaled) == 1 else sum(scaled) + max(scaled)
+
+    def weigh_sources(self, candidates: Sequence[tuple[Unit, int]]) -> None:
+        """Judge every candidate alone, and let sources count in parts of what one of them costs typically."""
+        alone = self._judged_each((), candidates)
+        sources = alone[0]
+        least = torch.finfo(torch.float32).tiny
+        self.scale = {name: max(statistics.median(of[name] for of in alone), least) for name in sources}
 
     def next_step(self, steps: Sequence[Step], candidates: Sequence[tuple[Unit, int]]) -> Step:
         """Judge every candidate on top of the earlier `steps`, and take the best.
@@ -129,31 +159,44 @@ class Search:
         Raises:
             CalibrationError: If the divergence is not a number.
         """
+        judged = self._judged_each(steps, candidates)
+        _, kind, layer, best = min(
+            ((self.loss(of), *unit, of) for unit, of in zip(candidates, judged, strict=True)),
+            key=lambda found: found[:3],
+        )
+        return Step.of(kind, layer, best)
+
+    def _judged_each(
+        self, steps: Sequence[Step], candidates: Sequence[tuple[Unit, int]]
+    ) -> list[Mapping[str, float]]:
+        if not steps and all(unit in self.singles for unit in candidates):
+            return [self.singles[unit] for unit in candidates]
         before = [sublayer for step in steps for sublayer in sublayers_of(step.kind, step.layer)]
         dropped = fit_together(self.anatomy, self.fitted, before, self.replace, self.taps)
         wanted = [sublayer for unit in candidates for sublayer in sublayers_of(*unit)]
         fitted = fit_each(self.anatomy, self.fitted, wanted, dropped, self.replace, self.taps)
         self.judge.begin(dropped)
-        judged: list[tuple[float, Unit, int]] = []
+        judged: list[Mapping[str, float]] = []
         for kind, layer in candidates:
             own = {sublayer: fitted[sublayer] for sublayer in sublayers_of(kind, layer)}
-            judged.append((self._judged({**dropped, **own}, layer), kind, layer))
+            judged.append(self._judged({**dropped, **own}, layer))
             self.advance(len(candidates))
-        value, kind, layer = min(judged)
-        return Step(kind, layer, value)
+        if not steps:
+            self.singles |= dict(zip(candidates, judged, strict=True))
+        return judged
 
-    def divergence_of(self, sublayers: Sequence[Sublayer]) -> float:
-        """The divergence with all of them dropped and their replacements fitted together."""
+    def divergences_of(self, sublayers: Sequence[Sublayer]) -> Mapping[str, float]:
+        """The divergence of every source with all of them dropped and their replacements fitted together."""
         return self._judged(fit_together(self.anatomy, self.fitted, sublayers, self.replace, self.taps), 0)
 
-    def _judged(self, dropped: Dropped, start: int) -> float:
-        value = self.judge.divergence(dropped, start)
-        if value != value:
+    def _judged(self, dropped: Dropped, start: int) -> Mapping[str, float]:
+        found = self.judge.divergence(dropped, start)
+        if any(value != value for value in found.values()):
             raise CalibrationError(
                 "The divergence is not a number: the model computes NaN on this text. Check the checkpoint, or load "
                 "it in bfloat16 or float32 instead of float16."
             )
-        return value
+        return found
 
 
 def sublayers_of(kind: Unit, layer: int) -> tuple[Sublayer, ...]:

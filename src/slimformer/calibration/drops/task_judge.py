@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +55,11 @@ class TaskJudge:
     def begin(self, dropped: Dropped) -> None:
         """Nothing: every candidate encodes from the first layer on."""
 
-    def divergence(self, dropped: Dropped, start: int) -> float:
+    def divergence(self, dropped: Dropped, start: int) -> Mapping[str, float]:
         """The share lost; below 0 where the slim model does better."""
         layers = {kind: [index for of, index in dropped if of == kind] for kind in ("attention", "mlp")}
         taps = self.taps if self.replace == "filter" else 1
         method = LayerDrop(**layers, replace=self.replace, taps=taps, weights=saved_weights(dropped))
         with patched(self.pipeline, method):
             (score,) = self.task.scores(self.pipeline)
-        return 1 - score / self.dense
+        return {"": 1 - score / self.dense}

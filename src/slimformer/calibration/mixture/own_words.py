@@ -143,6 +143,8 @@ class Writer:
                 temperature=1.0,
                 top_p=_TOP_P,
                 top_k=0,
+                # Drawing from NaN ends the process on a GPU; a model that computes it is refused where it is judged.
+                remove_invalid_values=True,
                 pad_token_id=ends[0] if ends else 0,
             )
         rows = found[:, longest:].tolist()

@@ -36,12 +36,14 @@ class Mixture:
 
     Attributes:
         read: To train on, those of every source as often as its share says `[rows, tokens]`.
+        read_of: The source of each of these.
         held_out: To measure on `[rows, tokens]`.
         of: The source of each of these.
         record: What a plan's provenance says of them: share, rows that differ, and origin by source.
     """
 
     read: Tensor
+    read_of: list[str]
     held_out: Tensor
     of: list[str]
     record: dict[str, Any]
@@ -71,6 +73,7 @@ def mixture_rows(
     seconds: float = math.inf,
     cache: str | os.PathLike[str] | None = None,
     stages: Stages | None = None,
+    least: int = 1,
 ) -> Mixture:
     """Rows of tokens for a decoder.
 
@@ -87,6 +90,7 @@ def mixture_rows(
         seconds: How long the model may write.
         cache: Where what it wrote is kept; None keeps nothing.
         stages: Where a progress bar is shown.
+        least: Rows of every source, however small its share.
 
     Raises:
         DataError: If a source has no row to train on, or none to measure on.
@@ -95,7 +99,7 @@ def mixture_rows(
     parts: dict[str, tuple[Tensor, Tensor, str]] = {}
     # What is written takes longest, and comes when the text is known to be there.
     for source in sorted(sources, key=lambda source: source.data == OWN_WORDS):
-        wanted = max(round(count * source.share), 1)
+        wanted = max(round(count * source.share), least)
         few = max(round(held_out * source.share), min(_LEAST_HELD_OUT, held_out))
         if source.data == OWN_WORDS:
             writer = Writer(
@@ -120,15 +124,16 @@ def mixture_rows(
                 seed=seed,
             )
         parts[source.name] = rows[:wanted], others[:few], origin
-    read, rest, of = [], [], []
+    read, read_of, rest, of = [], [], [], []
     record: dict[str, Any] = {}
     for source in sources:
         rows, others, origin = parts[source.name]
-        read.append(_shared(rows, max(round(count * source.share), 1), len(sources)))
+        read.append(_shared(rows, max(round(count * source.share), least), len(sources)))
+        read_of += [source.name] * len(read[-1])
         rest.append(others)
         of += [source.name] * len(others)
         record[source.name] = {"share": source.share, "rows": len(rows), "from": origin}
-    return Mixture(torch.cat(read), torch.cat(rest), of, record)
+    return Mixture(torch.cat(read), read_of, torch.cat(rest), of, record)
 
 
 def mixture_texts(
@@ -147,7 +152,7 @@ def mixture_texts(
     Raises:
         DataError: If a source has no text to train on, or none to measure on.
     """
-    read, rest, of = [], [], []
+    read, read_of, rest, of = [], [], [], []
     record: dict[str, Any] = {}
     for source in sources:
         wanted = max(round(count * source.share), 1)
@@ -162,6 +167,7 @@ def mixture_texts(
             seed=seed,
         )
         read.append(_shared(rows, wanted, len(sources)))
+        read_of += [source.name] * len(read[-1])
         rest.append(others)
         of += [source.name] * len(others)
         record[source.name] = {"share": source.share, "rows": len(rows), "from": origin}
@@ -171,7 +177,7 @@ def mixture_texts(
         [torch.cat([rows, pad.expand(len(rows), -1, longest - rows.shape[2])], 2) for rows in part]
         for part in (read, rest)
     ]
-    return Mixture(torch.cat(padded[0]), torch.cat(padded[1]), of, record)
+    return Mixture(torch.cat(padded[0]), read_of, torch.cat(padded[1]), of, record)
 
 
 def _shared(rows: Tensor, wanted: int, sources: int) -> Tensor:

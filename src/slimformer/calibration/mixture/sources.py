@@ -11,7 +11,7 @@ from slimformer.errors import DataError
 
 OWN_WORDS, BUILT_IN, COPYING = "own-words", "built-in", "copying"
 NAMED = (OWN_WORDS, BUILT_IN, COPYING)
-# What `generate` will meet counts most.
+# What `generate` will meet counts most. Text of one's own stands in the place of what is built in.
 DEFAULT: Mapping[str, float] = {OWN_WORDS: 6.0, BUILT_IN: 3.0, COPYING: 1.0}
 _EXPECTED = (
     "Expected a number above 0 for every source, as in {'mine.jsonl': 2, 'own-words': 1}, or "
@@ -48,8 +48,8 @@ def sources_of(data: Any, decoder: bool = True) -> list[Source]:
     """The sources that are asked for.
 
     Args:
-        data: A mapping from sources to weights; one source; or None for what `DEFAULT` says (built-in text alone for
-            encoders, which write nothing).
+        data: A mapping from sources to weights; None for what `DEFAULT` says; or one source, which stands in the place
+            of the built-in text there. Encoders, which write nothing, read that alone.
         decoder: Whether the model predicts tokens.
 
     Raises:
@@ -58,14 +58,17 @@ def sources_of(data: Any, decoder: bool = True) -> list[Source]:
     Example:
         >>> sources_of({"a.txt": 3, "own-words": 1})
         [Source(data='a.txt', share=0.75), Source(data='own-words', share=0.25)]
-        >>> sources_of(None, decoder=False)
-        [Source(data='built-in', share=1.0)]
+        >>> sources_of("a.txt"), sources_of(None, decoder=False)
+        ([Source(data='own-words', share=0.6), Source(data='a.txt', share=0.3), Source(data='copying', share=0.1)],
+         [Source(data='built-in', share=1.0)])
     """
-    if data is None:
-        data = DEFAULT if decoder else {BUILT_IN: 1.0}
     weights = data if isinstance(data, Mapping) else None
     if weights is None:
-        found = [Source(data, 1.0)]
+        text = BUILT_IN if data is None else data
+        known = isinstance(text, str) and text in NAMED and text != BUILT_IN
+        parts = DEFAULT if decoder and not known else {BUILT_IN: 1.0}
+        total = sum(parts.values())
+        found = [Source(text if name == BUILT_IN else name, weight / total) for name, weight in parts.items()]
     elif not weights:
         raise DataError(f"The mixture has no source. {_EXPECTED}.")
     else:

@@ -70,11 +70,13 @@ def drop(
         typer.Option(metavar="WHAT", help="What stands in its place: nothing, mean or filter."),
     ] = Replace.nothing,
     budget: Annotated[
-        Budget,
+        Budget | None,
         typer.Option(
-            metavar="NAME", help="How much text is read: quick (minutes on a CPU), standard or thorough."
+            metavar="NAME",
+            show_default=False,
+            help="How much text is read: quick, standard or thorough. Left out: quick on a CPU, standard on a GPU.",
         ),
-    ] = Budget.quick,
+    ] = None,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     force: options.Force = False,
@@ -103,7 +105,7 @@ def drop(
             "max_loss": max_loss,
             "speedup": speedup,
             "kinds": tuple(kinds.value.split(",")),
-            "budget": budget.value,
+            "budget": None if budget is None else budget.value,
         },
         more=more,
         device=device,
