@@ -1,4 +1,4 @@
-"""`python -m benchmarks list | run [NAME ...] | tables [--check]`."""
+"""`python -m benchmarks list | run [NAME ...] | merge NAME FOLDER ... | tables [--check]`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DOCUMENTS = sorted((_HERE.parent / "docs" / "results").glob("*.md"))
 # Often enough that a killed run loses little, seldom enough to cost nothing.
 _SECONDS_BETWEEN_WRITES = 5.0
 # Of `run`, that only some benchmarks read.
-_INPUTS = ("data", "model", "texts", "plans", "only")
+_INPUTS = ("data", "model", "texts", "plans", "only", "training")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "tables":
         return _tables(options.results, check=options.check)
+    if options.command == "merge":
+        return _merge(options.name, options.folders, options.out)
     return _run(options)
 
 
@@ -66,9 +68,21 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--texts", type=int, help="texts per point, where that can be chosen")
     run.add_argument("--plans", type=Path, help="folder where repaired plans are kept, and found again")
     run.add_argument(
-        "--only", help="measure one part alone: attention-8 of repair, 2048 of elimination_quality"
+        "--only",
+        help="measure one part alone, or several with commas: attention-8 of repair, 2048 of elimination_quality",
+    )
+    run.add_argument(
+        "--training", type=float, help="minutes that each training may take, where that is asked"
     )
     run.add_argument("--minutes", type=float, help="stop a benchmark after so long and keep what it has")
+    merging = commands.add_parser(
+        "merge", help="make one result file of those of parts that ran by themselves"
+    )
+    merging.add_argument("name", metavar="NAME", help="the benchmark")
+    merging.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="searched with what is in them"
+    )
+    merging.add_argument("--out", type=Path, default=_RESULTS, help="folder of the merged file")
     tabled = commands.add_parser("tables", help="rewrite the tables in the README files from the results")
     tabled.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is stale")
     tabled.add_argument("--results", type=Path, default=_RESULTS, help=argparse.SUPPRESS)
@@ -192,6 +206,20 @@ def _measure(benchmark: Benchmark, settings: Settings, out: Path | None, minutes
             print(f"\n{tables.render(table, content)}\n")
     print(f"== {benchmark.name}: {content['seconds']:.0f} s, {len(measurements)} measurements", flush=True)
     return complete and all(m.status in ("ok", "unsupported") for m in measurements)
+
+
+def _merge(name: str, folders: Sequence[Path], out: Path) -> int:
+    """Later files win over earlier ones."""
+    files = [path for folder in folders for path in sorted(folder.rglob(f"{name}.json"))]
+    try:
+        content = results.merged([results.read(path) for path in sorted(files, key=os.path.getmtime)])
+    except ValueError as error:
+        print(f"{name} cannot be merged: {error}.")
+        return 2
+    print(
+        f"{results.write(content, out).name}: {len(files)} files, {len(content['measurements'])} measurements"
+    )
+    return 0
 
 
 def _tables(folder: Path, *, check: bool) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -63,12 +65,21 @@ def wikitext_perplexity(
 
 
 def kept(folder: Path, make: Callable[[], Plan]) -> tuple[Plan, float]:
-    """A plan from its folder, made first if it is not there, and the seconds that this took."""
-    if not folder.is_dir():
-        start = time.monotonic()
-        plan = make()
-        plan.save_pretrained(folder)
-        (folder / "seconds.json").write_text(json.dumps(time.monotonic() - start))
+    """A plan from its folder, made first if it is not there, and the seconds that this took.
+
+    Of several processes that want it one makes it, and the others wait.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.is_dir():
+            start = time.monotonic()
+            plan = make()
+            # Found whole or not at all, whatever ends this.
+            beside = folder.with_name(f"{folder.name}.part")
+            shutil.rmtree(beside, ignore_errors=True)
+            plan.save_pretrained(beside)
+            (beside / "seconds.json").write_text(json.dumps(time.monotonic() - start))
+            beside.rename(folder)
     return Plan.from_pretrained(folder), float(json.loads((folder / "seconds.json").read_text()))
 
 

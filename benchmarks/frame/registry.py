@@ -44,6 +44,7 @@ class Settings:
         texts: How many texts per point; None for all.
         plans: Folder in which benchmarks that train keep their plans; those found there are not made again.
         only: What to measure of a benchmark that has several parts; None for all.
+        training: Minutes that each training may take; None for as long as it takes by default.
     """
 
     device: torch.device
@@ -53,6 +54,7 @@ class Settings:
     texts: int | None = None
     plans: Path = Path()
     only: str | None = None
+    training: float | None = None
 
     def pick(self, full: Value, tiny: Value) -> Value:
         """`tiny` in a smoke run, else `full`."""
@@ -61,6 +63,21 @@ class Settings:
     def wants(self, part: str) -> bool:
         """Whether a part is to be measured."""
         return self.only is None or self.only in part
+
+    def chosen(self, parts: Sequence[str]) -> list[str]:
+        """Those of the parts that are to be measured: of these names, or else with that in their names.
+
+        Example:
+            >>> parts = ["drop-7", "drop-7-repaired", "dense"]
+            >>> [Settings(torch.device("cpu"), only=only).chosen(parts) for only in ("drop-7", "7", "dense,drop-7")]
+            [['drop-7'], ['drop-7', 'drop-7-repaired'], ['drop-7', 'dense']]
+        """
+        if self.only is None:
+            return list(parts)
+        names = [self.only] if self.only in parts else self.only.split(",")
+        if set(names) <= set(parts):
+            return [part for part in parts if part in names]
+        return [part for part in parts if self.wants(part)]
 
     @property
     def on_gpu(self) -> bool:
@@ -90,7 +107,7 @@ class Benchmark:
         model: What `--model` has to be; None where it makes its own.
         data: What the folder `--data` has to hold: files, or folders with a slash behind them.
         parts: Of which `--only` may choose.
-        takes: Further options: "texts", "plans".
+        takes: Further options: "texts", "plans", "training".
     """
 
     name: str
@@ -130,13 +147,15 @@ class Benchmark:
                 yield f"needs --data, and {settings.data} lacks {', '.join(absent)}"
         if "texts" in self.takes and settings.texts is not None and settings.texts < 1:
             yield f"needs --texts of at least 1, got {settings.texts}"
+        if "training" in self.takes and settings.training is not None and not settings.training > 0:
+            yield f"needs --training of more than 0 minutes, got {settings.training}"
 
     def refused(self, settings: Settings, given: Sequence[str]) -> Iterator[str]:
         """Options that were given and mean nothing here."""
-        for name in ("texts", "plans"):
+        for name in ("texts", "plans", "training"):
             if name in given and name not in self.takes:
                 yield f"takes no --{name}"
-        if settings.only is not None and not any(settings.wants(part) for part in self.parts):
+        if settings.only is not None and not settings.chosen(self.parts):
             allowed = f"one of {', '.join(self.parts)}" if self.parts else "no --only"
             yield f"takes {allowed}, got --only {settings.only}"
 

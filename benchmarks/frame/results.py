@@ -168,6 +168,34 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
+def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several of the same benchmark, such as of parts that ran beside each other.
+
+    Of a candidate at a point the last measurement counts.
+
+    Raises:
+        ValueError: If there is none, or they are not of one benchmark, device and set of versions.
+    """
+    if not contents:
+        raise ValueError("there is no result to merge")
+    for name in ("benchmark", "device", "versions", "smoke"):
+        different = {json.dumps(content[name]) for content in contents}
+        if len(different) > 1:
+            raise ValueError(f"{name}: the results differ, {' and '.join(sorted(different))}")
+    found = {
+        (measurement["candidate"], json.dumps(measurement["parameters"], sort_keys=True)): measurement
+        for content in contents
+        for measurement in content["measurements"]
+    }
+    return {
+        **contents[-1],
+        "date": max(content["date"] for content in contents),
+        "complete": all(content["complete"] for content in contents),
+        "seconds": round(sum(content["seconds"] for content in contents), 1),
+        "measurements": list(found.values()),
+    }
+
+
 def validate(content: Any) -> None:
     """Raise ValueError unless `content` has the shape of a result file, whose times follow a passed check."""
     if not isinstance(content, dict):

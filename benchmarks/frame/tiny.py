@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
@@ -55,6 +55,11 @@ def write_data(folder: Path) -> None:
         "piqa/valid.jsonl": _rows([{"goal": lines[1], "sol1": "a text", "sol2": "no text"}]),
         "piqa/valid-labels.lst": "1\n",
         "arc_easy/arc_easy.jsonl": _rows([{"query": lines[2], "choices": ["a", "line", "text"], "gold": 2}]),
+        "openbookqa/openbook_qa.jsonl": _rows([{"query": lines[2], "choices": ["a", "line"], "gold": 1}]),
+        "gsm8k/gsm8k.jsonl": _rows(
+            {"context": line[-20:], "chain_of_thought": "a text", "answer": str(number)}
+            for number, line in enumerate(lines[:12])
+        ),
         "instructions/alpaca_en_demo.json": json.dumps(
             [{"instruction": lines[3], "input": "", "output": lines[4]}]
         ),
@@ -68,7 +73,10 @@ def write_data(folder: Path) -> None:
         files[f"stsb/{split}.tsv"] = "\n".join(["score\tsentence1\tsentence2", *rows])
     for collection, corpus in (("cranfield", lines), ("qmsum_retrieval", [prose[i::40] for i in range(40)])):
         documents = [{"_id": f"d{number}", "text": text} for number, text in enumerate(corpus)]
-        queries = [{"_id": f"q{number}", "text": text} for number, text in enumerate(lines[:8])]
+        queries = [
+            {"_id": f"q{number}", "text": text, "question": f"which text is {number}?"}
+            for number, text in enumerate(lines[:8])
+        ]
         files[f"{collection}/corpus.jsonl"] = _rows(documents)
         files[f"{collection}/queries.jsonl"] = _rows(queries)
         answers = [f"q{number}\td{number}\t1" for number in range(8)]
@@ -92,6 +100,7 @@ def _tokenizer() -> PreTrainedTokenizerBase:
     words = ["<unk>", *string.printable]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", model_max_length=512
     )

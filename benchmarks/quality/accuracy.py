@@ -1,4 +1,7 @@
-"""Accuracy on LAMBADA, PIQA and ARC-Easy from local files, asked and counted as lm-evaluation-harness does."""
+"""Accuracy on LAMBADA, PIQA, ARC-Easy and OpenBookQA from local files, asked and counted as lm-evaluation-harness does.
+
+OpenBookQA is its `acc_norm`: likelihoods are divided by the characters of the choice; the others are its `acc`.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ TASK_FILES = (
     "piqa/valid.jsonl",
     "piqa/valid-labels.lst",
     "arc_easy/arc_easy.jsonl",
+    "openbookqa/openbook_qa.jsonl",
 )
 _TOKENS_AT_ONCE, _LOGITS_AT_ONCE = 16_384, 4096
 
@@ -30,16 +34,18 @@ class Question(NamedTuple):
         context: What comes before.
         choices: Continuations, each with the space in front of it.
         right: Which of them is right. Of a single one it counts whether every token of it is the most likely one.
+        by_length: Whether a log-likelihood is divided by the characters of its choice.
     """
 
     context: str
     choices: tuple[str, ...]
     right: int
+    by_length: bool = False
 
 
 def read_tasks(data: Path) -> dict[str, list[Question]]:
     """The questions of each task."""
-    lambada, piqa, labels, arc = (data / name for name in TASK_FILES)
+    lambada, piqa, labels, arc, openbook = (data / name for name in TASK_FILES)
     rights = labels.read_text(encoding="utf-8").split()
     return {
         "lambada": [Question(row["context"], (f" {row['continuation']}",), 0) for row in _rows(lambada)],
@@ -53,6 +59,12 @@ def read_tasks(data: Path) -> dict[str, list[Question]]:
             )
             for row in _rows(arc)
         ],
+        "openbookqa": [
+            Question(
+                row["query"], tuple(f" {choice}" for choice in row["choices"]), row["gold"], by_length=True
+            )
+            for row in _rows(openbook)
+        ],
     }
 
 
@@ -60,14 +72,25 @@ def accuracy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> float:
     """The share of questions whose right choice is the likeliest, or is what greedy decoding says."""
+    return sum(answered(model, tokenizer, questions)) / len(questions)
+
+
+def answered(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> list[bool]:
+    """Of every question, whether its right choice is the likeliest, or is what greedy decoding says."""
     asked = [(q.context, choice) for q in questions for choice in q.choices]
     found = iter(_likelihoods(model, tokenizer, asked))
-    right = 0
-    for question in questions:
-        values = [next(found) for _ in question.choices]
-        best = max(range(len(values)), key=lambda index: values[index][0])
-        right += values[0][1] if len(values) == 1 else best == question.right
-    return right / len(questions)
+    return [_is_right(question, [next(found) for _ in question.choices]) for question in questions]
+
+
+def _is_right(question: Question, found: Sequence[tuple[float, bool]]) -> bool:
+    if len(found) == 1:
+        return found[0][1]
+    # Without the space that every choice begins with.
+    lengths = [len(choice) - 1 if question.by_length else 1 for choice in question.choices]
+    values = [likelihood / length for (likelihood, _), length in zip(found, lengths, strict=True)]
+    return max(range(len(values)), key=values.__getitem__) == question.right
 
 
 @torch.no_grad()

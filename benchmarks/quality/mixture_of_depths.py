@@ -34,7 +34,7 @@ from slimformer.training.routers import train_routers
 KEEP = 0.5
 SETTINGS = TrainingSettings(steps=600, rows=4, learning_rate=5e-3)
 _TINY = TrainingSettings(steps=2)
-_ALPACA, _DOLLY = "instructions/alpaca_en_demo.json", "instructions/dolly_hhrlhf_train_small.jsonl"
+ALPACA, DOLLY = "instructions/alpaca_en_demo.json", "instructions/dolly_hhrlhf_train_small.jsonl"
 _BESIDE_EACH_OTHER = 4
 
 
@@ -66,7 +66,7 @@ CANDIDATES = {
     "mixture_of_depths",
     "WikiText-2 perplexity with half of the tokens routed past half of the layers, then repaired",
     model="decoder",
-    data=(C4, WIKIPEDIA, _ALPACA, _DOLLY, WIKI_TRAIN, WIKI_TEST),
+    data=(C4, WIKIPEDIA, ALPACA, DOLLY, WIKI_TRAIN, WIKI_TEST),
     parts=list(CANDIDATES),
 )
 def run(settings: Settings) -> Iterator[Measurement]:
@@ -114,7 +114,7 @@ def chosen(
     settings: Settings, model: Any, tokenizer: Any, candidate: Candidate
 ) -> tuple[slimformer.Plan, float]:
     """The plan of a candidate, and the part of the multiplications without the head that it saves."""
-    texts, length = _texts(settings.data), settings.pick(512, 64)
+    texts, length = instructions(settings.data), settings.pick(512, 64)
     half = len(find_anatomy(model).layers) // 2
 
     def saved(layers: int, keep: float) -> float:
@@ -154,12 +154,12 @@ def _layers(plan: slimformer.Plan, name: str) -> str:
     return ", ".join(str(layer) for layer in (routed[0] if routed else plan.dropped(kind)))
 
 
-def _texts(data: Path) -> list[str]:
+def instructions(data: Path) -> list[str]:
     """C4 and two sets of instructions, mixed."""
     texts = load_texts(data / C4)[0]
-    for row in json.loads((data / _ALPACA).read_text(encoding="utf-8")):
+    for row in json.loads((data / ALPACA).read_text(encoding="utf-8")):
         texts.append("\n".join(row[name] for name in ("instruction", "input", "output") if row[name]))
-    with (data / _DOLLY).open(encoding="utf-8") as lines:
+    with (data / DOLLY).open(encoding="utf-8") as lines:
         texts += [row["prompt"] + row["response"] for row in map(json.loads, lines)]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
     return [texts[index] for index in order]

@@ -25,7 +25,7 @@ from slimformer import Plan
 from slimformer.text.sources import load_texts
 
 BEFORE, AFTER = "as calibrated", "repaired"
-TASKS = {"lambada": "LAMBADA", "piqa": "PIQA", "arc_easy": "ARC-Easy"}
+TASKS = {"lambada": "LAMBADA", "piqa": "PIQA", "arc_easy": "ARC-Easy", "openbookqa": "OpenBookQA"}
 WIKIPEDIA = "c4_calib/wiki_demo.txt"
 TRAINING: dict[str, Any] = {"steps": 250, "rows": 4, "accumulate": 2, "length": 1024}
 # Lines of a WikiText article that make one text.
@@ -62,7 +62,7 @@ SETTINGS = (
 
 @benchmark(
     "repair",
-    "perplexity, LAMBADA, PIQA and ARC-Easy of repaired plans",
+    "perplexity, LAMBADA, PIQA, ARC-Easy and OpenBookQA of repaired plans",
     model="decoder",
     data=(C4, WIKIPEDIA, WIKI_TRAIN, WIKI_TEST, *TASK_FILES),
     parts=[setting.key for setting in SETTINGS],
