@@ -16,12 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.__main__ import main
-from benchmarks.frame import registry, results, tables
+from benchmarks.frame import registry, results, tables, tiny
 from benchmarks.frame.compare import Case, Unsupported, compare
 from benchmarks.frame.registry import Settings
 from benchmarks.frame.timing import Candidate, Effort, interleaved
+from benchmarks.long_context.meeting_questions import likelihoods
+from benchmarks.quality import gsm8k
 from benchmarks.quality.accuracy import Question, _likelihoods, accuracy
 
+import slimformer
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import tiny_model
 
@@ -294,6 +297,57 @@ def test_measurements_that_prove_nothing_are_refused(change: dict[str, object], 
     content["measurements"][0].update(change)
     with pytest.raises(ValueError, match=complaint):
         results.validate(content)
+
+
+def test_results_of_parts_are_merged_and_the_last_of_a_point_counts(tmp_path: Path) -> None:
+    for folder, figures in (("a", {"one": 1.0, "two": 2.0}), ("b", {"two": 3.0})):
+        found = [
+            results.Measurement({"size": 1}, name, values={"figure": of}) for name, of in figures.items()
+        ]
+        results.write(document(found), tmp_path / folder)
+    os.utime(tmp_path / "a" / "any.json", (0, 0))
+    code, printed = command("merge", "any", tmp_path, "--out", tmp_path)
+    assert (code, printed) == (0, "any.json: 2 files, 2 measurements\n")
+    content = results.read(tmp_path / "any.json")
+    assert {m["candidate"]: m["values"]["figure"] for m in content["measurements"]} == {
+        "one": 1.0,
+        "two": 3.0,
+    }
+    assert content["seconds"] == 2.0
+    other = {**content, "device": "another GPU"}
+    results.write(other, tmp_path / "c")
+    code, printed = command("merge", "any", tmp_path, "--out", tmp_path)
+    assert code == 2
+    assert "device: the results differ" in printed
+    assert command("merge", "nothing", tmp_path)[0] == 2
+
+
+def test_answers_behind_one_prefill_are_as_likely_as_by_themselves() -> None:
+    model, prompt, answers = tiny_model("llama"), torch.arange(1, 40), [[5, 6, 7], [8], [9, 3]]
+
+    def by_hand(answer: list[int]) -> float:
+        ids = torch.cat([prompt, torch.tensor(answer)])[None]
+        with torch.no_grad():
+            told = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return float(told.gather(1, torch.tensor(answer)[:, None]).mean())
+
+    assert likelihoods(model, prompt, answers).tolist() == pytest.approx(
+        list(map(by_hand, answers)), abs=1e-5
+    )
+    method = slimformer.TokenElimination({1: 0.5}, least=16, block=1, window=4, sink=1)
+    with slimformer.patched(model, method):
+        together = likelihoods(model, prompt, answers).tolist()
+        alone = [float(likelihoods(model, prompt, [answer])[0]) for answer in answers]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert together != pytest.approx(likelihoods(model, prompt, answers).tolist(), abs=1e-5)
+
+
+def test_batches_of_prompts_are_solved_as_each_by_itself() -> None:
+    model, tokenizer = tiny_model("llama", vocab_size=128), tiny.character_tokenizer()
+    problems = [gsm8k.Problem(prompt, "1") for prompt in ("the cat sat on", "a", "no no yes")]
+    written = gsm8k._written(model, tokenizer, [problem.prompt for problem in problems], 6)
+    assert written == [gsm8k._written(model, tokenizer, [p.prompt], 6)[0] for p in problems]
+    assert gsm8k.solved(model, tokenizer, problems, new_tokens=6) == [False] * 3
 
 
 def test_questions_are_counted_as_one_forward_each_would() -> None:

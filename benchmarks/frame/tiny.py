@@ -38,7 +38,7 @@ def write_models(folder: Path) -> None:
     }
     for name, model in made.items():
         model.save_pretrained(folder / name)
-        _tokenizer().save_pretrained(folder / name)
+        character_tokenizer().save_pretrained(folder / name)
 
 
 def write_data(folder: Path) -> None:
@@ -95,7 +95,7 @@ def _rows(objects: Any) -> str:
     return "\n".join(map(json.dumps, rows)) + "\n"
 
 
-def _tokenizer() -> PreTrainedTokenizerBase:
+def character_tokenizer() -> PreTrainedTokenizerBase:
     """One token per printable character."""
     words = ["<unk>", *string.printable]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))

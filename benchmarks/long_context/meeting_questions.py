@@ -161,18 +161,21 @@ class _Alike:
     """Which questions share words; the rarer a word, the more it says."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self.words = [set(re.findall(r"\w+", text.lower())) for text in texts]
-        counts = Counter(word for words in self.words for word in words)
-        self.weights = {word: math.log(len(texts) / count) for word, count in counts.items()}
+        words = [set(re.findall(r"\w+", text.lower())) for text in texts]
+        counts = Counter(word for of in words for word in of)
+        number = {word: index for index, word in enumerate(counts)}
+        self.has = torch.zeros(len(texts), len(counts))
+        for row, of in zip(self.has, words, strict=True):
+            row[[number[word] for word in of]] = 1.0
+        self.weights = torch.tensor([math.log(len(texts) / count) for count in counts.values()])
 
     def to(self, number: int) -> list[int]:
-        """All questions, the most alike first."""
-        first = self.words[number]
-        parts = [self._weight(first & other) / (self._weight(first | other) or 1.0) for other in self.words]
-        return sorted(range(len(parts)), key=lambda index: -parts[index])
-
-    def _weight(self, words: set[str]) -> float:
-        return sum(self.weights[word] for word in words)
+        """All questions, the most alike first: by the words that both have, as a part of those that either has."""
+        own = self.has @ self.weights
+        shared = self.has @ (self.weights * self.has[number])
+        parts = shared / (own + own[number] - shared).clamp_min(1e-9)
+        order: list[int] = parts.argsort(descending=True, stable=True).tolist()
+        return order
 
 
 def _ids(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
