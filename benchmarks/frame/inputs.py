@@ -56,11 +56,11 @@ def _checkpoint(
 
 
 def wikitext_perplexity(
-    settings: Settings, model: Any, tokenizer: PreTrainedTokenizerBase
+    settings: Settings, model: Any, tokenizer: PreTrainedTokenizerBase, *, most: int = 64
 ) -> Callable[[], float]:
-    """Measures the model, patched as it is then, on the first 64 × 1024 tokens of WikiText-2's test split."""
+    """Measures the model, patched as it is then, on the first 64 × 1024 tokens of WikiText-2's test split, or fewer."""
     tokens, count = settings.pick((1024, 64), (128, 2))
-    blocks = wikitext_blocks(settings.data / WIKI_TEST, tokenizer, tokens, count=count)
+    blocks = wikitext_blocks(settings.data / WIKI_TEST, tokenizer, tokens, count=min(count, most))
     return lambda: perplexity(model, blocks, batch_size=8 if settings.on_gpu else 1)
 
 

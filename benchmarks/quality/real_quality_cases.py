@@ -144,9 +144,10 @@ def _chosen(settings: Settings, model: Any, tokenizer: Any, case: Case) -> Plan:
     if case.chosen == "routed":
         return _routed(settings, model, tokenizer, number)
     common: dict[str, Any] = {"kinds": _KINDS.get(case.unit, (case.unit,)), "drop": number}
+    # A run that is ended goes on from there.
+    common["checkpoint"] = settings.plans / "choosing" / case.as_chosen().key
     if case.chosen == "panel":
-        cache = {"cache": _own_words(settings.plans)}
-        return slimformer.calibrate(model, tokenizer, LayerDrop(), selection="panel", **common, **cache)
+        return slimformer.calibrate(model, tokenizer, LayerDrop(), selection="panel", **common)
     common |= {"data": settings.data / C4, "hold_out": False, "budget": settings.pick("standard", "quick")}
     if case.chosen == "cosine":
         return slimformer.calibrate(model, tokenizer, LayerDrop(), selection="cosine", **common)

@@ -77,6 +77,9 @@ ELIMINATIONS = {
 }
 
 
+TIMED = tuple(part for part, of in ELIMINATIONS.items() if of.schedule or of.chosen)
+
+
 class Meetings:
     """Long documents, and what is asked of methods that leave out a part of them.
 
@@ -147,7 +150,6 @@ class Meetings:
                 judged = self.panel.judged(self.model)
             values = panel_values(judged) | _by_length(judged.capability("retrieval").parts)
             yield Measurement({"figure": "retrieval"}, part, values=values)
-        yield Measurement({"figure": "speed"}, part, values=self.speed(plan))
 
     def _answered(self, last: float) -> list[Answered]:
         return self.questions.answered(self.model, last=last)
@@ -213,8 +215,15 @@ class Meetings:
             total += prefill_flops(self.anatomy, _PROMPT, 0, keep)
         return total / layers
 
-    def speed(self, plan: Plan) -> dict[str, float]:
-        """A prefill beside the unpatched model's, in turns."""
+    def speed(self, part: str) -> dict[str, float]:
+        """A prefill beside the unpatched model's, in turns.
+
+        Raises:
+            ValueError: If the part eliminates nothing.
+        """
+        plan, _ = self._plan(part, ELIMINATIONS[part])
+        if plan is None:
+            raise ValueError(f"{part} eliminates nothing")
         tokens = min(self.settings.pick(_PROMPT if self.settings.on_gpu else 1024, 256), self.most)
         ids = wikitext_blocks(self.settings.data / WIKI_TEST, self.tokenizer, tokens, count=1)
         ids = ids.to(self.model.device)

@@ -1,4 +1,4 @@
-"""What is measured of a plan: perplexity, five tasks that nothing was chosen or trained by, panel, speed, memory."""
+"""What is measured of a plan: perplexity, five tasks that nothing was chosen or trained by, panel, times, memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import slimformer
+from benchmarks.frame.compare import release
 from benchmarks.frame.flops import flops
 from benchmarks.frame.inputs import WIKI_TEST, wikitext_perplexity
 from benchmarks.frame.registry import Settings
@@ -55,8 +56,8 @@ class Judge:
         self, settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         self.settings, self.model, self.tokenizer = settings, model, tokenizer
-        self.perplexity = wikitext_perplexity(settings, model, tokenizer)
         questions = min(settings.texts or _QUESTIONS, _QUESTIONS)
+        self.perplexity = wikitext_perplexity(settings, model, tokenizer, most=questions)
         self.tasks = {name: asked[:questions] for name, asked in read_tasks(settings.data).items()}
         problems = settings.pick(min(settings.texts or _PROBLEMS, _PROBLEMS), 2)
         self.problems = gsm8k.read_problems(settings.data, problems)
@@ -92,7 +93,7 @@ class Judge:
         yield "tasks", summary(self.dense, self.dense)
 
     def of(self, plan: Plan) -> Iterator[tuple[str, dict[str, float]]]:
-        """The same of a plan, with the panel, speed and memory."""
+        """The same of a plan, with the panel."""
         # The dense model's before anything is patched.
         dense, panel = self.dense, self.panel
         found: dict[str, Sequence[bool]] = {}
@@ -103,13 +104,15 @@ class Judge:
                 yield name, task_values(name, right, dense[name])
             yield "tasks", summary(found, dense)
             yield "panel", panel_values(panel.judged(self.model))
-        yield "speed", self.speed(plan)
 
     def _answers(self) -> Iterator[tuple[str, Sequence[bool]]]:
         for name, questions in self.tasks.items():
             yield name, answered(self.model, self.tokenizer, questions)
         new_tokens = self.settings.pick(320, 4)
-        yield "gsm8k", gsm8k.solved(self.model, self.tokenizer, self.problems, new_tokens=new_tokens)
+        right = gsm8k.solved(self.model, self.tokenizer, self.problems, new_tokens=new_tokens)
+        # Other processes may share the GPU.
+        release()
+        yield "gsm8k", right
 
     def speed(self, plan: Plan) -> dict[str, float]:
         """Times of both models in turns, on text, and what the plan leaves of cache, weights and multiplications."""
@@ -153,7 +156,7 @@ def in_turns(settings: Settings, model: Any, run: Any, *methods: Any) -> tuple[f
             slimformer.patch(model, *methods)
 
     few = Effort(milliseconds=0.0, least=2, most=2, warm_ups=1)
-    effort = Effort(milliseconds=3000.0, least=5, most=10, warm_ups=2) if settings.on_gpu else few
+    effort = Effort(milliseconds=3000.0, least=4, most=10, warm_ups=1) if settings.on_gpu else few
     try:
         times = interleaved(
             {"dense": Candidate(run, unpatched), "slim": Candidate(run, patched)},

@@ -50,8 +50,11 @@ def _values(content: dict[str, Any], part: str) -> dict[str, float]:
 
 
 def _measured(content: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The plans whose tasks were all asked."""
-    found = {key: _values(content, key) for key in CASES}
+    """The plans whose tasks were all asked, with the times of what was chosen."""
+    found = {
+        key: _values(content, f"speed-{case.as_chosen().key}") | _values(content, key)
+        for key, case in CASES.items()
+    }
     return {key: values for key, values in found.items() if "mean" in values}
 
 
@@ -232,7 +235,7 @@ def long_documents(content: dict[str, Any]) -> str:
     }
     rows = []
     for part in ELIMINATIONS:
-        values = _values(content, part)
+        values = _values(content, f"speed-{part}") | _values(content, part)
         if "right" in values:
             schedule = next(m["note"] for m in content["measurements"] if m["candidate"] == part)
             rows.append([_ELIMINATED[part], schedule, *(cell(values) for cell in columns.values())])
