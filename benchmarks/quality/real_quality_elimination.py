@@ -137,8 +137,8 @@ class Meetings:
         of = ELIMINATIONS[part]
         plan, values = self._plan(part, of)
         note = "" if plan is None else _shown(plan)
-        work = 1.0 if plan is None else self.work(plan)
-        yield Measurement({"figure": "plan"}, part, values={"work": work * of.last, **values}, note=note)
+        work = prefill_flops(self.anatomy, _PROMPT, 0, of.last) if plan is None else self.work(plan)
+        yield Measurement({"figure": "plan"}, part, values={"work": work, **values}, note=note)
         dense = self.dense
         with contextlib.nullcontext() if plan is None else slimformer.patched(self.model, plan):
             found = dense if part == "elimination-dense" else self._answered(of.last)
