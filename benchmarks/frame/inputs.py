@@ -83,6 +83,17 @@ def kept(folder: Path, make: Callable[[], Plan]) -> tuple[Plan, float]:
     return Plan.from_pretrained(folder), float(json.loads((folder / "seconds.json").read_text()))
 
 
+def kept_json(file: Path, make: Callable[[], Any]) -> Any:
+    """What JSON can hold, from its file; made first if it is not there, by one of the processes that want it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f"{file.name}.lock")):
+        if not file.exists():
+            beside = file.with_name(f"{file.name}.part")
+            beside.write_text(json.dumps(make()), encoding="utf-8")
+            beside.rename(file)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def repaired(
     settings: Settings,
     model: Any,

@@ -16,8 +16,8 @@ from slimformer.evaluation.perplexity import evaluating
 GSM8K = "gsm8k/gsm8k.jsonl"
 _SHOTS, _NEXT = 8, "Question:"
 _NEW_TOKENS = 320
-# Rows that are written at once: on a GPU as many as there are, as long as they fit.
-_AT_ONCE = {"cuda": 256}
+# Rows that are written at once, as long as they fit; more would be numbers beyond 32 bits of an MLP's activations.
+_AT_ONCE = {"cuda": 100}
 _NUMBER = re.compile(r"####\s*\$?(-?[\d,]*\.?\d+)")
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import slimformer
-from benchmarks.frame.inputs import C4, WIKI_TEST, kept
+from benchmarks.frame.inputs import C4, WIKI_TEST, kept, kept_json
 from benchmarks.frame.registry import Settings
 from benchmarks.frame.results import Measurement
 from benchmarks.long_context.meeting_questions import CHOICES, Answered, MeetingQuestions
@@ -110,11 +108,8 @@ class Meetings:
     def dense(self) -> list[Answered]:
         """What the unpatched model answers; found by one process, and kept for the others."""
         file = self.settings.plans / f"dense-meetings-{len(self.questions.questions)}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
-            if not file.exists():
-                file.write_text(json.dumps(self.questions.answered(self.model)))
-        return [Answered(*row) for row in json.loads(file.read_text())]
+        found = kept_json(file, lambda: self.questions.answered(self.model))
+        return [Answered(*row) for row in found]
 
     @cached_property
     def panel(self) -> Panel | None:

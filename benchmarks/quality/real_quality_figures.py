@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import slimformer
 from benchmarks.frame.compare import release
 from benchmarks.frame.flops import flops
-from benchmarks.frame.inputs import WIKI_TEST, wikitext_perplexity
+from benchmarks.frame.inputs import WIKI_TEST, kept_json, wikitext_perplexity
 from benchmarks.frame.registry import Settings
 from benchmarks.frame.timing import Candidate, Effort, interleaved
 from benchmarks.quality import gsm8k
@@ -67,11 +65,7 @@ class Judge:
         """Which questions the unpatched model answers right; found by one process, and kept for the others."""
         count = sum(map(len, self.tasks.values())) + len(self.problems)
         file = self.settings.plans / f"dense-answers-{count}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
-            if not file.exists():
-                file.write_text(json.dumps({name: list(right) for name, right in self._answers()}))
-        found: Right = json.loads(file.read_text())
+        found: Right = kept_json(file, lambda: {name: list(right) for name, right in self._answers()})
         return found
 
     @cached_property
