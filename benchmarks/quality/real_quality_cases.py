@@ -27,8 +27,6 @@ CHOSEN: dict[Chosen, str] = {
 _UNITS = {"attention": "attentions", "block": "blocks", "mlp": "MLPs", "joint": "attentions and MLPs"}
 _KINDS = {"joint": ("attention", "mlp")}
 _ROUTERS = TrainingSettings(steps=600, rows=4, learning_rate=5e-3)
-# As many as `repair` does by default.
-_REPAIR = TrainingSettings(rows=4, steps=2000)
 OWN_WORDS = "own-words"
 
 
@@ -177,12 +175,14 @@ def _repaired(settings: Settings, model: Any, tokenizer: Any, plan: Plan, seed: 
         return slimformer.repair(
             model, plan, tokenizer, settings=TrainingSettings(steps=2, rows=2, learning_rate=1e-3), **tiny
         )
+    # As many rows and steps as `repair` has by default.
+    again = TrainingSettings(rows=8 if settings.on_gpu else 4, steps=2000, seed=seed)
     return slimformer.repair(
         model,
         plan,
         tokenizer,
         minutes=settings.training or 10.0,
-        settings=replace(_REPAIR, seed=seed) if seed else None,
+        settings=again if seed else None,
         cache=_own_words(settings.plans),
     )
 
