@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -53,6 +53,7 @@ class CalibrationText:
         source: Where they came from.
         sizes: How many rows each part reads.
         sources: The source of each row that is judged, which are then the first rows; none where there is one source.
+        shares: How much each of them counts.
     """
 
     model: PreTrainedModel
@@ -61,6 +62,7 @@ class CalibrationText:
     source: str
     sizes: Budget
     sources: Sequence[str] = ()
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -96,7 +98,7 @@ class CalibrationText:
             batches = self._batches(self.judged, self.judged + self.sizes.fitted)
             fitted = [record_call(self.anatomy, batch) for batch in batches]
         by = Replay(self.anatomy, self._judged_calls, self._divergence) if judge is None else judge
-        return Search(self.anatomy, by, fitted, replace, taps, advance)
+        return Search(self.anatomy, by, fitted, replace, taps, advance, shares=self.shares)
 
     @cached_property
     def _judged_calls(self) -> list[Call]:
@@ -178,6 +180,7 @@ def read_mixture(
         origin,
         sizes,
         [mixture.read_of[place] for place in judged],
+        {source.name: source.share for source in sources},
     )
 
 

@@ -70,9 +70,8 @@ def choose_drops(
         hold_out: Leave every fifth text alone, so that `slimformer eval` can measure on it.
         selection: `"panel"`, which is what decoders take if None is given, removes, one after the other, what moves the
             predictions of a decoder least on several sources: what the model writes itself, text, and sequences that
-            repeat. Sources count in parts of what one removal typically costs, and the one that moves most counts
-            twice. `"greedy"` does the same on the text alone (in encoders by the cosine of mean-pooled embeddings), and
-            `"cosine"` is LLM-Drop's one pass (arXiv 2406.15786).
+            repeat, by the mean over them and the worst of them. `"greedy"` does the same on the text alone (in encoders
+            by the cosine of mean-pooled embeddings), and `"cosine"` is LLM-Drop's one pass (arXiv 2406.15786).
         kinds: What may be dropped: `"attention"`, `"mlp"`, both (joint), or `"block"`.
         drop: Stop after so many removals.
         max_loss: Stop before the divergence on the calibration text, with `"panel"` on any source, passes this: nats of
@@ -253,7 +252,7 @@ def _best_alone(
     """The candidates, the one first that is missed least when it alone goes."""
     may_go = [unit for unit in units if may_drop(search.anatomy, sublayers_of(*unit))]
     search.singles = dict(partial.singles())
-    search.weigh_sources(may_go)
+    search.judge_alone(may_go)
     partial.keep_singles(search.singles)
     return sorted(may_go, key=lambda unit: search.loss(search.singles[unit]))
 
@@ -358,7 +357,6 @@ def _provenance(
         "tokens": text.tokens,
         "similarity": {unit: list(getattr(similarity, unit)) for unit in UNITS},
         **({} if search is None else {"divergence_name": search.judge.name}),
-        **({} if search is None or not search.scale else {"scale": dict(search.scale)}),
         "steps": [step.to_dict() for step in steps],
     }
 

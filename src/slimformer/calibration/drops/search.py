@@ -6,7 +6,7 @@ replacements are fitted before a candidate is judged, and a candidate at layer i
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -129,7 +129,7 @@ class Search:
         taps: How many inputs a filter reads.
         advance: Called after every candidate that was judged, with the number of candidates of this round.
         singles: The divergences of candidates that are removed alone, once they are known.
-        scale: What the divergence of a source is divided by before sources are compared; 1 where it is not named.
+        shares: How much each source counts, where there are several.
     """
 
     anatomy: Anatomy
@@ -139,19 +139,24 @@ class Search:
     taps: int
     advance: Callable[[int], None]
     singles: dict[tuple[Unit, int], Mapping[str, float]] = field(default_factory=dict)
-    scale: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     def loss(self, divergences: Mapping[str, float]) -> float:
-        """What is minimised: the divergences of all sources, and the largest of them once more."""
-        scaled = [value / self.scale.get(source, 1.0) for source, value in divergences.items()]
-        return scaled[0] if len(scaled) == 1 else sum(scaled) + max(scaled)
+        """What is minimised: the divergence of one source; of several what the panel's score lacks of 1.
 
-    def weigh_sources(self, candidates: Sequence[tuple[Unit, int]]) -> None:
-        """Judge every candidate alone, and let sources count in parts of what one of them costs typically."""
-        alone = self._judged_each((), candidates)
-        sources = alone[0]
-        least = torch.finfo(torch.float32).tiny
-        self.scale = {name: max(statistics.median(of[name] for of in alone), least) for name in sources}
+        Of each is kept `exp(-divergence)`, the factor by which what the dense model would say becomes less likely. Half
+        the mean and half the worst is the score, as of a `slimformer.evaluation.panel.Judgement`.
+        """
+        if len(divergences) == 1:
+            (only,) = divergences.values()
+            return only
+        kept = {source: math.exp(-value) for source, value in divergences.items()}
+        mean = sum(self.shares[source] * part for source, part in kept.items())
+        return 1.0 - (mean + min(kept.values())) / 2
+
+    def judge_alone(self, candidates: Sequence[tuple[Unit, int]]) -> None:
+        """Judge every candidate by itself, into `singles`."""
+        self._judged_each((), candidates)
 
     def next_step(self, steps: Sequence[Step], candidates: Sequence[tuple[Unit, int]]) -> Step:
         """Judge every candidate on top of the earlier `steps`, and take the best.

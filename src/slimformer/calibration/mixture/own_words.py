@@ -29,6 +29,9 @@ from slimformer.text.progress import Stages
 
 # A step of so many texts takes a GPU little longer than one of few: it waits for the CPU.
 _AT_ONCE = {"cuda": 1024}
+_LEAST_AT_ONCE = 16
+# Tokens that a text is expected to have, so that no more texts are begun than are wanted.
+_EXPECTED = 128
 _QUESTION, _ANSWER = 64, 512
 # One batch in so many is text without a question, also of models that chat.
 _FREE = 4
@@ -41,7 +44,7 @@ _EMPTY = 4
 
 @dataclass
 class Writer:
-    """Writes text with a model, batch by batch; the same seed gives the same batches.
+    """Writes text with a model, batch by batch; asked for as much, the same seed gives the same batches.
 
     Several processes of one training write batches in turn, and have all of them in the end.
 
@@ -64,6 +67,7 @@ class Writer:
     cache: str | os.PathLike[str] | None = None
     texts: list[list[int]] = field(default_factory=list, init=False)
     batches: int = field(default=0, init=False)
+    at_once: int = field(default=_LEAST_AT_ONCE, init=False)
 
     def written(
         self, tokens: int, seconds: float = math.inf, stages: Stages | None = None
@@ -79,6 +83,8 @@ class Writer:
         until, empty = time.monotonic() + seconds, 0
         rank, processes = _processes()
         tokens = math.ceil(tokens / processes)
+        most = max(_AT_ONCE.get(self.model.device.type, 0), _LEAST_AT_ONCE)
+        self.at_once = min(max(math.ceil(tokens / _EXPECTED), _LEAST_AT_ONCE), most)
         move = None if stages is None else stages.advance("own words")
         try:
             while not self.texts or (sum(map(len, self.texts)) < tokens and time.monotonic() < until):
@@ -105,7 +111,7 @@ class Writer:
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed * 1_000_003 + number)
-            size = _AT_ONCE.get(device.type, 16)
+            size = self.at_once
             while True:
                 try:
                     return self._texts(size, None if number % _FREE == _FREE - 1 else opening)

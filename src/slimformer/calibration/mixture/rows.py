@@ -214,14 +214,13 @@ def _packed(
     texts: Sequence[Sequence[int]], front: Sequence[int], tokens: int, held_out: int
 ) -> tuple[Tensor, Tensor, str]:
     """Texts one behind the other in rows, and every fifth of them in rows to measure on."""
+    origin = f"the dense model, {len(texts)} texts, {sum(map(len, texts))} tokens"
+    if not held_out:
+        rows = _cut(texts, front, tokens)
+        return rows, rows[:0], origin
     others = texts[_EVERY - 1 :: _EVERY] or texts[-1:]
     kept = [text for number, text in enumerate(texts) if number % _EVERY != _EVERY - 1] or texts[:1]
-    total = sum(map(len, texts))
-    return (
-        _cut(kept, front, tokens),
-        _cut(others, front, tokens)[:held_out],
-        f"the dense model, {len(texts)} texts, {total} tokens",
-    )
+    return _cut(kept, front, tokens), _cut(others, front, tokens)[:held_out], origin
 
 
 def _cut(texts: Sequence[Sequence[int]], front: Sequence[int], tokens: int) -> Tensor:
