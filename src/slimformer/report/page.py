@@ -126,11 +126,14 @@ def _similarity_section(summary: Summary) -> str:
 
 def _steps_section(summary: Summary) -> str:
     similarities = [summary.similarity_of(step) for step in summary.steps]
-    divergences = [step.divergence for step in summary.steps]
     names = ["", "Dropped"]
     numbers = [f"{n}." if summary.ordered else "" for n in range(1, len(summary.steps) + 1)]
     columns = [numbers, [step.name for step in summary.steps]]
-    for name, values in (("Similarity", similarities), ("Divergence", divergences)):
+    divergences = {
+        f"Divergence: {source}" if source else "Divergence": values
+        for source, values in summary.divergences().items()
+    }
+    for name, values in {"Similarity": similarities, **divergences}.items():
         if any(value is not None for value in values):
             names.append(name)
             columns.append(["" if value is None else figure(value) for value in values])

@@ -22,12 +22,14 @@ class Step(NamedTuple):
     Attributes:
         kind: `attention`, `mlp` or `block`.
         layer: Index of the layer.
-        divergence: Distance to the dense model after it, where it was measured.
+        divergence: Distance to the dense model after it, where it was measured; of several sources the largest.
+        sources: The same of every source, where there are several.
     """
 
     kind: str
     layer: int
     divergence: float | None
+    sources: Mapping[str, float] = {}
 
     @property
     def name(self) -> str:
@@ -116,6 +118,14 @@ class Summary:
             name if isinstance(name, str) and name else _DIVERGENCE,
             _replacement(plan),
         )
+
+    def divergences(self) -> dict[str, list[float | None]]:
+        """Columns of what was measured after each removal: one, or one of every source."""
+        sources = dict.fromkeys(name for step in self.steps for name in step.sources)
+        if sources:
+            return {name: [step.sources.get(name) for step in self.steps] for name in sources}
+        found = [step.divergence for step in self.steps]
+        return {"": found} if any(value is not None for value in found) else {}
 
     @property
     def count(self) -> int:
@@ -257,9 +267,17 @@ def _steps(found: Any) -> tuple[Step, ...]:
         kind, layer = _mapping(entry).get("kind"), _mapping(entry).get("layer")
         if kind not in NAMES or not isinstance(layer, int):
             return ()
-        value = _number(_mapping(entry).get("divergence"))
-        steps.append(Step(kind, layer, value if value is not None and math.isfinite(value) else None))
+        value = _finite_number(_mapping(entry).get("divergence"))
+        of = {
+            str(name): _finite_number(one) for name, one in _mapping(_mapping(entry).get("sources")).items()
+        }
+        steps.append(Step(kind, layer, value, {name: one for name, one in of.items() if one is not None}))
     return tuple(steps)
+
+
+def _finite_number(value: Any) -> float | None:
+    found = _number(value)
+    return found if found is not None and math.isfinite(found) else None
 
 
 def _replacement(plan: Plan) -> str:

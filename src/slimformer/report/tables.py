@@ -31,7 +31,6 @@ def plan_table(plan: Plan) -> Table:
     """
     summary = Summary.of(plan)
     similarities = [summary.similarity_of(step) for step in summary.steps]
-    divergences = [step.divergence for step in summary.steps]
     title = f"{summary.count} of {2 * summary.layers} sublayers dropped"
     if any(method.replace != "nothing" for method in plan.drops):
         title += f", in their place {summary.replacement}"
@@ -44,9 +43,10 @@ def plan_table(plan: Plan) -> Table:
     if any(value is not None for value in similarities):
         table.add_column("similarity", justify="right")
         columns.append(["" if value is None else f"{value:.4f}" for value in similarities])
-    if any(value is not None for value in divergences):
-        table.add_column(Text(summary.divergence_name), justify="right")
-        columns.append(["" if value is None else figure(value) for value in divergences])
+    for source, values in summary.divergences().items():
+        name = f"{summary.divergence_name}: {source}" if source else summary.divergence_name
+        table.add_column(Text(name), justify="right")
+        columns.append(["" if value is None else figure(value) for value in values])
     for index, step in enumerate(summary.steps):
         table.add_row(
             str(index + 1) if summary.ordered else "", step.name, *(column[index] for column in columns)

@@ -92,7 +92,8 @@ def repair(
         tokenizer: The model's tokenizer; a SentenceTransformer or Pipeline brings its own.
         data: As for `slimformer.calibrate`, or a mapping from sources to weights, of which `"own-words"` (what the
             model writes), `"built-in"` and `"copying"` (random sequences that repeat) are built in. Left out, these
-            three; for encoders the built-in text. Decoders read texts one behind the other, encoders one by one.
+            three, and text alone stands in them for what is built in; encoders read that text, or the built-in one.
+            Decoders read texts one behind the other, encoders one by one.
         text_field: The field with the text, in JSON lines, Parquet and Hub datasets.
         hold_out: Measure on every fifth text, which is not trained on; without, on the last ones.
         what: What is trained: `"added"` (filters, means and heads of the plan), `"norms"` (with biases), and `"lora"`
