@@ -27,17 +27,15 @@ def updated(text: str, folder: Path) -> str:
         if name not in TABLES:
             raise KeyError(f"no table is named {name}; there are {', '.join(TABLES)}")
         path = folder / f"{TABLES[name].source}.json"
-        if not path.exists():
-            return (
-                f"{opening}*Not measured yet: `python -m benchmarks run {TABLES[name].source}`.*\n{closing}"
-            )
-        return f"{opening}{render(TABLES[name], results.read(path))}\n{closing}"
+        found = render(TABLES[name], results.read(path)) if path.exists() else ""
+        found = found or f"*Not measured yet: `python -m benchmarks run {TABLES[name].source}`.*"
+        return f"{opening}{found}\n{closing}"
 
     return _PLACE.sub(place, text)
 
 
 def render(table: Table, content: dict[str, Any]) -> str:
-    """One table under a line that says on what it was measured."""
+    """One table under a line that says on what it was measured; nothing where the table has no row."""
     versions = content["versions"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "transformers"))
     origin = f"{content['device']}, {packages}, {content['date']}"
@@ -45,7 +43,8 @@ def render(table: Table, content: dict[str, Any]) -> str:
         origin += ", smoke sizes: no time means anything"
     if not content["complete"]:
         origin += ", stopped early"
-    return f"{table.render(content)}\n\n*{origin}.*"
+    rendered = table.render(content)
+    return f"{rendered}\n\n*{origin}.*" if rendered else ""
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

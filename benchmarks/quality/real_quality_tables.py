@@ -85,7 +85,17 @@ def _by_plan(content: dict[str, Any], columns: Mapping[str, Cell], *, dense: boo
     for key, values in _measured(content).items():
         if not CASES[key].seed:
             rows.append([CASES[key].name, *(cell(values) for cell in columns.values())])
-    return tables.markdown(["Removed", *columns], rows)
+    return _filled(["Removed", *columns], rows)
+
+
+def _filled(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table without the columns in which nothing is; nothing at all where there is no row."""
+    known = [place for place in range(len(head)) if any(row[place] != "–" for row in rows)]
+    if not rows:
+        return ""
+    return tables.markdown(
+        [head[place] for place in known], [[row[place] for place in known] for row in rows]
+    )
 
 
 @table("real_quality")
@@ -136,7 +146,7 @@ def over_seeds(content: dict[str, Any]) -> str:
         of = [values for key, values in found.items() if CASES[key].name == name]
         rows.append([name, str(len(of)), *(_over([v.get(column) for v in of], column) for column in columns)])
     head = ["perplexity", "panel", "mean, of dense", "worst, of dense", *TASKS.values()]
-    return tables.markdown(["Removed", "seeds", *head], rows)
+    return _filled(["Removed", "seeds", *head], rows)
 
 
 def _over(values: Sequence[float | None], name: str) -> str:
@@ -213,10 +223,12 @@ def routed_beside_dropped(content: dict[str, Any]) -> str:
         "worst, of dense": _with_spread("worst_of_dense"),
     }
     found, rows = _measured(content), []
+    if beside[0].key not in found:
+        return ""
     for case in (*beside, *(Case(of.unit, of.number, of.chosen, repaired=True) for of in beside)):
         if case.key in found:
             rows.append([case.name, *(cell(found[case.key]) for cell in columns.values())])
-    return tables.markdown(["Removed", *columns], rows)
+    return _filled(["Removed", *columns], rows)
 
 
 @table("real_quality_elimination", source=_SOURCE)
@@ -239,4 +251,4 @@ def long_documents(content: dict[str, Any]) -> str:
         if "right" in values:
             schedule = next(m["note"] for m in content["measurements"] if m["candidate"] == part)
             rows.append([_ELIMINATED[part], schedule, *(cell(values) for cell in columns.values())])
-    return tables.markdown(["Tokens stay by", "from layer: kept", *columns], rows)
+    return _filled(["Tokens stay by", "from layer: kept", *columns], rows)
