@@ -189,7 +189,10 @@ def _shared(rows: Tensor, wanted: int, sources: int) -> Tensor:
 
 
 def copies(words: Sequence[int], front: Sequence[int], tokens: int, count: int, seed: int) -> Tensor:
-    """Rows in which a random sequence, a short one or up to half of the row, comes again and again `[count, tokens]`.
+    """Rows of random sequences that come again `[count, tokens]`; those that do stand in the second half.
+
+    Every other row repeats one sequence, a short one or up to half of the row, again and again. The others hold many
+    short ones, which come again in another order, so that each has to be looked up by how it begins.
 
     Example:
         >>> rows = copies(range(10, 60), [1], tokens=65, count=3, seed=0)
@@ -200,14 +203,26 @@ def copies(words: Sequence[int], front: Sequence[int], tokens: int, count: int, 
     room = tokens - len(front)
     known = torch.tensor(list(words))
     rows = []
-    for _ in range(count):
-        most = max(room // 2, 1)
-        length = int(torch.randint(min(_SHORTEST, most), most + 1, (1,), generator=generator))
-        run = known[torch.randint(len(known), (length,), generator=generator)]
-        rows.append(
-            torch.cat([torch.tensor(list(front), dtype=torch.long), run.repeat(room // length + 1)[:room]])
-        )
+    for number in range(count):
+        row = _repeated(known, room, generator) if number % 2 == 0 else _looked_up(known, room, generator)
+        rows.append(torch.cat([torch.tensor(list(front), dtype=torch.long), row]))
     return torch.stack(rows)
+
+
+def _repeated(known: Tensor, room: int, generator: torch.Generator) -> Tensor:
+    most = max(room // 2, 1)
+    length = int(torch.randint(min(_SHORTEST, most), most + 1, (1,), generator=generator))
+    run = known[torch.randint(len(known), (length,), generator=generator)]
+    return run.repeat(room // length + 1)[:room]
+
+
+def _looked_up(known: Tensor, room: int, generator: torch.Generator) -> Tensor:
+    length = min(_SHORTEST, max(room // 2, 1))
+    runs = known[torch.randint(len(known), (room // 2 // length, length), generator=generator)]
+    again = runs[torch.randperm(len(runs), generator=generator)]
+    # What does not divide stands in front of both.
+    rest = known[torch.randint(len(known), (room - 2 * runs.numel(),), generator=generator)]
+    return torch.cat([rest, runs.flatten(), again.flatten()])
 
 
 def _packed(
