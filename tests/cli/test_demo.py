@@ -20,7 +20,7 @@ def test_demo_reads_long_prompts_with_a_given_model(llama: str, tmp_path: Path) 
     result = run(*arguments)
     for expected in ("Perplexity", "Facts recalled", "Prefill", "KV cache"):
         assert expected in result.stdout
-    assert sorted(path.name for path in folder.iterdir()) == ["plan.html", FILE]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "plan.html", FILE]
     plan = Plan.from_pretrained(folder)
     (method,) = plan.methods
     assert method.schedule == {3: 0.2}

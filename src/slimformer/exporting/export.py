@@ -8,12 +8,15 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from slimformer.decisions.policy import TokenPolicy
 from slimformer.errors import ExportError
+from slimformer.exporting.card import write_card
 from slimformer.exporting.checkpoint import write_checkpoint
+from slimformer.exporting.onnx import check_encoder, check_onnx, write_onnx
 from slimformer.exporting.partial_layers import (
     why_not_nemotron,
     why_not_slim,
@@ -27,12 +30,13 @@ from slimformer.exporting.writing import SHARD_BYTES, new_folder
 from slimformer.model.anatomy import transformer_of
 from slimformer.plans.plan import Plan
 
-To = Literal["checkpoint", "vllm"]
+To = Literal["checkpoint", "vllm", "onnx"]
 TARGETS: tuple[To, ...] = get_args(To)
 FORMATS = {
     "checkpoint": "an ordinary checkpoint with fewer layers, for whatever loads the whole one",
     "nemotron-nas": "DeciLMForCausalLM, for vLLM (where slimformer is installed), SGLang, TensorRT-LLM and mlx-lm",
     "slimformer": "an architecture of slimformer's plugin, for vLLM where slimformer is installed: vllm serve FOLDER",
+    "onnx": 'an ONNX graph (onnx/model.onnx), for ONNX Runtime, OpenVINO and sentence-transformers\' backend="onnx"',
 }
 _logger = logging.getLogger(__name__)
 
@@ -46,12 +50,15 @@ class Exported:
         format: In which format, the simplest that holds the plan.
         layers: How many layers are left of how many.
         bytes: How large the folder is.
+        cosine: Of an encoder in int8 beside the same in float32: the cosine of mean token vectors, on average over
+            some texts and at least; None for all else.
     """
 
     folder: Path
     format: str
     layers: tuple[int, int]
     bytes: int
+    cosine: tuple[float, float] | None = None
 
     def describe(self) -> str:
         """The format, and what loads it."""
@@ -66,12 +73,13 @@ def export(
     *,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    quantize: str | None = None,
 ) -> Exported:
     """Write a checkpoint that computes what a patched model computes, without slimformer.
 
     What repair changed is merged into the weights, and weights that are not used any more are left out; tokenizer,
-    generation config, chat template and licence come along. A checkpoint on disk is read tensor by tensor, so that it
-    may be larger than memory.
+    generation config, chat template and licence come along, and a card is written. A checkpoint on disk is read tensor
+    by tensor, so that it may be larger than memory.
 
     Args:
         model: A checkpoint's folder or Hub id; or a transformers model or SentenceTransformer in memory, patched or
@@ -81,9 +89,11 @@ def export(
         to: `"checkpoint"`: an ordinary checkpoint with fewer layers where whole blocks are dropped, for whatever loads
             the model; else `nemotron-nas` for models with Llama's layers. `"vllm"`: the same, and where neither holds
             the plan an architecture of slimformer's plugin for vLLM (Llama, Mistral, Qwen2, Qwen3 and Gemma 3, with
-            means and filters of one tap too).
+            means and filters of one tap too). `"onnx"`: the graph of an encoder of which whole blocks are dropped.
         force: Replace an earlier export in `folder`.
         shard_bytes: The most that a file of weights holds, and about what is in memory at once.
+        quantize: An ONNX graph in int8: `"int8"` for the processor of this machine, or `"avx2"`, `"avx512"`,
+            `"avx512_vnni"`, `"arm64"`. Activations are rounded anew for every batch, so that no text is needed.
 
     Raises:
         ExportError: If no format holds the plan, the checkpoint cannot be read, or `folder` cannot be written.
@@ -104,6 +114,10 @@ def export(
     """
     if to not in TARGETS:
         raise ExportError(f"export(to=...) takes one of {', '.join(TARGETS)}, got {to!r}.")
+    if to == "onnx":
+        check_onnx(quantize)
+    elif quantize is not None:
+        raise ExportError(f"export(quantize=...) goes with to='onnx', got to={to!r}. Leave it out.")
     target, chosen = Path(folder), _plan(plan)
     with _on_disk(model, target) as source, new_folder(target, force) as temporary:
         if target.absolute().is_relative_to(source.folder.absolute()):
@@ -111,15 +125,22 @@ def export(
         config = read_config(source)
         dense = skeleton(config, str(source.folder))
         remains = what_remains(chosen, dense.anatomy)
-        format, write = _format(to, config, remains)
-        write(temporary, source, config, dense, remains, shard_bytes)
+        write: Callable[..., Any]
+        if to == "onnx":
+            check_encoder(dense, remains)
+            format, write = "onnx", partial(write_onnx, quantize=quantize)
+        else:
+            format, write = _format(to, config, remains)
+        cosine = write(temporary, source, config, dense, remains, shard_bytes)
+        left = (len(remains.layers), remains.count)
+        write_card(temporary, target, target.name, model, source, chosen, format, config, left, cosine)
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-    done = Exported(target, format, (len(remains.layers), remains.count), size)
+    done = Exported(target, format, left, size, cosine)
     _logger.info("%s: %s.", target, done.describe())
     return done
 
 
-def _format(to: str, config: Any, remains: Remains) -> tuple[str, Callable[..., None]]:
+def _format(to: str, config: Any, remains: Remains) -> tuple[str, Callable[..., Any]]:
     """The simplest format that holds what is left, and what writes it."""
     if remains.whole:
         return "checkpoint", write_checkpoint

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -79,6 +80,39 @@ def read_weights(file: Path, digest: Any) -> dict[str, Tensor]:
         raise PlanError(
             f"The plan's weights in {file} cannot be read: {error!r}. Save the plan again."
         ) from error
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """What a plan's JSON says of its weights: the type and the sizes of each.
+
+    Example:
+        >>> shapes_of({"0.head.bias": torch.zeros(4)})
+        {'0.head.bias': ['float32', 4]}
+    """
+    return {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()}
+
+
+def stand_ins(shapes: Any) -> dict[str, Tensor] | None:
+    """Tensors without values for what `shapes_of` says; None where it says nothing of that kind.
+
+    Example:
+        >>> stand_ins({"0.head.bias": ["float32", 4]})["0.head.bias"].is_meta
+        True
+    """
+    if not isinstance(shapes, dict):
+        return None
+    found = {}
+    for name, entry in shapes.items():
+        if not isinstance(entry, list) or not entry:
+            return None
+        dtype = getattr(torch, str(entry[0]), None)
+        if not isinstance(dtype, torch.dtype) or not all(type(n) is int and n >= 0 for n in entry[1:]):
+            return None
+        try:
+            found[name] = torch.empty(entry[1:], dtype=dtype, device="meta")
+        except (RuntimeError, OverflowError, TypeError):
+            return None
+    return found
 
 
 def mapping(content: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from typing import Any, TypeAlias, cast
 
 import safetensors.torch
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
 from slimformer.calls.layer_calls import layers_by_depth
@@ -32,7 +32,9 @@ from slimformer.methods.early_exit import EarlyExit
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.model.anatomy import Anatomy, find_anatomy
 from slimformer.model.layer_parts import Kind
-from slimformer.plans.files import mapping, read_json, read_weights
+from slimformer.plans.base_model import CARD
+from slimformer.plans.card import base_of, plan_card, plan_name, written_card
+from slimformer.plans.files import mapping, read_json, read_weights, shapes_of, stand_ins
 from slimformer.transforms.transform import Attentions, AttentionTransform, transformed_by
 
 FORMAT = 1
@@ -162,23 +164,35 @@ class Plan:
             for name, tensor in tensors_of(method).items()
         }
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the plan into `folder`, creating it.
+    def save_pretrained(self, folder: str | os.PathLike[str], *, card: bool = True) -> None:
+        """Write the plan into `folder`, creating it, with a model card.
 
         The files are written beside the old ones and then renamed, so a full disk or a failed write loses nothing.
+
+        Args:
+            folder: Where to.
+            card: Whether to write the card, `README.md`. What somebody wrote into an earlier one stays; one that
+                slimformer did not write, or whose own part was edited, stays as it is, with a warning.
 
         Raises:
             PlanError: If the folder cannot be written, or is a file.
         """
-        target, content, tensors = Path(folder), self.to_dict(), self.tensors()
+        self._save(Path(folder), Path(folder).absolute().name, card)
+
+    def _save(self, target: Path, name: str, card: bool) -> None:
+        content, tensors = self.to_dict(), self.tensors()
         written: list[tuple[str, str]] = []
         try:
             target.mkdir(parents=True, exist_ok=True)
             if tensors:
                 weights = safetensors.torch.save(tensors)
                 content["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+                content["weights"] = shapes_of(tensors)
                 _write_beside(target / WEIGHTS, weights, written)
             _write_beside(target / FILE, (json.dumps(content, indent=2) + "\n").encode(), written)
+            text = written_card(target / CARD, *plan_card(self, name)) if card else None
+            if text is not None:
+                _write_beside(target / CARD, text.encode(), written)
             _replace_all(written)
             if not tensors:
                 (target / WEIGHTS).unlink(missing_ok=True)
@@ -191,34 +205,56 @@ class Plan:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the plan to a model repository of the Hub, creating it if need be.
+    def push_to_hub(self, repo_id: str | None = None, **options: Any) -> str:
+        """Upload the plan and its card to a model repository of the Hub, creating it if need be.
+
+        What somebody wrote into the repository's card stays, as in `save_pretrained`.
 
         Args:
-            repo_id: Such as `"me/llama-8b-attn8"`.
+            repo_id: Such as `"me/SmolLM2-135M-slim-attn8"`; left out, a repository of your own, named like this after
+                the plan's model.
             options: For `huggingface_hub.HfApi.upload_folder`, such as `token` or `commit_message`.
 
         Returns:
             The address of the commit.
 
         Raises:
-            PlanError: If the Hub refuses.
+            PlanError: If the Hub refuses, or the plan does not say which model it is for and no name is given.
         """
-        api = HfApi(token=options.pop("token", None))
+        token = options.pop("token", None)
+        api, repo_id = HfApi(token=token), repo_id or self._name()
         try:
             with tempfile.TemporaryDirectory() as folder:
-                self.save_pretrained(folder)
-                api.create_repo(repo_id, exist_ok=True)
-                return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+                repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+                with contextlib.suppress(EntryNotFoundError):
+                    hf_hub_download(
+                        repo_id, CARD, revision=options.get("revision"), token=token, local_dir=folder
+                    )
+                self._save(Path(folder), repo_id, card=True)
+                files = [FILE, WEIGHTS, CARD]
+                return str(
+                    api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files, **options)
+                )
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise PlanError(f"Could not push the plan to {repo_id}: {error}") from error
 
+    def _name(self) -> str:
+        base = base_of(self).get("name")
+        if not isinstance(base, str) or not base:
+            raise PlanError(
+                "This plan does not say which model it was made for, so that it has no name of its own. Give one: "
+                'plan.push_to_hub("me/my-model-slim-attn8").'
+            )
+        return plan_name(base, self)
+
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Plan:
+    def from_pretrained(cls, path: str | os.PathLike[str], *, weights: bool = True, **options: Any) -> Plan:
         """Read a plan from a folder, its JSON file, or a repository of the Hub.
 
         Args:
             path: The folder or file, or a Hub id (`"owner/name"`) where no such folder exists.
+            weights: Without, learned weights are neither downloaded nor read: tensors without values stand for them,
+                with which the plan can be looked at and not applied. Plans of version 0.1.0 are read whole.
             options: For `huggingface_hub.snapshot_download`, such as `revision` or `token`.
 
         Raises:
@@ -230,12 +266,14 @@ class Plan:
                 f"{given} may hold a pickle, which can run code when read. A plan is a folder with {FILE}."
             )
         if not given.exists() and isinstance(path, str) and path.count("/") == 1 and not path.startswith("."):
-            given = _download(path, options)
+            given = _download(path, options, [FILE, WEIGHTS] if weights else [FILE])
+            if not weights and _weights_unknown(read_json(given / FILE)):
+                given = _download(path, options, [FILE, WEIGHTS])
         file = given / FILE if given.is_dir() else given
-        return cls._from_dict(read_json(file), file)
+        return cls._from_dict(read_json(file), file, weights)
 
     @classmethod
-    def _from_dict(cls, content: Any, file: Path) -> Plan:
+    def _from_dict(cls, content: Any, file: Path, weights: bool) -> Plan:
         number = content.get("format") if isinstance(content, dict) else None
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise PlanError(f"{file} is not a plan: it has no format number.")
@@ -243,7 +281,10 @@ class Plan:
             raise PlanError(
                 f"{file} has format {number}, and this version reads up to {FORMAT}. Upgrade slimformer."
             )
-        tensors = read_weights(file.with_name(WEIGHTS), content.get("weights_sha256"))
+        digest = content.get("weights_sha256")
+        tensors = None if weights or digest is None else stand_ins(content.get("weights"))
+        if tensors is None:
+            tensors = read_weights(file.with_name(WEIGHTS), digest)
         try:
             entries = content["methods"]
             if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -288,15 +329,24 @@ def _replace_all(written: list[tuple[str, str]]) -> None:
         raise
 
 
-def _download(repo_id: str, options: dict[str, Any]) -> Path:
+def _download(repo_id: str, options: dict[str, Any], files: list[str]) -> Path:
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[FILE, WEIGHTS], **options))
+        return Path(snapshot_download(repo_id, allow_patterns=files, **options))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PlanError(
             f"No plan at {repo_id}: there is no such folder, and the Hub gave none ({reason[0]}). "
             f"Expected a folder that holds {FILE}."
         ) from error
+
+
+def _weights_unknown(content: Any) -> bool:
+    """Whether a plan has weights, and its JSON does not say which."""
+    return (
+        isinstance(content, dict)
+        and "weights_sha256" in content
+        and stand_ins(content.get("weights")) is None
+    )
 
 
 def _of_method(number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

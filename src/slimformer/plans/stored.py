@@ -109,7 +109,8 @@ def save_with_plan(
     if not (arguments[0] if arguments else options.get("is_main_process", True)):
         return
     if plan is not None:
-        plan.save_pretrained(save_directory)
+        # The folder is the whole checkpoint's, and its card speaks of that.
+        plan.save_pretrained(save_directory, card=False)
         return
     for name in (FILE, WEIGHTS):
         # A plan of an earlier save would be found again, and is not what this model computes.

@@ -30,6 +30,7 @@ from slimformer.examination.tiers import known_anatomy
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.model.anatomy import Anatomy, transformer_of
 from slimformer.patching import status
+from slimformer.plans.base_model import base_model_of
 from slimformer.plans.plan import Plan, fingerprint
 from slimformer.text.progress import Stages
 
@@ -362,9 +363,10 @@ def _provenance(
 
 
 def versions(anatomy: Anatomy) -> dict[str, Any]:
-    """What a plan's provenance says of the software and the device."""
+    """What a plan's provenance says of the model, the software and the device."""
     device = anatomy.stack.device
     return {
+        "base_model": base_model_of(anatomy.stack.config, anatomy.causal),
         "versions": {
             "slimformer": __version__,
             "torch": torch.__version__,

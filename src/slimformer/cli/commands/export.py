@@ -19,6 +19,7 @@ class To(str, Enum):
 
     checkpoint = "checkpoint"
     vllm = "vllm"
+    onnx = "onnx"
 
 
 def export(
@@ -29,9 +30,18 @@ def export(
         To,
         typer.Option(
             help="checkpoint: an ordinary one with fewer layers where PLAN drops blocks, for whatever loads MODEL, "
-            "else nemotron-nas. vllm: the same, or what slimformer's plugin lets vLLM serve."
+            "else nemotron-nas. vllm: the same, or what slimformer's plugin lets vLLM serve. "
+            "onnx: the graph of an encoder."
         ),
     ] = To.checkpoint,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            show_default=False,
+            help="onnx in int8: int8 for the processor of this machine, or avx2, avx512, avx512_vnni, arm64.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the earlier export in the folder.")] = False,
 ) -> None:
     """Write MODEL as PLAN leaves it, for engines that know nothing of slimformer; repair's changes are merged.
@@ -40,6 +50,11 @@ def export(
     """
     import slimformer
 
-    done = slimformer.export(model, plan, output, to.value, force=force)
+    done = slimformer.export(model, plan, output, to.value, force=force, quantize=quantize)
     left, whole = done.layers
     note(f"{done.folder} holds {left} of {whole} layers, {done.bytes / 1e9:.2f} GB.")
+    if done.cosine is not None:
+        mean, least = done.cosine
+        note(
+            f"In int8 the mean token vectors of texts keep a cosine of {mean:.4f} to float32, at least {least:.4f}."
+        )

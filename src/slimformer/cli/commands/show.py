@@ -30,13 +30,18 @@ def show(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Print what PLAN drops, why, and what was measured with it."""
+    """Print what PLAN drops, why, and what was measured with it; of a Hub id weights are not downloaded.
+
+    Of an exported model its card is printed.
+    """
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter(f"The page is written to a file that ends in .html, got {html}.")
     if svg is not None and svg.suffix.lower() != ".svg":
         raise typer.BadParameter(f"The picture is written to a file that ends in .svg, got {svg}.")
 
-    from slimformer.plans.plan import Plan
+    from rich.markdown import Markdown
+
+    from slimformer.plans.shown import read_shown
     from slimformer.report import (
         comparison_table,
         curve_table,
@@ -53,7 +58,12 @@ def show(
         temperature_table,
     )
 
-    found = Plan.from_pretrained(plan)
+    found = read_shown(plan)
+    if isinstance(found, str):
+        if as_json or html is not None or svg is not None:
+            raise typer.BadParameter(f"{plan} is an exported model, of which only the card can be shown.")
+        print_tables(Markdown(found))
+        return
     if html is not None:
         write_text(html, plan_page(found))
         note(f"The page is in {html}.")
