@@ -124,10 +124,11 @@ def export(
             raise ExportError(f"{target} lies in the checkpoint's own folder. Choose another.")
         config = read_config(source)
         dense = skeleton(config, str(source.folder))
+        if to == "onnx":
+            check_encoder(dense)
         remains = what_remains(chosen, dense.anatomy)
         write: Callable[..., Any]
         if to == "onnx":
-            check_encoder(dense, remains)
             format, write = "onnx", partial(write_onnx, quantize=quantize)
         else:
             format, write = _format(to, config, remains)

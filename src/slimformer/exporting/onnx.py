@@ -69,8 +69,13 @@ def write_onnx(
         texts and at least; None for float32, another output, or a checkpoint without a tokenizer.
 
     Raises:
-        ExportError: If the graph cannot be made, or does not compute what the model computes.
+        ExportError: If parts of layers are dropped, or the graph cannot be made or computes something else.
     """
+    if not remains.whole:
+        raise ExportError(
+            f"An ONNX graph is made of whole layers, and the plan leaves parts of them ({remains.describe()}). Drop "
+            "whole blocks instead."
+        )
     recipe = recipe_of(quantize)
     write_checkpoint(folder, source, config, dense, remains, shard_bytes)
     place = folder / source.model.relative_to(source.folder)
@@ -92,11 +97,11 @@ def write_onnx(
     return found
 
 
-def check_encoder(dense: Skeleton, remains: Remains) -> None:
-    """Refuse what a graph does not hold.
+def check_encoder(dense: Skeleton) -> None:
+    """Refuse what is no encoder of text.
 
     Raises:
-        ExportError: If the model generates or does not read text, or parts of layers are dropped.
+        ExportError: If the model generates, or reads something else.
     """
     name = type(dense.model).__name__
     if dense.anatomy.causal or getattr(dense.model.config, "is_encoder_decoder", False):
@@ -108,11 +113,6 @@ def check_encoder(dense: Skeleton, remains: Remains) -> None:
         raise ExportError(
             f"Encoders of text are written to ONNX, and {name} reads {dense.model.main_input_name}. Export a "
             "checkpoint (to='checkpoint') instead."
-        )
-    if not remains.whole:
-        raise ExportError(
-            f"An ONNX graph is made of whole layers, and the plan leaves parts of them ({remains.describe()}). Drop "
-            "whole blocks instead."
         )
 
 
