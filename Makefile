@@ -6,6 +6,8 @@
 # `make docs` builds the documentation into site/, in an environment of its own, and fails on any warning.
 # `make test-serving` serves exported models with vLLM on the CPU, in an environment of its own: vLLM with a PyTorch that
 # fits it. The tests alone took 4 min 38 s on two cores that others used too.
+# `make test-onnx`, which it ends with, runs encoders in ONNX Runtime and OpenVINO, and in the backends of
+# sentence-transformers, whose packages need an older transformers and so a second environment.
 # `make demo` sets up .venv and shows what is gained on real models; MODEL=folder-or-Hub-id takes another one.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.10
@@ -26,7 +28,7 @@ CORE = $(addprefix tests/, $(addsuffix .py, examination/test_anatomy plans/test_
 	$(addprefix methods/test_, layer_drop replacements early_exit mixture_of_depths token_elimination) \
 	transforms/test_temperature transforms/test_self_extend patching/test_integration evaluation/test_embeddings))
 
-.PHONY: setup test test-serving test-gpu test-kernels test-repository test-oldest test-newest lint docs demo
+.PHONY: setup test test-serving test-onnx test-gpu test-kernels test-repository test-oldest test-newest lint docs demo
 setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +69,23 @@ $(VENV)-serving/ready: pyproject.toml tests/serving/requirements.py
 
 test-serving: $(VENV)-serving/ready
 	PYTHONPATH=src:kernels:tests OMP_NUM_THREADS=2 $(VENV)-serving/bin/python -m pytest tests/serving
+	$(MAKE) test-onnx
+
+$(VENV)-onnx/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-onnx
+	$(VENV)-onnx/bin/pip install -q --upgrade "pip>=25.1"
+	$(VENV)-onnx/bin/pip install -q -c constraints.txt -e ".[embeddings,onnx]" openvino nncf pytest pytest-timeout
+	touch $@
+
+$(VENV)-backends/ready: Makefile
+	$(PYTHON) -m venv $(VENV)-backends
+	$(VENV)-backends/bin/pip install -q --upgrade "pip>=25.1"
+	$(VENV)-backends/bin/pip install -q "sentence-transformers[onnx,openvino]" "datasets<4.5"
+	touch $@
+
+test-onnx: $(VENV)-onnx/ready $(VENV)-backends/ready
+	PYTHONPATH=src:kernels:tests OMP_NUM_THREADS=2 BACKENDS_PYTHON=$(abspath $(VENV)-backends/bin/python) \
+		$(VENV)-onnx/bin/python -m pytest tests/backends
 
 test-gpu:
 	$(ON_GPU) tests/gpu

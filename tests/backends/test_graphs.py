@@ -1,6 +1,6 @@
 """ONNX Runtime and OpenVINO compute what the patched encoder computes, and what no graph holds is refused.
 
-`make test-serving` runs these in an environment of their own.
+`make test-onnx` runs these in an environment of their own.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from embedding_data import TEXTS, pipeline
 from slimformer import EarlyExit, LayerDrop, MixtureOfDepths, Plan, TokenElimination
 from slimformer.cli import app
 from slimformer.errors import ExportError
-from slimformer.exporting.onnx import recipe_of
 from slimformer.methods.weight_delta import WeightDelta
 from tiny_checkpoints import tiny_checkpoint
 from tiny_models import ENCODERS, tiny_model
 
+pytest.importorskip("onnxscript")
 GRAPH = "onnx/model.onnx"
 ROUTER = {"mlp.1.weight": torch.zeros(32), "mlp.1.bias": -torch.ones(1)}
 IDS = torch.randint(3, 60, (3, 20), generator=torch.Generator().manual_seed(3))
@@ -58,7 +58,6 @@ def in_openvino(graph: Path, ids: torch.Tensor, mask: torch.Tensor) -> torch.Ten
 @pytest.mark.parametrize("engine", [computed, in_openvino], ids=["onnxruntime", "openvino"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_graph_computes_what_the_patched_model_does(name: str, engine: Any, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
     methods = [LayerDrop(block=[1]), EarlyExit(layer=3)]
     done = slimformer.export(tiny_checkpoint(tmp_path / "whole", name), methods, tmp_path / "slim", to="onnx")
     assert (done.format, done.layers, done.cosine) == ("onnx", (2, 4), None)
@@ -78,7 +77,6 @@ def test_the_graph_computes_what_the_patched_model_does(name: str, engine: Any, 
 
 
 def test_what_repair_changed_is_in_the_graph(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
     name = "2.attention.self.query.weight"
     parts = {f"{name}.left": torch.randn(32, 2), f"{name}.right": torch.randn(2, 32)}
     plan = Plan([LayerDrop(block=[1]), WeightDelta(parts)])
@@ -91,7 +89,6 @@ def test_what_repair_changed_is_in_the_graph(tmp_path: Path) -> None:
 
 
 def test_a_classifier_keeps_its_head(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
     torch.manual_seed(0)
     config = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
                         num_attention_heads=4, num_labels=3)  # fmt: skip
@@ -105,7 +102,6 @@ def test_a_classifier_keeps_its_head(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_stays_one_and_tells_what_int8_costs(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
     model = pipeline(tmp_path / "bert")
     done = slimformer.export(model, LayerDrop(block=[1]), tmp_path / "slim", to="onnx", quantize="avx2")
     assert (tmp_path / "slim/modules.json").is_file()
@@ -126,7 +122,6 @@ def test_a_pipeline_stays_one_and_tells_what_int8_costs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["arm64", "avx2", "avx512", "avx512_vnni"])
 def test_recipes_are_those_of_their_processors(recipe: str, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
     slimformer.export(tiny_model("bert"), LayerDrop(block=[1]), tmp_path / "slim", to="onnx", quantize=recipe)
     graph = onnx.load(tmp_path / "slim" / GRAPH).graph
     products = [node for node in graph.node if node.op_type == "MatMulInteger"]
@@ -135,13 +130,6 @@ def test_recipes_are_those_of_their_processors(recipe: str, tmp_path: Path) -> N
     kinds = {entry.name: entry.data_type for entry in graph.initializer}
     wanted = onnx.TensorProto.UINT8 if recipe == "avx2" else onnx.TensorProto.INT8
     assert {kinds[node.input[1]] for node in products} == {wanted}
-
-
-def test_int8_is_the_recipe_of_this_processor() -> None:
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability in ("AVX2", "AVX512"):
-        assert recipe_of("int8") == capability.lower()
-    assert recipe_of(None) is None
 
 
 @pytest.mark.parametrize(
@@ -153,7 +141,6 @@ def test_int8_is_the_recipe_of_this_processor() -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_encoder_of_text_is_refused(model: Any, named: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
     given = tiny_model(model) if isinstance(model, str) else model
     with pytest.raises(ExportError, match=named):
         slimformer.export(given, LayerDrop(block=[1]), tmp_path / "slim", to="onnx")
@@ -169,28 +156,13 @@ def test_what_is_no_encoder_of_text_is_refused(model: Any, named: str, tmp_path:
     ],
 )
 def test_plans_that_no_graph_holds_are_refused(method: Any, named: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
     folder = tiny_checkpoint(tmp_path / "whole", "bert")
     with pytest.raises(ExportError, match=named):
         slimformer.export(folder, method, tmp_path / "slim", to="onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"to": "onnx", "quantize": "int4"}, "quantize takes int8.*got 'int4'"),
-        ({"to": "checkpoint", "quantize": "int8"}, "goes with to='onnx'"),
-    ],
-)
-def test_recipes_that_there_are_not_are_refused(options: Any, named: str, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=named):
-        slimformer.export(tiny_model("bert"), LayerDrop(block=[1]), tmp_path / "slim", **options)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_weights_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
     model = tiny_model("bert")
     model.config.architectures = ["BertForSequenceClassification"]
     model.save_pretrained(tmp_path / "whole")
@@ -207,29 +179,11 @@ def in_a_process(program: str, *arguments: str) -> str:
     return subprocess.run(run, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_package_that_is_not_installed_is_named_before_any_work(missing: str, tmp_path: Path) -> None:
-    folder = tiny_checkpoint(tmp_path / "whole", "bert")
-    program = (
-        f"import sys; sys.modules[{missing!r}] = None\n"
-        "import slimformer\n"
-        "from slimformer.errors import ExportError\n"
-        "try:\n"
-        "    slimformer.export(sys.argv[1], slimformer.LayerDrop(block=[1]), sys.argv[2], to='onnx')\n"
-        "except ExportError as error:\n"
-        "    print(error)\n"
-    )
-    printed = in_a_process(program, folder, str(tmp_path / "slim"))
-    assert 'is not installed: pip install "slimformer[onnx]"' in printed
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
-
-
 @pytest.mark.parametrize("quantize", [None, "avx2"])
 @pytest.mark.parametrize("room", [20_000, 150_000])
 def test_a_disk_that_is_full_leaves_nothing_and_the_earlier_export(
     quantize: str | None, room: int, tmp_path: Path
 ) -> None:
-    pytest.importorskip("onnxscript")
     folder = tiny_checkpoint(tmp_path / "whole", "bert")
     slimformer.export(folder, LayerDrop(block=[1, 2]), tmp_path / "slim", to="onnx")
     program = (
@@ -251,7 +205,6 @@ def test_a_disk_that_is_full_leaves_nothing_and_the_earlier_export(
 
 
 def test_an_existing_folder_is_kept_without_force(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
     (tmp_path / "slim").mkdir()
     (tmp_path / "slim/letter.txt").write_text("dear")
     with pytest.raises(ExportError, match="holds other files"):
@@ -260,7 +213,6 @@ def test_an_existing_folder_is_kept_without_force(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_int8_costs(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
     folder = tiny_checkpoint(tmp_path / "whole", "bert")
     Plan([LayerDrop(block=[1])]).save_pretrained(tmp_path / "plan")
     command = [

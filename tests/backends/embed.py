@@ -1,6 +1,6 @@
 """Embeds texts with a backend of sentence-transformers, in the environment that its backends need: a program.
 
-    python backends.py FOLDER {torch,onnx,openvino} [--int8] < TEXTS > VECTORS
+    python embed.py FOLDER {torch,onnx,openvino} [--int8] < TEXTS > VECTORS
 
 Texts and vectors are JSON. With `--int8` the folder is rounded by the library's own function first, in a copy.
 """

@@ -1,0 +1,273 @@
+"""An embedding model without some layers, in ONNX Runtime and OpenVINO: texts per second and quality, in int8 too."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+import slimformer
+from benchmarks.embeddings.encode import encoded
+from benchmarks.embeddings.inputs import embedder, lines, retrieval_task
+from benchmarks.frame import tables
+from benchmarks.frame.compare import against, compare
+from benchmarks.frame.inputs import C4, CRANFIELD, LOSSLESS, STS_TEST, UNPATCHED, WIKI_TEST, WIKI_TRAIN, kept
+from benchmarks.frame.registry import Settings, benchmark, table
+from benchmarks.frame.results import Measurement
+from benchmarks.frame.timing import Effort
+from slimformer import LayerDrop, Plan
+from slimformer.evaluation.embedding_tasks import EmbeddingTask, PairTask
+from slimformer.evaluation.similarity_task import read_sts
+from slimformer.model.anatomy import find_anatomy
+from slimformer.plans.plan import fingerprint
+from slimformer.training.loop import TrainingSettings
+
+WHOLE, FEWER = "all layers", "fewer layers"
+WIKI, DOLLY, ALPACA = (
+    "c4_calib/wiki_demo.txt",
+    "instructions/dolly_hhrlhf_train_small.jsonl",
+    "instructions/alpaca_en_demo.json",
+)
+# By the number of layers: what is dropped. Of twelve: the greedy order of `calibrate drop --kinds block`, which takes
+# 2 5 4 6 3 1, spread out a little, so that no gap is as long.
+BLOCKS: dict[int, tuple[int, ...]] = {3: (1,), 6: (2, 4), 12: (1, 3, 4, 5, 6, 8)}
+_TEXTS, _ROUNDED_ON = 48, 64
+_WORDS = (12, 25, 50, 90, 140, 200)
+_EFFORT = Effort(milliseconds=0.0, least=5, most=5, warm_ups=1)
+
+Engines = dict[str, nn.Module]
+
+
+@benchmark(
+    "encoder_engines",
+    "Cranfield through encode: PyTorch, ONNX Runtime and OpenVINO, whole and without some layers, float32 and int8",
+    on="CPU",
+    model="embedding model",
+    data=(CRANFIELD, STS_TEST, C4, WIKI, WIKI_TRAIN, WIKI_TEST, DOLLY, ALPACA),
+    takes=("plans", "texts"),
+)
+def run(settings: Settings) -> Iterator[Measurement]:
+    """Repair on other text than what judges; every engine's vectors are compared with those of the same layers."""
+    model = embedder(settings)
+    blocks = BLOCKS[len(find_anatomy(model).layers)]
+    plan, seconds = kept(settings.plans / "engines", partial(_repaired, settings, model, blocks))
+    at = {"model": settings.model.name, "dropped": ", ".join(map(str, blocks))}
+    own = model[0].model
+    samples = lines(settings, WIKI_TEST)[: settings.pick(_ROUNDED_ON, 4)]
+    task = retrieval_task(settings)
+    timed = task.texts[: settings.texts or settings.pick(_TEXTS, 4)]
+    with tempfile.TemporaryDirectory() as folder:
+        engines: Engines = {}
+        for layers, found in ((WHOLE, LayerDrop()), (FEWER, plan)):
+            engines |= _engines(settings, Path(folder), layers, found, model, samples)
+
+        def restored(*methods: Plan) -> None:
+            model[0].model = own
+            slimformer.unpatch(model)
+            if methods:
+                slimformer.patch(model, *methods)
+
+        def through(engine: nn.Module) -> None:
+            restored()
+            model[0].model = engine
+
+        ways: dict[str, Callable[[], object]] = {
+            UNPATCHED: restored,
+            LOSSLESS: partial(slimformer_patched, model, own),
+            f"{FEWER}: PyTorch": partial(restored, plan),
+        }
+        ways |= {name: partial(through, engine) for name, engine in engines.items()}
+        right: dict[str, Tensor] = {}
+        for layers, way in ((WHOLE, ways[UNPATCHED]), (FEWER, ways[f"{FEWER}: PyTorch"])):
+            way()
+            right[layers] = encoded(model, [timed])
+        cases = {
+            name: against(
+                None if "int8" in name else right[FEWER if name.startswith(FEWER) else WHOLE],
+                partial(encoded, model, [timed]),
+                1e-4,
+                prepare=way,
+            )
+            for name, way in ways.items()
+        }
+        yield from compare(
+            settings, {**at, "texts": len(timed)}, cases, regime="wall", baseline=UNPATCHED, effort=_EFFORT
+        )
+        pairs, gold = read_sts(settings.data / STS_TEST)
+        tasks: dict[str, EmbeddingTask] = {"cranfield": task, "sts": PairTask("STS-B test", pairs, gold)}
+        judged = [
+            name for name in ways if name in (UNPATCHED, f"{FEWER}: PyTorch") or "Runtime, int8" in name
+        ]
+        for name in judged:
+            ways[name]()
+            values = {of: judge.scores(model)[0] for of, judge in tasks.items()}
+            rounded = encoded(model, [timed])
+            exact = right[FEWER if name.startswith(FEWER) else WHOLE]
+            values["cosine"] = float(torch.cosine_similarity(rounded, exact).mean())
+            if name == f"{FEWER}: PyTorch":
+                values["repair seconds"] = seconds
+            yield Measurement({**at, "judged": "yes"}, name, values=values)
+        restored()
+
+
+def slimformer_patched(model: Any, own: nn.Module) -> None:
+    """The pipeline's own model, patched without a plan."""
+    model[0].model = own
+    slimformer.patch(model)
+
+
+class Graph(nn.Module):
+    """A graph in an engine, in the place of a pipeline's model.
+
+    Attributes:
+        config: The model's own.
+    """
+
+    def __init__(self, config: Any, names: Sequence[str], call: Callable[[dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self.config, self.names, self.call = config, names, call
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **_: Any
+    ) -> BaseModelOutput:
+        """Token vectors `[texts, tokens, hidden]`."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        given["token_type_ids"] = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        found = self.call({name: given[name].numpy() for name in self.names})
+        return BaseModelOutput(last_hidden_state=torch.from_numpy(found))
+
+
+def _engines(
+    settings: Settings, folder: Path, layers: str, plan: Any, model: Any, samples: Sequence[str]
+) -> Engines:
+    """ONNX Runtime and OpenVINO with a plan's graph in float32 and in int8."""
+    onnxruntime, openvino, nncf = (import_module(n) for n in ("onnxruntime", "openvino", "nncf"))
+    threads, config = torch.get_num_threads(), model[0].model.config
+    graphs = {}
+    for name, quantize in (("float32", None), ("int8", "int8")):
+        target = folder / f"{layers}-{name}".replace(" ", "-")
+        slimformer.export(str(settings.model), plan, target, to="onnx", quantize=quantize)
+        graphs[name] = target / "onnx" / "model.onnx"
+    found: Engines = {}
+    for name, graph in graphs.items():
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        names = [entry.name for entry in session.get_inputs()]
+        call = partial(_in_onnxruntime, session)
+        found[f"{layers}: ONNX Runtime{'' if name == 'float32' else ', int8'}"] = Graph(config, names, call)
+    core = openvino.Core()
+    # A processor with instructions for bfloat16 else computes in it.
+    exact = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    whole = core.read_model(graphs["float32"])
+    names = [port.any_name for port in whole.inputs]
+    rounded = nncf.quantize(
+        core.read_model(graphs["float32"]),
+        nncf.Dataset([_inputs(model, text, names) for text in samples]),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(samples),
+    )
+    for name, read in (("", whole), (", int8", rounded)):
+        compiled = core.compile_model(read, "CPU", exact)
+        found[f"{layers}: OpenVINO{name}"] = Graph(config, names, partial(_in_openvino, compiled))
+    return found
+
+
+def _in_onnxruntime(session: Any, given: dict[str, Any]) -> Any:
+    return session.run(None, given)[0]
+
+
+def _in_openvino(compiled: Any, given: dict[str, Any]) -> Any:
+    return compiled(given)[0]
+
+
+def _inputs(model: Any, text: str, names: Sequence[str]) -> dict[str, Any]:
+    features = model.preprocess([text])
+    zeros = torch.zeros_like(features["input_ids"])
+    return {name: features.get(name, zeros).numpy() for name in names}
+
+
+def _repaired(settings: Settings, model: Any, blocks: tuple[int, ...]) -> Plan:
+    steps = 110 if len(blocks) > 2 else 300
+    training = TrainingSettings(
+        steps=settings.pick(steps, 2),
+        rows=settings.pick(32, 2),
+        precision=settings.pick("bf16", "no"),
+        keep_every=10_000,
+    )
+    return slimformer.repair(
+        model,
+        Plan([LayerDrop(block=blocks)], fingerprint(model[0].model)),
+        data=other_texts(settings),
+        near=None,
+        rank=settings.pick(64, 2),
+        length=settings.pick(128, 64),
+        every=settings.pick(25, 2),
+        patience=99,
+        settings=training,
+    )
+
+
+def other_texts(settings: Settings) -> list[str]:
+    """Pieces of 12 to 200 words of web pages, encyclopedias and answers, and questions: nothing of what judges."""
+    random = Random(0)
+
+    def pieces(text: str) -> Iterator[str]:
+        words = text.split()
+        while words:
+            size = random.choice(_WORDS)
+            yield " ".join(words[:size])
+            words = words[size:]
+
+    def read(name: str) -> list[str]:
+        return (settings.data / name).read_text(encoding="utf-8").splitlines()
+
+    found = [piece for line in read(C4) for piece in pieces(str(json.loads(line)["text"]))]
+    for text in (*read(WIKI), *lines(settings, WIKI_TRAIN)):
+        found += pieces(text)
+    for row in map(json.loads, read(DOLLY)):
+        question = str(row["prompt"]).rpartition("### Instruction:\n")[2].partition("\n\n### Response")[0]
+        found += [question, *list(pieces(str(row["response"])))[:2]]
+    for row in json.loads(os.linesep.join(read(ALPACA))):
+        found += [f"{row['instruction']} {row['input']}", *list(pieces(str(row["output"])))[:2]]
+    found = [text for text in found if len(text.split()) > 3]
+    random.shuffle(found)
+    return found
+
+
+@table("encoder_engines")
+def engines(content: dict[str, Any]) -> str:
+    """One row per engine: texts per second, how many times those of the unpatched pipeline, and quality."""
+    rows = []
+    dense = tables.find(content, UNPATCHED, judged="yes")
+    for name in tables.candidates(content):
+        timed, judged = tables.find(content, name, regime="wall"), tables.find(content, name, judged="yes")
+        if timed is None or timed["status"] != "ok":
+            continue
+        texts, median = timed["parameters"]["texts"], timed["milliseconds"]["p50"]
+        cells = [name, tables.number(1000 * texts / median), tables.gain(timed)]
+        for figure, form in (("cranfield", ".3f"), ("sts", ".1f")):
+            value, whole = tables.figure(judged, figure), tables.figure(dense, figure)
+            known = value is not None and whole is not None
+            cells.append(f"{value:{form}} ({tables.change(value or 0.0, whole or 0.0)})" if known else "")
+        cells.append(tables.shown(tables.figure(judged, "cosine"), ".4f") if "int8" in name else "")
+        rows.append(cells)
+    head = [
+        "",
+        "texts per second",
+        "gain",
+        "Cranfield, nDCG@10",
+        "STS-B test, Spearman × 100",
+        "cosine to float32",
+    ]
+    return tables.markdown(head, rows)
