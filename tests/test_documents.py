@@ -34,7 +34,7 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # What a page says in the size that a reader wants, and what it becomes where only its working is of interest.
 _SMALLER = {"steps=250": "steps=2", "length=1024": "length=32", "max_new_tokens=20": "max_new_tokens=2"}
 # Blocks with these words in them need a package that not every supported Python has.
-_NEEDS = {"mteb_task": "mteb"}
+_NEEDS = {"--to onnx": "onnxscript", "mteb_task": "mteb"}
 # What is added to a command of which these words are a part; the first that are count.
 _ADDED = {
     "--task ": "",
