@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -42,6 +43,7 @@ WIKI, DOLLY, ALPACA = (
 # 2 5 4 6 3 1, spread out a little, so that no gap is as long.
 BLOCKS: dict[int, tuple[int, ...]] = {3: (1,), 6: (2, 4), 12: (1, 3, 4, 5, 6, 8)}
 _TEXTS, _ROUNDED_ON = 48, 64
+_PACKAGES = ("onnxscript", "onnxruntime", "openvino", "nncf")
 _WORDS = (12, 25, 50, 90, 140, 200)
 _EFFORT = Effort(milliseconds=0.0, least=5, most=5, warm_ups=1)
 
@@ -58,6 +60,10 @@ Engines = dict[str, nn.Module]
 )
 def run(settings: Settings) -> Iterator[Measurement]:
     """Repair on other text than what judges; every engine's vectors are compared with those of the same layers."""
+    absent = [name for name in _PACKAGES if find_spec(name) is None]
+    if absent:
+        yield Measurement({}, "engines", status="unsupported", note=f"not installed: {', '.join(absent)}")
+        return
     model = embedder(settings)
     blocks = BLOCKS[len(find_anatomy(model).layers)]
     plan, seconds = kept(settings.plans / "engines", partial(_repaired, settings, model, blocks))
