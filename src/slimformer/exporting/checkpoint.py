@@ -91,17 +91,19 @@ def remaining_entries(
     numbers = {old: new for new, old in enumerate(remains.layers)}
     changes = dict(remains.changes)
     entries = []
-    for name, size in source.sizes().items():
+    for name, (size, shape) in source.headers().items():
         matched = place.fullmatch(name)
         if matched is None:
-            entries.append(Entry(name, size, partial(source.read, name)))
+            entries.append(Entry(name, size, partial(source.read, name), shape))
             continue
         old, inside = int(matched[1]), matched[2]
         changed = changes.pop((old, inside), ())
         if old not in numbers or inside.partition(".")[0] in (unused or {}).get(old, ()):
             continue
         entries.append(
-            Entry(f"{lead}{numbers[old]}.{inside}", size, partial(_merged, source, name, tuple(changed)))
+            Entry(
+                f"{lead}{numbers[old]}.{inside}", size, partial(_merged, source, name, tuple(changed)), shape
+            )
         )
     for old, inside in changes:
         if old in numbers and inside.partition(".")[0] not in (unused or {}).get(old, ()):

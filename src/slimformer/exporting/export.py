@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from slimformer.decisions.policy import TokenPolicy
 from slimformer.errors import ExportError
 from slimformer.exporting.checkpoint import write_checkpoint
+from slimformer.exporting.gguf.architectures import why_not_gguf
+from slimformer.exporting.gguf.weights import Dtype
+from slimformer.exporting.gguf.write import MODEL as GGUF_MODEL
+from slimformer.exporting.gguf.write import check_dtype, gguf_package, write_gguf
 from slimformer.exporting.partial_layers import (
     why_not_nemotron,
     why_not_slim,
@@ -22,18 +29,21 @@ from slimformer.exporting.partial_layers import (
 )
 from slimformer.exporting.remains import Remains, what_remains
 from slimformer.exporting.skeleton import read_config, skeleton
-from slimformer.exporting.source import Source, open_source
+from slimformer.exporting.source import CONFIG, MODULES, Source, open_source
 from slimformer.exporting.writing import SHARD_BYTES, new_folder
 from slimformer.model.anatomy import transformer_of
 from slimformer.plans.plan import Plan
 
-To = Literal["checkpoint", "vllm"]
+To = Literal["checkpoint", "vllm", "gguf"]
 TARGETS: tuple[To, ...] = get_args(To)
 FORMATS = {
     "checkpoint": "an ordinary checkpoint with fewer layers, for whatever loads the whole one",
     "nemotron-nas": "DeciLMForCausalLM, for vLLM (where slimformer is installed), SGLang, TensorRT-LLM and mlx-lm",
     "slimformer": "an architecture of slimformer's plugin, for vLLM where slimformer is installed: vllm serve FOLDER",
+    "gguf": f"{GGUF_MODEL}, for llama.cpp and what is built on it: llama-server -m FOLDER/{GGUF_MODEL}",
 }
+# What an earlier export is known by.
+HOLDS = (CONFIG, MODULES, GGUF_MODEL)
 _logger = logging.getLogger(__name__)
 
 
@@ -57,6 +67,29 @@ class Exported:
         """The format, and what loads it."""
         return FORMATS[self.format]
 
+    def commands(self, to: To, model: str) -> dict[str, str]:
+        """How engines are started on it: what each command does, and the command.
+
+        Args:
+            to: For what it was exported.
+            model: The whole model's folder or Hub id.
+        """
+        if to == "vllm":
+            draft = {"method": "draft_model", "model": str(self.folder), "num_speculative_tokens": 4}
+            whole = f"vllm serve {shlex.quote(model)} --speculative-config {shlex.quote(json.dumps(draft))}"
+            return {
+                "Serve it": f"vllm serve {shlex.quote(str(self.folder))}",
+                "Let it draft for the whole model, whose tokens stay the same": whole,
+            }
+        if to == "gguf":
+            file = self.folder / GGUF_MODEL
+            small = self.folder / "model-Q4_K_M.gguf"
+            return {
+                "Serve it": shlex.join(["llama-server", "-m", str(file)]),
+                "Quantise it": shlex.join(["llama-quantize", str(file), str(small), "Q4_K_M"]),
+            }
+        return {}
+
 
 def export(
     model: Any,
@@ -66,6 +99,7 @@ def export(
     *,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    dtype: Dtype | None = None,
 ) -> Exported:
     """Write a checkpoint that computes what a patched model computes, without slimformer.
 
@@ -81,9 +115,12 @@ def export(
         to: `"checkpoint"`: an ordinary checkpoint with fewer layers where whole blocks are dropped, for whatever loads
             the model; else `nemotron-nas` for models with Llama's layers. `"vllm"`: the same, and where neither holds
             the plan an architecture of slimformer's plugin for vLLM (Llama, Mistral, Qwen2, Qwen3 and Gemma 3, with
-            means and filters of one tap too).
+            means and filters of one tap too). `"gguf"`: one file for llama.cpp, of the model's own architecture where
+            whole blocks are dropped, else `deci` (Llama, Mistral, Qwen2), which holds means and filters of one tap too.
         force: Replace an earlier export in `folder`.
         shard_bytes: The most that a file of weights holds, and about what is in memory at once.
+        dtype: Of the weights in a GGUF file: `"f32"`, `"f16"`, `"bf16"`, `"q8_0"`; left out, the checkpoint's own.
+            llama.cpp's own `llama-quantize` makes the others of it.
 
     Raises:
         ExportError: If no format holds the plan, the checkpoint cannot be read, or `folder` cannot be written.
@@ -104,15 +141,26 @@ def export(
     """
     if to not in TARGETS:
         raise ExportError(f"export(to=...) takes one of {', '.join(TARGETS)}, got {to!r}.")
+    check_dtype(dtype)
+    if to == "gguf":
+        gguf_package()
+    elif dtype is not None:
+        raise ExportError(
+            f"export(dtype=...) is that of a GGUF file. With to={to!r} weights stay as they are: leave it out."
+        )
     target, chosen = Path(folder), _plan(plan)
-    with _on_disk(model, target) as source, new_folder(target, force) as temporary:
+    with _on_disk(model, target) as source, new_folder(target, force, HOLDS) as temporary:
         if target.absolute().is_relative_to(source.folder.absolute()):
             raise ExportError(f"{target} lies in the checkpoint's own folder. Choose another.")
         config = read_config(source)
         dense = skeleton(config, str(source.folder))
         remains = what_remains(chosen, dense.anatomy)
         format, write = _format(to, config, remains)
-        write(temporary, source, config, dense, remains, shard_bytes)
+        if format == "gguf":
+            write = partial(write_gguf, name=target.name, dtype=dtype)
+        else:
+            write = partial(write, shard_bytes=shard_bytes)
+        write(temporary, source, config, dense, remains)
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
     done = Exported(target, format, (len(remains.layers), remains.count), size)
     _logger.info("%s: %s.", target, done.describe())
@@ -121,6 +169,11 @@ def export(
 
 def _format(to: str, config: Any, remains: Remains) -> tuple[str, Callable[..., None]]:
     """The simplest format that holds what is left, and what writes it."""
+    if to == "gguf":
+        why = why_not_gguf(config, remains)
+        if why:
+            raise ExportError(f"No GGUF file holds this plan ({remains.describe()}): {why}.")
+        return "gguf", write_gguf
     if remains.whole:
         return "checkpoint", write_checkpoint
     reasons = ["an ordinary checkpoint holds whole layers"]

@@ -19,6 +19,16 @@ class To(str, Enum):
 
     checkpoint = "checkpoint"
     vllm = "vllm"
+    gguf = "gguf"
+
+
+class Dtype(str, Enum):
+    """Of the weights in a GGUF file, as `slimformer.exporting.gguf.weights.Dtype`."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
 
 
 def export(
@@ -29,9 +39,12 @@ def export(
         To,
         typer.Option(
             help="checkpoint: an ordinary one with fewer layers where PLAN drops blocks, for whatever loads MODEL, "
-            "else nemotron-nas. vllm: the same, or what slimformer's plugin lets vLLM serve."
+            "else nemotron-nas. vllm: the same, or what slimformer's plugin lets vLLM serve. gguf: for llama.cpp."
         ),
     ] = To.checkpoint,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights in a GGUF file; left out, as in MODEL.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the earlier export in the folder.")] = False,
 ) -> None:
     """Write MODEL as PLAN leaves it, for engines that know nothing of slimformer; repair's changes are merged.
@@ -40,6 +53,10 @@ def export(
     """
     import slimformer
 
-    done = slimformer.export(model, plan, output, to.value, force=force)
+    done = slimformer.export(
+        model, plan, output, to.value, force=force, dtype=None if dtype is None else dtype.value
+    )
     left, whole = done.layers
     note(f"{done.folder} holds {left} of {whole} layers, {done.bytes / 1e9:.2f} GB.")
+    for what, command in done.commands(to.value, model).items():
+        note(f"{what}: {command}")
