@@ -1,4 +1,4 @@
-"""A disk that fills up while a model is written: the error says so, nothing half-written is left, an earlier export is."""
+"""A disk that fills up while a model is written: the error says so, and only the earlier export is there."""
 
 from __future__ import annotations
 

@@ -158,9 +158,7 @@ def export(
         format, write = _format(to, config, remains)
         if format == "gguf":
             write = partial(write_gguf, name=target.name, dtype=dtype)
-        else:
-            write = partial(write, shard_bytes=shard_bytes)
-        write(temporary, source, config, dense, remains)
+        write(temporary, source, config, dense, remains, shard_bytes)
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
     done = Exported(target, format, (len(remains.layers), remains.count), size)
     _logger.info("%s: %s.", target, done.describe())

@@ -44,6 +44,7 @@ def write_gguf(
     config: Any,
     dense: Skeleton,
     remains: Remains,
+    shard_bytes: int,
     *,
     name: str,
     dtype: Dtype | None,
@@ -56,6 +57,7 @@ def write_gguf(
         config: Its config.
         dense: Its model without weights.
         remains: What is left.
+        shard_bytes: Of no use here: it is one file, written tensor by tensor.
         name: Of the model, as llama.cpp shows it.
         dtype: Of the weights; left out, the checkpoint's own.
 
