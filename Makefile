@@ -4,8 +4,9 @@
 # `make test-oldest` and `make test-newest` run the sweep over all models and the core tests at both ends of the
 # supported versions, each in an environment of its own.
 # `make docs` builds the documentation into site/, in an environment of its own, and fails on any warning.
-# `make test-serving` serves exported models with vLLM on the CPU, in an environment of its own: vLLM with a PyTorch that
-# fits it. The tests alone took 4 min 38 s on two cores that others used too.
+# `make test-serving` serves exported models with vLLM on the CPU and with llama.cpp, in an environment of its own: vLLM with
+# a PyTorch that fits it, and xllamacpp (6 GB). From nothing that took 7 min to install, and 23 min for the tests on two
+# cores that others used too (12 min of one core's time).
 # `make demo` sets up .venv and shows what is gained on real models; MODEL=folder-or-Hub-id takes another one.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.10

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.metadata import requires
 
-
 # Of images and sound, which no test reads; their builds have to be those of the same torch.
 _LEFT_OUT = ("torch==", "torchaudio", "torchvision", "torchcodec")
 
