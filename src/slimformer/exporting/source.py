@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +57,13 @@ class Source:
             tensor: Tensor = file.get_tensor(name)
             return tensor.clone()
 
-    def sizes(self) -> dict[str, int]:
-        """How many bytes every tensor takes, from the headers of the files.
+    def headers(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """How many bytes every tensor takes, and its shape, from the headers of the files.
 
         Raises:
             ExportError: If a file is damaged, or lacks a tensor that the index says it holds.
         """
-        found: dict[str, int] = {}
+        found: dict[str, tuple[int, tuple[int, ...]]] = {}
         for path in dict.fromkeys(self.files.values()):
             with _opened(path) as file:
                 there = set(file.keys())
@@ -72,7 +73,8 @@ class Source:
                             f"{path} lacks {name}, which {INDEX} says it holds. Fetch it again."
                         )
                     part = file.get_slice(name)
-                    found[name] = _elements(part.get_shape()) * _bytes_of(part.get_dtype())
+                    shape = tuple(part.get_shape())
+                    found[name] = math.prod(shape) * _bytes_of(part.get_dtype()), shape
         return found
 
 
@@ -185,13 +187,6 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise ExportError(f"{path} cannot be read: {error}. Fetch it again.") from error
-
-
-def _elements(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _bytes_of(dtype: str) -> int:

@@ -37,11 +37,13 @@ class Entry:
         name: Its name in the new checkpoint.
         size: How many bytes it takes.
         read: Makes it.
+        shape: Its shape.
     """
 
     name: str
     size: int
     read: Callable[[], Tensor]
+    shape: tuple[int, ...]
 
 
 @contextlib.contextmanager

@@ -58,10 +58,19 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "model_type": config.model_type,
         "structure": anatomy.structure.name,
         "layers": len(anatomy.layers),
-        "hidden_size": config.hidden_size,
-        "attention_heads": config.num_attention_heads,
-        "vocabulary": config.vocab_size,
+        "hidden_size": _of_all(config, "hidden_size"),
+        "attention_heads": _of_all(config, "num_attention_heads"),
+        "vocabulary": _of_all(config, "vocab_size"),
     }
+
+
+def _of_all(config: Any, name: str) -> Any:
+    """A config's number; None where the model has none, or not one for all layers."""
+    try:
+        return getattr(config, name, None)
+    # transformers' word for the second.
+    except RuntimeError:
+        return None
 
 
 @dataclass(frozen=True)

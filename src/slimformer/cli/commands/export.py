@@ -20,6 +20,16 @@ class To(str, Enum):
     checkpoint = "checkpoint"
     vllm = "vllm"
     onnx = "onnx"
+    gguf = "gguf"
+
+
+class Dtype(str, Enum):
+    """Of the weights in a GGUF file, as `slimformer.exporting.gguf.weights.Dtype`."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
 
 
 def export(
@@ -30,7 +40,7 @@ def export(
         To,
         typer.Option(
             help="checkpoint: an ordinary one with fewer layers where PLAN drops blocks, for whatever loads MODEL, "
-            "else nemotron-nas. vllm: the same, or what slimformer's plugin lets vLLM serve. "
+            "else nemotron-nas. vllm: the same, or what slimformer's plugin lets vLLM serve. gguf: for llama.cpp. "
             "onnx: the graph of an encoder."
         ),
     ] = To.checkpoint,
@@ -42,6 +52,9 @@ def export(
             help="onnx in int8: int8 for the processor of this machine, or avx2, avx512, avx512_vnni, arm64.",
         ),
     ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights in a GGUF file; left out, as in MODEL.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the earlier export in the folder.")] = False,
 ) -> None:
     """Write MODEL as PLAN leaves it, for engines that know nothing of slimformer; repair's changes are merged.
@@ -50,7 +63,15 @@ def export(
     """
     import slimformer
 
-    done = slimformer.export(model, plan, output, to.value, force=force, quantize=quantize)
+    done = slimformer.export(
+        model,
+        plan,
+        output,
+        to.value,
+        force=force,
+        quantize=quantize,
+        dtype=None if dtype is None else dtype.value,
+    )
     left, whole = done.layers
     note(f"{done.folder} holds {left} of {whole} layers, {done.bytes / 1e9:.2f} GB.")
     if done.cosine is not None:
@@ -58,3 +79,5 @@ def export(
         note(
             f"In int8 the mean token vectors of texts keep a cosine of {mean:.4f} to float32, at least {least:.4f}."
         )
+    for what, command in done.commands(to.value, model).items():
+        note(f"{what}: {command}")
