@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from slimformer.calls.layer_calls import layers_by_depth
 from slimformer.decisions.policy import Decision, TokenPolicy
-from slimformer.decisions.registry import field_names, made, name_of, registered, settings_of, tensors_of
+from slimformer.decisions.registry import (
+    field_names,
+    made,
+    name_of,
+    reads_plans,
+    registered,
+    settings_of,
+    tensors_of,
+)
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.methods import load_all
 from slimformer.methods.early_exit import EarlyExit
@@ -236,14 +244,11 @@ class Plan:
 
     @classmethod
     def _from_dict(cls, content: Any, file: Path) -> Plan:
-        number = content.get("format") if isinstance(content, dict) else None
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise PlanError(f"{file} is not a plan: it has no format number.")
-        if number > FORMAT:
-            raise PlanError(
-                f"{file} has format {number}, and this version reads up to {FORMAT}. Upgrade slimformer."
-            )
-        tensors = read_weights(file.with_name(WEIGHTS), content.get("weights_sha256"))
+        _check_format(content, file)
+        return cls._of(content, read_weights(file.with_name(WEIGHTS), content.get("weights_sha256")), file)
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor], file: object) -> Plan:
         try:
             entries = content["methods"]
             if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -258,6 +263,26 @@ class Plan:
                 f"{file} is damaged: its methods cannot be read ({error!r}). Save the plan again."
             ) from error
         return cls(methods, **parts)
+
+
+def _check_format(content: Any, file: object) -> None:
+    number = content.get("format") if isinstance(content, Mapping) else None
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise PlanError(f"{file} is not a plan: it has no format number.")
+    if number > FORMAT:
+        raise PlanError(
+            f"{file} has format {number}, and this version reads up to {FORMAT}. Upgrade slimformer."
+        )
+
+
+@reads_plans
+def _plan_in_a_method(given: Any, weights: Mapping[str, Tensor]) -> Plan:
+    if isinstance(given, (str, os.PathLike)):
+        return Plan.from_pretrained(given)
+    if isinstance(given, Mapping):
+        _check_format(given, "The plan within a plan")
+        return Plan._of(given, weights, "The plan within a plan")
+    return given if isinstance(given, Plan) else Plan([given])
 
 
 def _write_beside(final: Path, content: bytes, written: list[tuple[str, str]]) -> None:
@@ -315,7 +340,7 @@ def _name(method: PlannedMethod) -> str:
     return name
 
 
-def _read_method(entry: dict[str, Any], weights: Mapping[str, Tensor], file: Path) -> PlannedMethod:
+def _read_method(entry: dict[str, Any], weights: Mapping[str, Tensor], file: object) -> PlannedMethod:
     name = entry.pop("method")
     method = registered().get(name)
     if method is None:
