@@ -57,7 +57,7 @@ class Speculating:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes a draft of its own, since it may get weights of its own."""
-        return {**vars(self), "draft": None, "tally": Tally(), "pace": Pace()}
+        return {**vars(self), "draft": None}
 
     def __call__(
         self, inputs: Any = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any

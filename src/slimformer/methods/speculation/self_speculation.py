@@ -12,10 +12,9 @@ from torch import Tensor
 from slimformer.changes.ledger import Ledger
 from slimformer.changes.running_calls import PATCH
 from slimformer.decisions.policy import Decision, TokenPolicy
-from slimformer.decisions.registry import plan_of, register, settings_of, tensors_of
+from slimformer.decisions.registry import plan_of, register
 from slimformer.errors import PlanError
-from slimformer.methods.speculation.draft_model import DraftModel
-from slimformer.methods.speculation.draft_model import tensors_of as tensors_of_model
+from slimformer.methods.speculation.draft_model import DraftModel, tensors_of
 from slimformer.methods.speculation.generation import Speculating
 from slimformer.model.anatomy import Anatomy, find_anatomy
 from slimformer.model.layer_parts import Kind
@@ -92,11 +91,16 @@ class SelfSpeculation:
 
     def settings(self) -> dict[str, Any]:
         """What a plan saves in the JSON: the draft's own."""
-        return {"draft": settings_of(plan_of(self.plan, {}))}
+        return {"draft": self._kept.to_dict()}
 
     def tensors(self) -> dict[str, Tensor]:
         """What a plan saves beside the JSON: the draft's own."""
-        return tensors_of(plan_of(self.plan, {}))
+        found: dict[str, Tensor] = self._kept.tensors()
+        return found
+
+    @property
+    def _kept(self) -> Any:
+        return plan_of(self.plan, {})
 
     def _prepare(self, model: Any, ledger: Ledger) -> None:
         if not callable(getattr(model, "_get_candidate_generator", None)):
@@ -123,7 +127,7 @@ class _Makes:
     patch: Any
 
     def __call__(self) -> DraftModel:
-        tensors = tensors_of_model(self.model)
+        tensors = tensors_of(self.model)
         draft, layout = self.patch.with_same_weights(self.model, self.method.plan, without=self.method)
         return DraftModel(draft, layout, self.patch.layout, tensors)
 
