@@ -21,6 +21,7 @@ from slimformer.calls.stack_calls import Observed, hands_on, read_stack_calls
 from slimformer.changes.ledger import Ledger
 from slimformer.changes.running_calls import PATCH, Block, Calls, calls_of
 from slimformer.decisions.policy import TokenPolicy
+from slimformer.decoding.installing import replay_steps
 from slimformer.errors import PlanError
 from slimformer.examination.tiers import Support, examine_support
 from slimformer.methods.unpadding import Unpadding
@@ -335,6 +336,9 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
         for prepare in dict.fromkeys(prepare for plan in plans for prepare in plan.prepares):
             prepare(model, ledger)
         refuse_continuous_batching(model, executors.values(), attentions.reads_texts, ledger)
+        stepping = replay_steps(model, anatomy, executors, attentions.reads_texts, ledger)
+        if stepping is not None:
+            patch.reports["steps"] = stepping
         if observed is not None:
             observed.note()
             read_stack_calls(anatomy, ledger)

@@ -119,6 +119,12 @@ def stamp(cache: Cache, layout: CacheLayout) -> None:
     setattr(cache, _STAMP, layout)
 
 
+def copy_stamp(cache: Cache, to: Cache) -> None:
+    """Let a cache that holds the same say so."""
+    if hasattr(cache, _STAMP):
+        setattr(to, _STAMP, getattr(cache, _STAMP))
+
+
 def _tokens_in(cache: Cache) -> int:
     """How many tokens some layer of a cache holds; at least 1 where a state without a length is kept."""
     most = 0
