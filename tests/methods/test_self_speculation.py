@@ -15,6 +15,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 import slimformer
 from slimformer import EarlyExit, LayerDrop, Plan, SelfSpeculation, TempScale
+from slimformer.changes.running_calls import PATCH
 from slimformer.errors import PlanError
 from slimformer.methods import WeightDelta
 from slimformer.methods.speculation.pace import Pace
@@ -54,8 +55,6 @@ def generated(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 
 def tally(model: Any) -> Any:
-    from slimformer.changes.running_calls import PATCH
-
     return next(vars(m)[PATCH] for m in model.modules() if PATCH in vars(m)).reports["drafts"]
 
 

@@ -226,6 +226,12 @@ def newest(cache: RoomCache) -> int:
     return max((layer.length for layer in rooms_of(cache)), default=0)
 
 
+def newest_keys(cache: RoomCache, place: int) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of one place in every slot: where they lie, and a copy."""
+    held = [t for layer in rooms_of(cache) for t in (layer.keys, layer.values) if t is not None]
+    return [(t[:, :, place], t[:, :, place].clone()) for t in held]
+
+
 def filled(cache: RoomCache, tokens: int) -> None:
     """Say that a step has put tokens into every slot."""
     for layer in cache.layers:

@@ -9,8 +9,17 @@ from torch import Tensor
 
 # Kernels are compiled and libraries allocate what they need in calls before.
 _WARM_UPS = 2
-# Where calls can be captured.
-CAPTURES = ("cuda",)
+_CAPTURES = {"cuda": torch.cuda.is_available}
+
+
+def captures(kind: str) -> bool:
+    """Whether calls can be captured on a kind of device, such as `"cuda"`."""
+    return kind in _CAPTURES and _CAPTURES[kind]()
+
+
+def may_capture() -> bool:
+    """Whether there is any device of this kind."""
+    return any(map(captures, _CAPTURES))
 
 
 def capture(

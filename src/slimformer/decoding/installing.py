@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from slimformer.changes.ledger import Ledger
 from slimformer.decisions.selection import compares_tokens
-from slimformer.decoding.capture import CAPTURES
+from slimformer.decoding.capture import may_capture
 from slimformer.decoding.stepping import Stepping
 from slimformer.model.anatomy import Anatomy
 from slimformer.runtime.layer import LayerExecutor
@@ -37,7 +36,7 @@ def replay_steps(
     """
     if not anatomy.causal or not callable(getattr(model, _ENTRY, None)):
         return None
-    if not any(_has(device) for device in CAPTURES):
+    if not may_capture():
         return None
     never = _why_never(model, anatomy, executors, reads_texts)
     layers = [e for e in executors.values() if isinstance(e, LayerExecutor)]
@@ -80,10 +79,6 @@ class _Memory:
 
     def redo(self) -> None:
         """It is taken again as need be."""
-
-
-def _has(device: str) -> bool:
-    return device == "cpu" or (device == "cuda" and torch.cuda.is_available())
 
 
 def _why_never(model: Any, anatomy: Anatomy, executors: Mapping[int, Any], reads_texts: bool) -> str:

@@ -55,6 +55,14 @@ class Rooms:
         self.free: list[Room] = []
         self.lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy begins without memory."""
+        return {}
+
+    def __setstate__(self, state: object) -> None:
+        """As `__getstate__` says."""
+        vars(self).update(vars(Rooms()))
+
     def take(self, batch: int, tokens: int, device: torch.device) -> Room:
         """A room for a batch of texts of so many tokens, which is nobody else's until it comes back."""
         with self.lock:

@@ -14,10 +14,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.generation.configuration_utils import GenerationMode
 
 from slimformer.cache.layout import copy_stamp
-from slimformer.cache.room import RoomCache, filled, newest
+from slimformer.cache.room import RoomCache, filled, newest, newest_keys
 from slimformer.cache.slots import CACHE_NAMES, layer_cache
 from slimformer.cache.steps import preparing
-from slimformer.decoding.capture import CAPTURES, capture, memory_pool
+from slimformer.decoding.capture import capture, captures, memory_pool
 from slimformer.decoding.rooms import Lease, Room, Rooms
 
 _logger = logging.getLogger("slimformer")
@@ -109,7 +109,7 @@ class Stepping:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, or a step of it."""
         cache = layer_cache(kwargs)
-        if type(cache) is not RoomCache or args:
+        if type(cache) is not RoomCache or args or self.never:
             return self.had(*args, **kwargs)
         ids = kwargs.get("input_ids")
         if ids is None or ids.shape[1] != 1 or newest(cache) == 0:
@@ -152,7 +152,7 @@ class Stepping:
         if config.output_attentions or config.output_hidden_states:
             return "attentions or hidden states of every step were asked for"
         device = next(self.model.parameters()).device
-        if device.type not in CAPTURES:
+        if not captures(device.type):
             return f"it runs on {device.type}"
         if not self.untouched():
             return "somebody has touched its modules"
@@ -166,6 +166,7 @@ class Stepping:
     def _captured(self, room: Room, cache: RoomCache, kwargs: dict[str, Any]) -> Any:
         """This step launched one by one, and a graph for later ones, if it gives the same."""
         at, outputs = newest(cache), self.had(**kwargs)
+        launched = newest_keys(cache, at)
         step, own = room.step, {"input_ids": room.step.token, "position_ids": room.step.position}
         name = next(name for name in CACHE_NAMES if kwargs.get(name) is not None)
         steady = cache.over_the_same()
@@ -187,19 +188,23 @@ class Stepping:
                     call, lambda: _write(step, kwargs, at), device, self._pool
                 )
             except (RuntimeError, NotImplementedError) as error:
-                return self._refused(room, outputs, f"a step cannot be captured ({str(error).splitlines()[0]})")
+                why = f"a step cannot be captured ({str(error).splitlines()[0]})"
+                return self._refused(room, outputs, launched, why)
             room.at = -1
             self._output = type(outputs)
             # Over what the launched step has put there.
             logits = self._replayed(room, cache, kwargs, at)
         off = float((logits.float() - outputs.logits.float()).norm() / outputs.logits.float().norm())
         if not off <= _TOLERANCE.get(logits.dtype, 0.0):
-            return self._refused(room, outputs, f"a replayed step gives something else (relative error {off:.2g})")
+            why = f"a replayed step gives something else (relative error {off:.2g})"
+            return self._refused(room, outputs, launched, why)
         self.captured += 1
         return outputs
 
-    def _refused(self, room: Room, outputs: Any, why: str) -> Any:
+    def _refused(self, room: Room, outputs: Any, launched: list[tuple[Tensor, Tensor]], why: str) -> Any:
         room.forget_graph()
+        for place, own in launched:
+            place.copy_(own)
         self.never = self.why_not = why
         _logger.info("Decode steps are launched one by one: %s.", why)
         return outputs
