@@ -55,7 +55,8 @@ class Ratio:
         return self.hits / self.of
 
 
-def _by_confidence() -> list[Ratio]:
+def prior() -> list[Ratio]:
+    """What is expected of a draft, by how sure it is, before anything was counted."""
     return [Ratio(part * _WEIGHT, _WEIGHT) for part in _EXPECTED]
 
 
@@ -75,7 +76,7 @@ class Pace:
     step: Typical = field(default_factory=Typical)
     drafting: Typical = field(default_factory=Typical)
     checking: Typical = field(default_factory=Typical)
-    accepted: list[Ratio] = field(default_factory=_by_confidence)
+    accepted: list[Ratio] = field(default_factory=prior)
     copied: Ratio = field(default_factory=lambda: Ratio(2.0, 3.0))
     resting: int = 0
     _rest: int = _FIRST_REST
@@ -113,7 +114,7 @@ class Pace:
 
     def chance(self, confidence: float) -> float:
         """How often tokens were accepted of which the draft was so sure."""
-        return self.accepted[_group(confidence)].value
+        return self.accepted[group_of(confidence)].value
 
     def copies(self) -> int:
         """How many tokens of an earlier continuation to check; 0 where so few are right that it does not pay."""
@@ -154,7 +155,7 @@ class Pace:
             return
         self.drafting.add(drafting / tried)
         for place, confidence in enumerate(confidences[: accepted + 1]):
-            self.accepted[_group(confidence)].add(float(place < accepted), 1.0)
+            self.accepted[group_of(confidence)].add(float(place < accepted), 1.0)
         self._rounds += 1
         self._tokens += accepted + 1
         self._seconds += drafting + checking
@@ -178,5 +179,6 @@ class Pace:
         return min(step, self._seconds / self._tokens) if self._rounds >= _TRIAL else step
 
 
-def _group(confidence: float) -> int:
+def group_of(confidence: float) -> int:
+    """In which group a token is counted of which the draft is so sure."""
     return bisect.bisect_right(_BOUNDS, confidence)

@@ -7,6 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from slimformer.cli.commands.calibrate.draft import draft
 from slimformer.cli.commands.calibrate.drop import drop
 from slimformer.cli.commands.calibrate.eliminate import eliminate
 from slimformer.cli.commands.calibrate.exit import exit_early
@@ -36,6 +37,7 @@ calibrate = typer.Typer(
 )
 for _command, _name, _example in (
     (drop, "drop", "MODEL -o plans/mine --drop 4 --data text.jsonl"),
+    (draft, "draft", "MODEL -o plans/draft"),
     (narrow, "narrow", "MODEL -o plans/mine --data my-beir --max-loss 0.01"),
     (exit_early, "exit", "MODEL -o plans/mine --data my-beir --layer 5"),
     (eliminate, "eliminate", "MODEL -o plans/mine --length 4096 --data text.jsonl"),
