@@ -1,4 +1,4 @@
-"""`generate` end to end: a token's time eager, with transformers' compiled static cache, and from the patch's graphs."""
+"""`generate` end to end: a token's time eager, with transformers' compiled static cache, and from our graphs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def run(settings: Settings) -> Iterator[Measurement]:
     """Both shapes, at every batch and prompt that fits in the time and memory of a run."""
     rate = _read_rate(settings)
     shapes: Mapping[str, tuple[Callable[[Settings], PreTrainedModel], Any]] = {
-        "qwen-1.5b": (qwen_1_5b, ((1, 512), (1, 4096), (1, 16384), (4, 512), (4, 4096), (16, 512), (16, 4096))),
+        "qwen-1.5b": (
+            qwen_1_5b,
+            ((1, 512), (1, 4096), (1, 16384), (4, 512), (4, 4096), (16, 512), (16, 4096)),
+        ),
         "llama-8b": (llama_8b, ((1, 512), (1, 4096), (1, 16384), (4, 512), (16, 512))),
     }
     for shape, (make, points) in shapes.items():
@@ -46,11 +49,16 @@ def run(settings: Settings) -> Iterator[Measurement]:
         model = make(settings)
         patched = slimformer.patch(with_shared_weights(model))
         for batch, tokens in settings.pick(points, ((1, 24), (2, 24))):
-            candidates = {UNPATCHED: (model, {}), LOSSLESS: (patched, {})}
+            candidates: dict[str, tuple[Any, dict[str, Any]]] = {
+                UNPATCHED: (model, {}),
+                LOSSLESS: (patched, {}),
+            }
             if settings.on_gpu and (batch, tokens) == (1, 512) and settings.only in (None, "static"):
                 candidates[STATIC] = (with_shared_weights(model), {"cache_implementation": "static"})
             ids = _ids(model, batch, tokens)
-            yield from _measured(settings, {"shape": shape, "batch": batch, "tokens": tokens}, candidates, ids, rate)
+            yield from _measured(
+                settings, {"shape": shape, "batch": batch, "tokens": tokens}, candidates, ids, rate
+            )
         del model, patched, candidates
         gc.collect()
         release()
@@ -140,7 +148,13 @@ def _seconds(settings: Settings, model: Any, ids: Tensor, tokens: int, options: 
 
 
 def _generate(model: Any, ids: Tensor, tokens: int, options: dict[str, Any], **more: Any) -> Any:
-    given = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, **options}
+    given = {
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens,
+        "do_sample": False,
+        "pad_token_id": 0,
+        **options,
+    }
     return model.generate(ids, attention_mask=torch.ones_like(ids), **given, **more)
 
 
@@ -182,7 +196,13 @@ def _bytes_read(model: Any, ids: Tensor) -> float:
     weights -= 0 if tied else embedding.numel() * embedding.element_size()
     config = model.config
     width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-    keys = 2 * config.num_hidden_layers * width * embedding.element_size() * (ids.numel() + ids.shape[0] * _LONG // 2)
+    keys = (
+        2
+        * config.num_hidden_layers
+        * width
+        * embedding.element_size()
+        * (ids.numel() + ids.shape[0] * _LONG // 2)
+    )
     return float(weights + keys)
 
 

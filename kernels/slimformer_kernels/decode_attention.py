@@ -1,4 +1,4 @@
-"""Attention of one new query of every text over its cached keys, whose number is read on the device (flash decoding)."""
+"""Attention of one new query of every text over its cached keys, as many as the device says (flash decoding)."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations

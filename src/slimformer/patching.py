@@ -27,8 +27,9 @@ from slimformer.examination.tiers import Support, examine_support
 from slimformer.methods.unpadding import Unpadding
 from slimformer.model.anatomy import Anatomy, attention_core, find_anatomy, transformer_of
 from slimformer.model.layer_parts import KINDS, Kind, Structure
+from slimformer.plans.given import method_of, say_what_more_there_is
 from slimformer.plans.plan import Plan
-from slimformer.plans.stored import plan_beside, save_with_plan, stored_plan
+from slimformer.plans.stored import save_with_plan
 from slimformer.runtime.continuous_batching import refuse_continuous_batching
 from slimformer.runtime.embedding_pipeline import faster_pipeline
 from slimformer.runtime.layer import LayerExecutor
@@ -61,9 +62,7 @@ class Patch:
     layout: CacheLayout | None = None
     reports: dict[str, object] = field(default_factory=dict)
 
-    def with_same_weights(
-        self, model: Any, *more: Method, without: Method
-    ) -> tuple[Any, CacheLayout | None]:
+    def with_same_weights(self, model: Any, *more: Method, without: Method) -> tuple[Any, CacheLayout | None]:
         """Another model over the weights of this one, with the same methods but one, and some more.
 
         Returns:
@@ -71,7 +70,9 @@ class Patch:
         """
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         twin = unpatch(copy.deepcopy(model, shared))
-        given = [m for method in self.methods for m in (method.methods if isinstance(method, Plan) else (method,))]
+        given = [
+            m for method in self.methods for m in (method.methods if isinstance(method, Plan) else (method,))
+        ]
         patch(twin, *(method for method in given if method is not without), *more)
         stack = _patched_stack(twin)
         made = None if stack is None else _patch_on(stack)
@@ -224,9 +225,9 @@ def keep_ratios(model: Any) -> dict[tuple[int, Kind], float]:
 
 def _asked(model: Any, methods: tuple[Any, ...]) -> tuple[Any, tuple[Method, ...], Anatomy]:
     inner = transformer_of(model)
-    chosen = tuple(_method(given, inner) for given in methods)
+    chosen = tuple(method_of(given, inner) for given in methods)
     if not chosen:
-        _say_what_more_there_is(inner)
+        say_what_more_there_is(inner)
     return inner, chosen, find_anatomy(inner)
 
 
@@ -254,42 +255,6 @@ def _exchange(model: Any, methods: tuple[Method, ...], pipeline: object, calls: 
             previous.ledger.switch_on()
         raise
     return None if previous is None else previous.ledger
-
-
-def _method(given: Method | str | os.PathLike[str], model: nn.Module) -> Method:
-    if isinstance(given, str) and given == "auto":
-        return stored_plan(*_loaded_from(model))
-    if isinstance(given, (str, os.PathLike)):
-        return Plan.from_pretrained(given)
-    if not isinstance(given, (TokenPolicy, AttentionTransform)):
-        raise PlanError(
-            f"Expected a method such as LayerDrop, a Plan, or where a plan is, got {type(given).__name__}."
-        )
-    return given
-
-
-def _loaded_from(model: nn.Module) -> tuple[str, str | None]:
-    """The folder or Hub id that a model was loaded from, and the Hub's commit if it was."""
-    config = getattr(model, "config", None)
-    return getattr(config, "name_or_path", ""), getattr(config, "_commit_hash", None)
-
-
-def _say_what_more_there_is(model: nn.Module) -> None:
-    beside = None
-    # A folder that cannot be read is of no concern where nothing is asked of it.
-    with contextlib.suppress(PlanError):
-        beside = plan_beside(_loaded_from(model)[0])
-    if beside is None:
-        _logger.info(
-            "Only what loses nothing is applied. slimformer.calibrate(model, tokenizer, LayerDrop, drop=4) makes a "
-            "plan that is faster still."
-        )
-    else:
-        _logger.info(
-            "A plan lies beside the checkpoint, in %s, and is not applied, since it may change results: "
-            'slimformer.patch(model, "auto") applies it.',
-            beside,
-        )
 
 
 def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Calls) -> None:

@@ -63,7 +63,9 @@ def test_half_precision_is_replayed_too(name: str) -> None:
     assert stepping(model).steps == NEW - 2, stepping(model)
 
 
-@pytest.mark.parametrize("plan", ["drop-mean", "exit", "routed-threshold", "leave-random", "delta", "temperature"])
+@pytest.mark.parametrize(
+    "plan", ["drop-mean", "exit", "routed-threshold", "leave-random", "delta", "temperature"]
+)
 def test_greedy_tokens_of_plans_in_float32(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", torch.float32, DEVICE)
     with monkeypatch.context() as launched:

@@ -37,14 +37,22 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, ranges: Tensor, scale: fl
     return out
 
 
-@pytest.mark.parametrize("attend", [decode_attention_reference, pytest.param(decode_attention_op, marks=needs_triton)])
+@pytest.mark.parametrize(
+    "attend", [decode_attention_reference, pytest.param(decode_attention_op, marks=needs_triton)]
+)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "places", "window", "softcap"),
     [(4, 2, 16, 200, None, None), (12, 2, 24, 700, None, None), (3, 3, 64, 65, 20, None), (20, 1, 16, 130, None, 5.0),
      (8, 8, 160, 90, 64, 30.0)],
 )  # fmt: skip
 def test_every_query_sees_the_keys_of_its_text(
-    attend: object, heads: int, kv_heads: int, width: int, places: int, window: int | None, softcap: float | None
+    attend: object,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    places: int,
+    window: int | None,
+    softcap: float | None,
 ) -> None:
     query, key, value = case(heads, kv_heads, width, places)
     for ends in ((places, 1, 64), (places - 1, places // 2, 0)):

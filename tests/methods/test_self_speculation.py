@@ -58,7 +58,9 @@ def tally(model: Any) -> Any:
     return next(vars(m)[PATCH] for m in model.modules() if PATCH in vars(m)).reports["drafts"]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3_text", "olmo2", "phi", "gpt2", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "gemma2", "gemma3_text", "olmo2", "phi", "gpt2", "gpt_neox", "mixtral"]
+)
 def test_greedy_tokens_are_those_of_the_model_alone(name: str) -> None:
     model = tiny_model(name)
     expected = [generated(model, prompt(n, n)) for n in (1, 5, 30)]
@@ -85,7 +87,9 @@ def test_every_kind_of_draft_leaves_the_tokens_as_they_are(draft: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "beside", [LayerDrop(attention=[1]), filters(3), TempScale(0.8), delta()], ids=["drop", "taps", "scale", "delta"]
+    "beside",
+    [LayerDrop(attention=[1]), filters(3), TempScale(0.8), delta()],
+    ids=["drop", "taps", "scale", "delta"],
 )
 def test_beside_other_methods_tokens_are_those_of_the_others_alone(beside: Any) -> None:
     model = tiny_model("llama")
@@ -195,7 +199,10 @@ class _Remembers(LogitsProcessor):
         ({"use_cache": False}, "cache"),
         ({"cache_implementation": "static"}, "cache"),
         ({"logits_processor": LogitsProcessorList([_Remembers()])}, "logits processor"),
-        ({"stopping_criteria": StoppingCriteriaList([lambda ids, scores: ids.new_zeros(len(ids)).bool()])}, "stops"),
+        (
+            {"stopping_criteria": StoppingCriteriaList([lambda ids, scores: ids.new_zeros(len(ids)).bool()])},
+            "stops",
+        ),
         ({"prompt_lookup_num_tokens": 3}, "assisted"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -294,7 +301,10 @@ def test_a_plan_with_a_draft_is_saved_and_read(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     read = Plan.from_pretrained(tmp_path / "model")
     assert isinstance(read.methods[0], SelfSpeculation)
-    assert torch.equal(read.methods[0].plan.methods[0].weights["attention.1.weight"], filters(2).weights["attention.1.weight"])
+    assert torch.equal(
+        read.methods[0].plan.methods[0].weights["attention.1.weight"],
+        filters(2).weights["attention.1.weight"],
+    )
     slimformer.patch(model, read)
     assert torch.equal(generated(model, prompt()), expected)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -181,14 +180,14 @@ class RoomCache(DynamicCache):
     Args:
         config: The decoder's.
         takes: The memory for a slot, given its index and its first keys.
+        lease: What stands behind that.
     """
 
-    def __init__(self, config: Any, takes: Callable[[int, Tensor], Places]) -> None:
+    def __init__(self, config: Any, takes: Callable[[int, Tensor], Places], lease: Any = None) -> None:
         super().__init__(config=config)
-        self.config = config
-        self.layers = [
-            RoomLayer(takes, index, bool(layer.is_sliding)) for index, layer in enumerate(self.layers)
-        ]
+        self.config, self.lease = config, lease
+        slots: list[Any] = vars(self)["layers"]
+        self.layers = [RoomLayer(takes, index, bool(slot.is_sliding)) for index, slot in enumerate(slots)]
 
     def over_the_same(self) -> RoomCache:
         """A cache for steps in the same places, which keeps none of what may follow alive."""
@@ -237,4 +236,3 @@ def filled(cache: RoomCache, tokens: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, RoomLayer) and layer.places is not None:
             layer.length += tokens
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def may_capture() -> bool:
 
 
 def capture(
-    call: Callable[[], Tensor], rewind: Callable[[], None], device: torch.device, pool: object
+    call: Callable[[], Tensor], rewind: Callable[[], None], device: torch.device, pool: Any
 ) -> tuple[Callable[[], None], Tensor]:
     """Capture what a call launches.
 
@@ -61,6 +62,6 @@ def _again(call: Callable[[], Tensor], found: Tensor) -> None:
     found.copy_(call())
 
 
-def memory_pool(device: torch.device) -> object:
+def memory_pool(device: torch.device) -> Any:
     """Memory for graphs of which one runs at a time."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None

@@ -102,4 +102,3 @@ def _why_never(model: Any, anatomy: Anatomy, executors: Mapping[int, Any], reads
         if executor.sublayers["attention"].compute and executor.by_rows.attention is None:
             return f"the attention of layer {index} is not known"
     return ""
-

@@ -119,7 +119,9 @@ class Lease:
 
     def grow(self, cache: RoomCache, tokens: int) -> None:
         """Move a cache to a larger room, for so many tokens at least."""
-        layers = [layer for layer in cache.layers if isinstance(layer, RoomLayer) and layer.places is not None]
+        layers = [
+            layer for layer in cache.layers if isinstance(layer, RoomLayer) and layer.places is not None
+        ]
         keys = next(layer.keys for layer in layers if layer.keys is not None)
         self._take(keys, max(tokens, min(self.longest, 2 * tokens)))
         for layer in layers:
@@ -145,9 +147,8 @@ class Lease:
             if keys.is_cuda:
                 torch.cuda.empty_cache()
             if need > _free(keys.device):
-                self.without = (
-                    f"too little memory for {room_for(tokens)} tokens of {keys.shape[0]} texts ({need >> 20} MiB)"
-                )
+                count = f"{room_for(tokens)} tokens of {keys.shape[0]} texts"
+                self.without = f"too little memory for {count} ({need >> 20} MiB)"
         if not self.without:
             self.room = self.rooms.take(keys.shape[0], tokens, keys.device)
             self.ended = weakref.finalize(self, self.rooms.give_back, self.room)

@@ -92,7 +92,7 @@ class Stepping:
             name = next(name for name in CACHE_NAMES if isinstance(model_kwargs.get(name), DynamicCache))
             decoder = self.model.config.get_text_config(decoder=True)
             lease = Lease(self.rooms, int(longest) + 1, len(model_kwargs[name].layers))
-            model_kwargs[name] = RoomCache(decoder, lease.takes)
+            model_kwargs[name] = RoomCache(decoder, lease.takes, lease)
         return result
 
     def generates(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +114,7 @@ class Stepping:
         ids = kwargs.get("input_ids")
         if ids is None or ids.shape[1] != 1 or newest(cache) == 0:
             return self.had(**kwargs)
-        lease: Lease = cache.layers[0].takes.__self__
+        lease: Lease = cache.lease
         self.why_not = lease.without or _unlike_a_step(self.model, ids, kwargs)
         if self.why_not:
             return self.had(**kwargs)
@@ -184,9 +184,7 @@ class Stepping:
         with self._lock, torch.no_grad():
             self._pool = self._pool or memory_pool(device)
             try:
-                room.replay, room.logits = capture(
-                    call, lambda: _write(step, kwargs, at), device, self._pool
-                )
+                room.replay, room.logits = capture(call, lambda: _write(step, kwargs, at), device, self._pool)
             except (RuntimeError, NotImplementedError) as error:
                 why = f"a step cannot be captured ({str(error).splitlines()[0]})"
                 return self._refused(room, outputs, launched, why)
@@ -231,7 +229,11 @@ def _write(step: Any, kwargs: dict[str, Any], at: int | None) -> None:
 
 def _unlike_a_step(model: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> str:
     """Why a call that reads one token of every text is no step that can be replayed; empty where it is."""
-    more = [name for name, value in kwargs.items() if name not in _KNOWN and value is not None and value is not False]
+    more = [
+        name
+        for name, value in kwargs.items()
+        if name not in _KNOWN and value is not None and value is not False
+    ]
     if more:
         return f"it is called with {', '.join(more)}"
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
@@ -254,4 +256,3 @@ def _first_places(mask: Tensor | None, length: int) -> Tensor | None:
     first = (~seen).sum(1)
     left = torch.arange(length) >= first[:, None]
     return first if bool((seen == left).all()) and mask.shape[1] == length + 1 else None
-

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from slimformer.cache.steps import current_step
 from slimformer.cache.slots import has_foreign_cache, layer_cache
+from slimformer.cache.steps import current_step
 from slimformer.calls.masks import ANY_WINDOW, MaskReading, keys_seen, own_key, read_mask
 from slimformer.calls.stack_calls import callers_keys, callers_masks, callers_positions
 from slimformer.changes.call_context import call_variable

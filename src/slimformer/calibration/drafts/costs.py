@@ -78,7 +78,9 @@ def measure_costs(model: Any, anatomy: Anatomy) -> Costs:
         name: median([max(a - b, 0.0) for a, b in zip(found["step"], found[name], strict=True)]) / len(gone)
         for name in ("attention", "mlp")
     }
-    return Costs(step, saved["attention"] / step, saved["mlp"] / step, max(median(found["checking"]) / step, 0.0))
+    return Costs(
+        step, saved["attention"] / step, saved["mlp"] / step, max(median(found["checking"]) / step, 0.0)
+    )
 
 
 def _timed(model: Any, ids: torch.Tensor, lengths: Sequence[int]) -> list[float]:

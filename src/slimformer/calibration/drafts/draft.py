@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,10 +83,14 @@ def choose_draft(
     """
     _check(kinds, prompts, new_tokens, drop)
     if status(model):
-        raise CalibrationError("The model is patched; drafts are made for the dense model. Call unpatch first.")
+        raise CalibrationError(
+            "The model is patched; drafts are made for the dense model. Call unpatch first."
+        )
     inner, anatomy = transformer_of(model), known_anatomy(model)
     if not anatomy.causal or not hasattr(inner, "generate"):
-        raise CalibrationError(f"{type(inner).__name__} generates no text, so that there is nothing to draft.")
+        raise CalibrationError(
+            f"{type(inner).__name__} generates no text, so that there is nothing to draft."
+        )
     if isinstance(data, str):
         raise DataError("data takes a list of prompts, got one text. Put it in a list, or leave it out.")
     asked = builtin_prompts() if data is None else [("yours", text) for text in data]
@@ -121,7 +125,8 @@ def choose_draft(
         "steps": [step.to_dict() for step in steps],
     }
     measured = {"draft": asdict(taken[-1].trial)}
-    return Plan([LayerDrop(**layers)], fingerprint(inner), provenance, measured)
+    dropping = LayerDrop(layers["attention"], layers["mlp"], layers["block"])
+    return Plan([dropping], fingerprint(inner), provenance, measured)
 
 
 @dataclass(frozen=True)
@@ -241,5 +246,5 @@ def _check(kinds: Sequence[Unit], prompts: int, new_tokens: int, drop: int | Non
     if not kinds or set(kinds) - set(UNITS) or isinstance(kinds, str):
         raise CalibrationError(f"kinds takes some of {', '.join(UNITS)}, got {kinds!r}.")
     for name, value in (("prompts", prompts), ("new_tokens", new_tokens), ("drop", drop)):
-        if value is not None and (not isinstance(value, int) or cast(int, value) < 1):
+        if value is not None and (not isinstance(value, int) or value < 1):
             raise CalibrationError(f"{name} takes a whole number from 1 up, got {value!r}.")

@@ -86,15 +86,14 @@ class Speculating:
         if self.draft is None or not self.draft.fits(self.model):
             self.draft = self.makes()
         config, model_kwargs = kwargs["generation_config"], kwargs["model_kwargs"]
-        return Candidates(
-            self.draft, self.pace, self.tally, config, model_kwargs, kwargs["logits_processor"]
-        )
+        return Candidates(self.draft, self.pace, self.tally, config, model_kwargs, kwargs["logits_processor"])
 
     def _without_drafts(
         self, inputs: Any, config: GenerationConfig | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> str:
         """Why a call is the model's own alone; empty where drafts change nothing about its result."""
-        names = _names(type(self.model))
+        kind: Any = type(self.model)
+        names = _names(kind)
         own = {**dict(zip(names[2:], args, strict=False)), **kwargs}
         if any(own.get(name) is not None for name in _ASSISTS):
             return "the call brings its own way to generate"
@@ -112,7 +111,11 @@ class Speculating:
         if chosen.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             return f"its mode is {chosen.get_generation_mode().value}"
         given = next(
-            (value for value in (inputs, own.get("input_ids"), own.get("inputs_embeds")) if value is not None),
+            (
+                value
+                for value in (inputs, own.get("input_ids"), own.get("inputs_embeds"))
+                if value is not None
+            ),
             None,
         )
         texts = (1 if given is None else len(given)) * (chosen.num_return_sequences or 1)
@@ -145,7 +148,7 @@ def _forgets(processor: Any) -> bool:
 
 
 @functools.cache
-def _names(model: type) -> tuple[str, ...]:
+def _names(model: Any) -> tuple[str, ...]:
     """The arguments of `generate` itself, the first two being the inputs and the configuration."""
     parameters = inspect.signature(inspect.unwrap(model.generate)).parameters.values()
     return tuple(p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD)

@@ -16,7 +16,10 @@ def draft(
     drop: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, show_default=False, help="Stop after so many removals, not where more are slower."
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Stop after so many removals, not where more are slower.",
         ),
     ] = None,
     prompts: Annotated[
