@@ -147,7 +147,7 @@ def test_what_cannot_be_replayed_runs_as_before_and_says_why(options: dict[str, 
 def test_a_cache_from_elsewhere_and_hooks_run_as_before() -> None:
     model = slimformer.patch(tiny_model("llama"))
     generated(model, past_key_values=DynamicCache(config=model.config))
-    assert "another than" in stepping(model).why_not or "handed in" in stepping(model).why_not
+    assert "handed in" in stepping(model).why_not
     seen: list[int] = []
     handle = model.lm_head.register_forward_hook(lambda module, args, out: seen.append(1))
     generated(model)

@@ -86,8 +86,10 @@ class Stepping:
         self, config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, longest: int, *rest: Any
     ) -> Any:
         """Stands in for `_prepare_cache_for_generation`: what would be a new dynamic cache gets room."""
+        handed_in = any(model_kwargs.get(name) is not None for name in CACHE_NAMES)
         result = self.had_cache(config, model_kwargs, mode, batch_size, longest, *rest)
-        self.why_not = self.never or self._without_room(config, model_kwargs, mode)
+        self.why_not = self.never or ("the cache was handed in" if handed_in else "")
+        self.why_not = self.why_not or self._without_room(config, model_kwargs, mode)
         if not self.why_not:
             name = next(name for name in CACHE_NAMES if isinstance(model_kwargs.get(name), DynamicCache))
             decoder = self.model.config.get_text_config(decoder=True)
@@ -145,8 +147,6 @@ class Stepping:
         plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         if type(cache) is not DynamicCache or not layers or not plain or getattr(cache, "offloading", False):
             return "its cache is another than a new dynamic one"
-        if getattr(cache, "_is_user_defined", False):
-            return "the cache was handed in"
         if mode not in _MODES or config.is_assistant:
             return f"its mode is {getattr(mode, 'value', mode)}"
         if config.output_attentions or config.output_hidden_states:

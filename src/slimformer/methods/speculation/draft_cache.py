@@ -44,6 +44,18 @@ def borrowed(cache: Cache, model: CacheLayout, draft: CacheLayout) -> Cache:
     found.layers = list(cache.layers)
     for own, there in zip(draft.slots, model.slots, strict=True):
         if there < len(cache.layers) and own < len(found.layers):
-            found.layers[own] = copy.copy(cache.layers[there])
+            found.layers[own] = _copied(cache.layers[there])
     stamp(found, draft)
     return found
+
+
+def _copied(layer: Any) -> Any:
+    own = copy.copy(layer)
+    if isinstance(own, DynamicSlidingWindowLayer):
+        # Nothing is taken back from a draft's cache, so that it keeps no more than its window.
+        own.record_past = False
+        # Before transformers 5.18 a tensor after a crop, which would be counted up in place, for the model too.
+        own.cumulative_length = int(own.cumulative_length)
+        if own.keys is not None and own.cumulative_length >= own.sliding_window:
+            own.keys, own.values = (t[:, :, -own.sliding_window + 1 :] for t in (own.keys, own.values))
+    return own
