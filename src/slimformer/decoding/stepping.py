@@ -82,6 +82,10 @@ class Stepping:
         found = f"{self.steps} replayed from {self.captured} graphs"
         return f"{found}, none in the last call: {self.why_not}" if self.why_not else found
 
+    def may_replay(self) -> bool:
+        """Whether steps of the model are replayed where it lies now."""
+        return not self.never and captures(next(self.model.parameters()).device.type)
+
     def caches(
         self, config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, longest: int, *rest: Any
     ) -> Any:

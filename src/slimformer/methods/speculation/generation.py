@@ -40,6 +40,7 @@ class Speculating:
     Attributes:
         model: The model.
         makes: Makes its draft.
+        replays: Whether its steps are replayed from graphs, which no draft that is launched could keep up with.
         draft: The draft; None where it is to be made.
         pace: What drafts cost and how often they are right, measured in all calls.
         tally: Counts for `status`.
@@ -49,6 +50,7 @@ class Speculating:
 
     model: Any
     makes: MakesDraft
+    replays: Callable[[], bool]
     draft: DraftModel | None = None
     pace: Pace = field(default_factory=Pace)
     tally: Tally = field(default_factory=Tally)
@@ -121,6 +123,8 @@ class Speculating:
         texts = (1 if given is None else len(given)) * (chosen.num_return_sequences or 1)
         if texts > 1:
             return f"{texts} texts at once, and transformers' assisted generation takes one"
+        if self.replays():
+            return "steps are replayed from graphs, faster than drafts that are launched one by one"
         return _unlike_steps(chosen, model_kwargs)
 
 

@@ -17,8 +17,12 @@ _BOUNDS = (0.3, 0.6, 0.85, 0.97)
 _EXPECTED, _WEIGHT = (0.2, 0.45, 0.7, 0.9, 0.97), 4.0
 # What was counted loses this part of its weight with every round.
 _DECAY = 0.98
-# Rounds before a verdict, and tokens without drafts after a bad one: twice as many after each in a row.
-_TRIAL, _FIRST_REST, _LONGEST_REST = 3, 16, 512
+# Rounds before a first verdict, and steps without drafts after a bad one: twice as many after each in a row.
+_TRIAL, _FIRST_REST, _LONGEST_REST = 3, 32, 1024
+# The rest that a new text ends.
+_REST_OF_TEXTS = 128
+# What a checked token costs before that was measured, as a part of a step.
+_CHECKING = 0.2
 LONGEST = 16
 
 
@@ -88,7 +92,7 @@ class Pace:
 
     def begin(self) -> None:
         """A new text: where drafts did not pay lately, some steps show first what a step takes."""
-        self.resting = min(self.resting, _FIRST_REST)
+        self.resting = min(self.resting, _REST_OF_TEXTS)
 
     @property
     def drafts(self) -> bool:
@@ -110,7 +114,7 @@ class Pace:
         if step is None or drafting is None:
             return False
         expected = sum(r.hits for r in self.accepted) / sum(r.of for r in self.accepted)
-        return chance * expected * self._seconds_per_token(step) > drafting + (self.checking.value or 0.0)
+        return chance * expected * self._seconds_per_token(step) > drafting + self._checking(step)
 
     def chance(self, confidence: float) -> float:
         """How often tokens were accepted of which the draft was so sure."""
@@ -121,7 +125,7 @@ class Pace:
         step = self.step.value
         if step is None:
             return 0
-        cost = (self.checking.value or 0.0) / self._seconds_per_token(step)
+        cost = self._checking(step) / self._seconds_per_token(step)
         length, chance = 0, self.copied.value
         while length < LONGEST and chance > cost:
             length, chance = length + 1, chance * self.copied.value
@@ -159,7 +163,8 @@ class Pace:
         self._rounds += 1
         self._tokens += accepted + 1
         self._seconds += drafting + checking
-        if self._rounds >= _TRIAL:
+        # Once drafts did not pay, one more has to show that they do.
+        if self._rounds >= (_TRIAL if self._rest == _FIRST_REST else 1):
             self._judge(step)
 
     def _judge(self, step: float) -> None:
@@ -173,6 +178,10 @@ class Pace:
                 self._tokens / 2,
                 self._seconds / 2,
             )
+
+    def _checking(self, step: float) -> float:
+        known = self.checking.value
+        return _CHECKING * step if known is None else known
 
     def _seconds_per_token(self, step: float) -> float:
         """At the best pace that is known: without drafts, or with them."""

@@ -109,7 +109,7 @@ class SelfSpeculation:
                 "such as AutoModelForCausalLM gives."
             )
         patch = vars(find_anatomy(model).stack)[PATCH]
-        speculating = Speculating(model, _Makes(self, model, patch))
+        speculating = Speculating(model, _Makes(self, model, patch), _Replays(patch.reports))
         speculating.draft = speculating.makes()
         speculating.had = ledger.set_method(model, "generate", speculating)
         speculating.had_candidates = ledger.set_method(
@@ -130,6 +130,17 @@ class _Makes:
         tensors = tensors_of(self.model)
         draft, layout = self.patch.with_same_weights(self.model, self.method.plan, without=self.method)
         return DraftModel(draft, layout, self.patch.layout, tensors)
+
+
+@dataclass
+class _Replays:
+    """Says whether the steps of a patched model are replayed from graphs."""
+
+    reports: Mapping[str, Any]
+
+    def __call__(self) -> bool:
+        steps = self.reports.get("steps")
+        return steps is not None and bool(steps.may_replay())
 
 
 def _saves(decision: Decision) -> bool:
