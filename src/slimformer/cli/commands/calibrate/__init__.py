@@ -37,12 +37,12 @@ calibrate = typer.Typer(
 )
 for _command, _name, _example in (
     (drop, "drop", "MODEL -o plans/mine --drop 4 --data text.jsonl"),
-    (draft, "draft", "MODEL -o plans/draft"),
     (narrow, "narrow", "MODEL -o plans/mine --data my-beir --max-loss 0.01"),
     (exit_early, "exit", "MODEL -o plans/mine --data my-beir --layer 5"),
     (eliminate, "eliminate", "MODEL -o plans/mine --length 4096 --data text.jsonl"),
     (temperature, "temperature", "MODEL -o plans/mine --data my-beir"),
     (route, "route", "MODEL -o plans/mine --data text.jsonl --keep 0.5"),
+    (draft, "draft", "MODEL -o plans/draft"),
 ):
     calibrate.command(
         _name, help=help_of(_command), epilog=f"Example: slimformer calibrate {_name} {_example}"
