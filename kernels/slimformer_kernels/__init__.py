@@ -9,6 +9,7 @@ from .add_rows_norm import add_rows_layer_norm_, add_rows_rms_norm_
 from .arguments import set_debug
 from .attention_rows import attention_rows
 from .chunked_head import chunked_cross_entropy, chunked_kl
+from .decode_attention import decode_attention
 from .errors import KernelArgumentError
 from .glu import geglu, geglu_packed, swiglu, swiglu_packed
 from .layer_norm_rows import layer_norm_rows
@@ -30,6 +31,7 @@ __all__ = [
     "attention_rows",
     "chunked_cross_entropy",
     "chunked_kl",
+    "decode_attention",
     "geglu",
     "geglu_packed",
     "layer_norm_rows",

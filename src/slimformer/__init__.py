@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from slimformer.methods.mixture_of_depths import MixtureOfDepths
     from slimformer.methods.narrow_mlp import NarrowMlp
     from slimformer.methods.self_extend import SelfExtend
+    from slimformer.methods.speculation.self_speculation import SelfSpeculation
     from slimformer.methods.temperature import TempScale
     from slimformer.patching import patch, patched, status, unpatch
     from slimformer.plans.plan import Plan
@@ -29,6 +30,7 @@ __all__ = [
     "NarrowMlp",
     "Plan",
     "SelfExtend",
+    "SelfSpeculation",
     "TempScale",
     "TokenElimination",
     "calibrate",
@@ -49,6 +51,7 @@ _HOMES = {
     "MixtureOfDepths": "slimformer.methods.mixture_of_depths",
     "NarrowMlp": "slimformer.methods.narrow_mlp",
     "SelfExtend": "slimformer.methods.self_extend",
+    "SelfSpeculation": "slimformer.methods.speculation.self_speculation",
     "TempScale": "slimformer.methods.temperature",
     "TokenElimination": "slimformer.methods.elimination.token_elimination",
     "Plan": "slimformer.plans.plan",

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from slimformer.calibration.drafts.draft import choose_draft
 from slimformer.calibration.drops.drop import choose_drops
 from slimformer.calibration.elastic import choose_exit
 from slimformer.calibration.elimination import choose_elimination
@@ -25,6 +26,7 @@ from slimformer.methods.elimination.token_elimination import TokenElimination
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.methods.mixture_of_depths import MixtureOfDepths
 from slimformer.methods.narrow_mlp import NarrowMlp
+from slimformer.methods.speculation.self_speculation import SelfSpeculation
 from slimformer.methods.temperature import TempScale
 from slimformer.plans.plan import Plan
 from slimformer.training.predictors import learn_predictors
@@ -42,6 +44,7 @@ Data: TypeAlias = (
 # What chooses each method: its keyword-only parameters are the options of `calibrate`.
 _CHOSEN_BY: dict[type[Any], Callable[..., Plan]] = {
     LayerDrop: choose_drops,
+    SelfSpeculation: choose_draft,
     NarrowMlp: choose_narrow,
     EarlyExit: choose_exit,
     TokenElimination: choose_elimination,
@@ -70,6 +73,7 @@ def calibrate(
     | method | fields to fix | options of its own |
     | --- | --- | --- |
     | `LayerDrop` | `replace`, `taps` | `drop`, `max_loss`, `speedup`, `kinds`, `selection`, `task`, `budget` |
+    | `SelfSpeculation`: the plan of its draft | | `kinds`, `prompts`, `new_tokens`, `drop` |
     | `NarrowMlp` | | `keep` or `max_loss`, `fit_on`, `batch_size` |
     | `EarlyExit` | `layer`, or `max_loss` | `layers`, `dimensions`, `head`, `fit_on`, `batch_size` |
     | `TokenElimination` | all but `schedule` | `max_loss`, `length`, `answer`, `texts`, `recall`, `layers`, `keep` |

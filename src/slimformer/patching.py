@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -20,13 +21,15 @@ from slimformer.calls.stack_calls import Observed, hands_on, read_stack_calls
 from slimformer.changes.ledger import Ledger
 from slimformer.changes.running_calls import PATCH, Block, Calls, calls_of
 from slimformer.decisions.policy import TokenPolicy
+from slimformer.decoding.installing import replay_steps
 from slimformer.errors import PlanError
 from slimformer.examination.tiers import Support, examine_support
 from slimformer.methods.unpadding import Unpadding
 from slimformer.model.anatomy import Anatomy, attention_core, find_anatomy, transformer_of
 from slimformer.model.layer_parts import KINDS, Kind, Structure
+from slimformer.plans.given import method_of, say_what_more_there_is
 from slimformer.plans.plan import Plan
-from slimformer.plans.stored import plan_beside, save_with_plan, stored_plan
+from slimformer.plans.stored import save_with_plan
 from slimformer.runtime.continuous_batching import refuse_continuous_batching
 from slimformer.runtime.embedding_pipeline import faster_pipeline
 from slimformer.runtime.layer import LayerExecutor
@@ -43,12 +46,45 @@ _logger = logging.getLogger("slimformer")
 
 @dataclass
 class Patch:
-    """What `patch` leaves on the stack: the executors in place, the ledger, the model's calls, notes for `status`."""
+    """What `patch` leaves on the stack: the executors in place, the ledger, the model's calls, notes for `status`.
+
+    Attributes:
+        methods: What was applied.
+        layout: What the slots of its caches hold; None where it makes no cache.
+        reports: What `status` says of how text is generated, by name.
+    """
 
     executors: dict[int, Executor]
     ledger: Ledger
     calls: Calls
+    methods: tuple[Method, ...] = ()
     notes: dict[int, str] = field(default_factory=dict)
+    layout: CacheLayout | None = None
+    reports: dict[str, object] = field(default_factory=dict)
+
+    def with_same_weights(self, model: Any, *more: Method, without: Method) -> tuple[Any, CacheLayout | None]:
+        """Another model over the weights of this one, with the same methods but one, and some more.
+
+        Returns:
+            The model, and what the slots of its caches hold.
+        """
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        twin = unpatch(copy.deepcopy(model, shared))
+        given = [
+            m for method in self.methods for m in (method.methods if isinstance(method, Plan) else (method,))
+        ]
+        patch(twin, *(method for method in given if method is not without), *more)
+        stack = _patched_stack(twin)
+        made = None if stack is None else _patch_on(stack)
+        return twin, None if made is None else made.layout
+
+
+class Status(dict[int, dict[Kind, str]]):
+    """What every layer computes, and under `generation` how text is generated, by name; empty where as ever."""
+
+    def __init__(self, layers: dict[int, dict[Kind, str]], generation: dict[str, str]) -> None:
+        super().__init__(layers)
+        self.generation = generation
 
 
 def patch(model: Model, *methods: Method | str | os.PathLike[str]) -> Model:
@@ -155,18 +191,19 @@ def switched_off(model: Any) -> Iterator[None]:
         yield
 
 
-def status(model: Any) -> dict[int, dict[Kind, str]]:
+def status(model: Any) -> Status:
     """What every patched layer computes: layer index to sublayer to rows. Empty for an unpatched model.
 
     `"dropped"`: nothing, or what a replacement leaves. `"chosen rows"`: those that policies name, and which part
     of all they were in the last forward pass. `"text rows"`: all but padding. `"all rows"`: padding too, by the
     model's own code, where the sublayer is none that can do without or the layer has a forward of its own. Behind that
-    stands how transforms change the scores of an attention, with the text length that it reaches then.
+    stands how transforms change the scores of an attention, with the text length that it reaches then. Its attribute
+    `generation` says what became of drafts.
     """
     stack = _patched_stack(transformer_of(model))
     current = None if stack is None else _patch_on(stack)
     if current is None:
-        return {}
+        return Status({}, {})
     found = {
         index: {kind: e.computes(kind) for kind in KINDS} for index, e in sorted(current.executors.items())
     }
@@ -174,7 +211,7 @@ def status(model: Any) -> dict[int, dict[Kind, str]]:
         rows = found.setdefault(index, dict.fromkeys(KINDS, "all rows"))
         if rows["attention"] != "dropped":
             rows["attention"] += f", {note}"
-    return found
+    return Status(found, {name: str(report) for name, report in current.reports.items()})
 
 
 def keep_ratios(model: Any) -> dict[tuple[int, Kind], float]:
@@ -188,9 +225,9 @@ def keep_ratios(model: Any) -> dict[tuple[int, Kind], float]:
 
 def _asked(model: Any, methods: tuple[Any, ...]) -> tuple[Any, tuple[Method, ...], Anatomy]:
     inner = transformer_of(model)
-    chosen = tuple(_method(given, inner) for given in methods)
+    chosen = tuple(method_of(given, inner) for given in methods)
     if not chosen:
-        _say_what_more_there_is(inner)
+        say_what_more_there_is(inner)
     return inner, chosen, find_anatomy(inner)
 
 
@@ -220,42 +257,6 @@ def _exchange(model: Any, methods: tuple[Method, ...], pipeline: object, calls: 
     return None if previous is None else previous.ledger
 
 
-def _method(given: Method | str | os.PathLike[str], model: nn.Module) -> Method:
-    if isinstance(given, str) and given == "auto":
-        return stored_plan(*_loaded_from(model))
-    if isinstance(given, (str, os.PathLike)):
-        return Plan.from_pretrained(given)
-    if not isinstance(given, (TokenPolicy, AttentionTransform)):
-        raise PlanError(
-            f"Expected a method such as LayerDrop, a Plan, or where a plan is, got {type(given).__name__}."
-        )
-    return given
-
-
-def _loaded_from(model: nn.Module) -> tuple[str, str | None]:
-    """The folder or Hub id that a model was loaded from, and the Hub's commit if it was."""
-    config = getattr(model, "config", None)
-    return getattr(config, "name_or_path", ""), getattr(config, "_commit_hash", None)
-
-
-def _say_what_more_there_is(model: nn.Module) -> None:
-    beside = None
-    # A folder that cannot be read is of no concern where nothing is asked of it.
-    with contextlib.suppress(PlanError):
-        beside = plan_beside(_loaded_from(model)[0])
-    if beside is None:
-        _logger.info(
-            "Only what loses nothing is applied. slimformer.calibrate(model, tokenizer, LayerDrop, drop=4) makes a "
-            "plan that is faster still."
-        )
-    else:
-        _logger.info(
-            "A plan lies beside the checkpoint, in %s, and is not applied, since it may change results: "
-            'slimformer.patch(model, "auto") applies it.',
-            beside,
-        )
-
-
 def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Calls) -> None:
     support = examine_support(find_anatomy(model))
     anatomy = support.anatomy
@@ -273,7 +274,7 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
     observed = _observed(anatomy, executors.values())
     ledger = Ledger()
     try:
-        patch = Patch(executors, ledger, calls)
+        patch = Patch(executors, ledger, calls, methods)
         ledger.set(anatomy.stack, PATCH, patch)
         if methods:
             ledger.stand_in(model, "save_pretrained", partial(save_with_plan, model, methods))
@@ -283,8 +284,6 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
         for executor in executors.values():
             change_weights(executor, ledger)
         plans = [plan for executor in executors.values() for plan in executor.sublayers.values()]
-        for prepare in dict.fromkeys(prepare for plan in plans for prepare in plan.prepares):
-            prepare(model, ledger)
         for index, executor in executors.items():
             add_weights(executor, ledger)
             executor.install(ledger, slots[index], index <= counting, anatomy.causal)
@@ -296,9 +295,15 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
                     if module.layer_idx != slot:
                         ledger.set(module, "layer_idx", slot)
             contents = tuple(executors[i].in_cache if i in executors else "keys" for i in range(len(slots)))
-            owner = CacheOwner(anatomy.layers[0], CacheLayout(tuple(slots), contents, attentions.angles))
+            patch.layout = CacheLayout(tuple(slots), contents, attentions.angles)
+            owner = CacheOwner(anatomy.layers[0], patch.layout)
             owner.had = ledger.set_forward(anatomy.layers[0], owner.forward)
+        for prepare in dict.fromkeys(prepare for plan in plans for prepare in plan.prepares):
+            prepare(model, ledger)
         refuse_continuous_batching(model, executors.values(), attentions.reads_texts, ledger)
+        stepping = replay_steps(model, anatomy, executors, attentions.reads_texts, ledger)
+        if stepping is not None:
+            patch.reports["steps"] = stepping
         if observed is not None:
             observed.note()
             read_stack_calls(anatomy, ledger)

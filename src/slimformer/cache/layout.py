@@ -92,7 +92,7 @@ class CacheOwner:
         """Refuse a cache that this layout cannot read, and let the others carry it."""
         if torch.compiler.is_compiling():
             # Only written: what is read would be compiled for, once without and once with a layout.
-            setattr(cache, _STAMP, self.layout)
+            stamp(cache, self.layout)
             return
         found: CacheLayout | None = getattr(cache, _STAMP, None)
         if found is self.layout:
@@ -103,7 +103,7 @@ class CacheOwner:
                 raise PlanError(self._mismatch(found, length))
             if not length:
                 mark_empty_slots(cache, self.layout.empty_slots)
-        setattr(cache, _STAMP, self.layout)
+        stamp(cache, self.layout)
 
     def _mismatch(self, found: CacheLayout | None, length: int) -> str:
         by = "by a model that was not patched" if found is None else "under another plan"
@@ -112,6 +112,17 @@ class CacheOwner:
             f"The cache holds {length} tokens that were put there {by}, and the layers of this model would read keys "
             f"of other layers, or of other positions. Start with a new cache.{advice}"
         )
+
+
+def stamp(cache: Cache, layout: CacheLayout) -> None:
+    """Say by which layout a cache was filled."""
+    setattr(cache, _STAMP, layout)
+
+
+def copy_stamp(cache: Cache, to: Cache) -> None:
+    """Let a cache that holds the same say so."""
+    if hasattr(cache, _STAMP):
+        setattr(to, _STAMP, getattr(cache, _STAMP))
 
 
 def _tokens_in(cache: Cache) -> int:

@@ -57,11 +57,14 @@ class Ledger:
 
     def set_forward(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Set a layer's `forward`, inside the hooks that accelerate wraps around it; returns the one it had."""
-        name = method_place(layer, "forward")
-        front = vars(layer).get(name)
+        return self.set_method(layer, method_place(layer, "forward"), forward)
+
+    def set_method(self, target: Any, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Let `call` stand in for `target.name`, behind what stays in front of it; returns the method it had."""
+        front = vars(target).get(name)
         if isinstance(front, StandIn) and front.in_front:
-            return self.stand_in(front.call, "had", forward)
-        return self.stand_in(layer, name, forward)
+            return self.stand_in(front.call, "had", call)
+        return self.stand_in(target, name, call)
 
     def add_buffer(self, layer: nn.Module, name: str, value: Tensor) -> None:
         """Put a tensor on a layer that moves with it and that its `state_dict` leaves out."""

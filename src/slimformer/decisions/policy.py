@@ -34,7 +34,7 @@ class Decision:
             from the plan of the layer's attention, before which the others leave.
         evict_caches: Whether some of those others leave the caches of this layer and later ones too.
         changes: Names of parameters within the layer, and what each becomes. They count whatever else is decided.
-        prepares: Get the whole model and its ledger when it is patched, each once, before its layers are.
+        prepares: Get the whole model and its ledger when it is patched, each once, when its layers are.
     """
 
     compute: bool = True

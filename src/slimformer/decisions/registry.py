@@ -15,6 +15,8 @@ from slimformer.errors import PlanError
 Class = TypeVar("Class", bound=type[Any])
 _METHODS: dict[str, type[Any]] = {}
 _WEIGHTS = "weights"
+# Makes a plan of what names or holds one; plans lie above methods, of which some hold a plan.
+_READERS: list[Callable[[Any, Mapping[str, Tensor]], Any]] = []
 
 
 def register(name: str) -> Callable[[Class], Class]:
@@ -118,6 +120,21 @@ def made(method: type[Any], settings: Mapping[str, Any], weights: Mapping[str, T
     """A method of what a plan saved; weights go to a class that has a field for them."""
     has = any(f.name == _WEIGHTS for f in _fields(method))
     return method(**settings, **({_WEIGHTS: weights} if has else {}))
+
+
+def reads_plans(reader: Callable[[Any, Mapping[str, Tensor]], Any]) -> Callable[..., Any]:
+    """A decorator for what `plan_of` asks."""
+    _READERS[:] = [reader]
+    return reader
+
+
+def plan_of(given: Any, weights: Mapping[str, Tensor]) -> Any:
+    """The plan in a method that holds one: a method, a plan, where one is, or the JSON and the weights of one.
+
+    Raises:
+        PlanError: If it cannot be read.
+    """
+    return _READERS[0](given, weights)
 
 
 def _fields(method: type[Any]) -> list[dataclasses.Field[Any]]:

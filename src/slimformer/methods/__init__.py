@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from slimformer.methods.narrow_mlp import NarrowMlp
     from slimformer.methods.rope_scaling import RopeScaling
     from slimformer.methods.self_extend import SelfExtend
+    from slimformer.methods.speculation.self_speculation import SelfSpeculation
     from slimformer.methods.temperature import LogNScale, TempScale
     from slimformer.methods.weight_delta import WeightDelta
     from slimformer.rows.rows import Rows
@@ -43,6 +44,7 @@ __all__ = [
     "RopeScaling",
     "Rows",
     "SelfExtend",
+    "SelfSpeculation",
     "Stream",
     "TempScale",
     "TokenElimination",
@@ -60,6 +62,7 @@ _HOMES = {
     "TempScale": "slimformer.methods.temperature",
     "LogNScale": "slimformer.methods.temperature",
     "SelfExtend": "slimformer.methods.self_extend",
+    "SelfSpeculation": "slimformer.methods.speculation.self_speculation",
     "RopeScaling": "slimformer.methods.rope_scaling",
     "PositionInterpolation": "slimformer.methods.absolute_positions",
     "GroupedPositions": "slimformer.methods.absolute_positions",

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from slimformer.calls.layer_calls import layers_by_depth
 from slimformer.decisions.policy import Decision, TokenPolicy
-from slimformer.decisions.registry import field_names, made, name_of, registered, settings_of, tensors_of
+from slimformer.decisions.registry import (
+    field_names,
+    made,
+    name_of,
+    reads_plans,
+    registered,
+    settings_of,
+    tensors_of,
+)
 from slimformer.errors import PlanError, SlimformerWarning
 from slimformer.methods import load_all
 from slimformer.methods.early_exit import EarlyExit
@@ -35,6 +43,7 @@ from slimformer.model.layer_parts import Kind
 from slimformer.plans.base_model import CARD
 from slimformer.plans.card import base_of, plan_card, plan_name, written_card
 from slimformer.plans.files import mapping, read_json, read_weights, shapes_of, stand_ins
+from slimformer.plans.replaced_files import replace_all, write_beside
 from slimformer.transforms.transform import Attentions, AttentionTransform, transformed_by
 
 FORMAT = 1
@@ -197,12 +206,12 @@ class Plan:
                 weights = safetensors.torch.save(tensors)
                 content["weights_sha256"] = hashlib.sha256(weights).hexdigest()
                 content["weights"] = shapes_of(tensors)
-                _write_beside(target / WEIGHTS, weights, written)
-            _write_beside(target / FILE, (json.dumps(content, indent=2) + "\n").encode(), written)
+                write_beside(target / WEIGHTS, weights, written)
+            write_beside(target / FILE, (json.dumps(content, indent=2) + "\n").encode(), written)
             text = written_card(target / CARD, *plan_card(self, name)) if card else None
             if text is not None:
-                _write_beside(target / CARD, text.encode(), written)
-            _replace_all(written)
+                write_beside(target / CARD, text.encode(), written)
+            replace_all(written)
             if not tensors:
                 (target / WEIGHTS).unlink(missing_ok=True)
         except OSError as error:
@@ -283,17 +292,15 @@ class Plan:
 
     @classmethod
     def _from_dict(cls, content: Any, file: Path, weights: bool) -> Plan:
-        number = content.get("format") if isinstance(content, dict) else None
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise PlanError(f"{file} is not a plan: it has no format number.")
-        if number > FORMAT:
-            raise PlanError(
-                f"{file} has format {number}, and this version reads up to {FORMAT}. Upgrade slimformer."
-            )
+        _check_format(content, file)
         digest = content.get("weights_sha256")
         tensors = None if weights or digest is None else stand_ins(content.get("weights"))
         if tensors is None:
             tensors = read_weights(file.with_name(WEIGHTS), digest)
+        return cls._of(content, tensors, file)
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor], file: object) -> Plan:
         try:
             entries = content["methods"]
             if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -310,32 +317,24 @@ class Plan:
         return cls(methods, **parts)
 
 
-def _write_beside(final: Path, content: bytes, written: list[tuple[str, str]]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=final.parent, prefix=".slimformer-")
-    written.append((temporary, str(final)))
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    # mkstemp makes files that only their owner reads; a plan is like any other file.
-    os.chmod(temporary, 0o644)
+def _check_format(content: Any, file: object) -> None:
+    number = content.get("format") if isinstance(content, Mapping) else None
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise PlanError(f"{file} is not a plan: it has no format number.")
+    if number > FORMAT:
+        raise PlanError(
+            f"{file} has format {number}, and this version reads up to {FORMAT}. Upgrade slimformer."
+        )
 
 
-def _replace_all(written: list[tuple[str, str]]) -> None:
-    """Rename all or none: what stood there before is put back if one fails."""
-    old: dict[str, bytes | None] = {}
-    try:
-        for temporary, final in written:
-            file = Path(final)
-            old[final] = file.read_bytes() if file.exists() else None
-            os.replace(temporary, final)
-    except OSError:
-        for final, content in old.items():
-            if content is None:
-                Path(final).unlink(missing_ok=True)
-            else:
-                Path(final).write_bytes(content)
-        raise
+@reads_plans
+def _plan_in_a_method(given: Any, weights: Mapping[str, Tensor]) -> Plan:
+    if isinstance(given, (str, os.PathLike)):
+        return Plan.from_pretrained(given)
+    if isinstance(given, Mapping):
+        _check_format(given, "The plan within a plan")
+        return Plan._of(given, weights, "The plan within a plan")
+    return given if isinstance(given, Plan) else Plan([given])
 
 
 def _download(repo_id: str, options: dict[str, Any], files: list[str]) -> Path:
@@ -374,7 +373,7 @@ def _name(method: PlannedMethod) -> str:
     return name
 
 
-def _read_method(entry: dict[str, Any], weights: Mapping[str, Tensor], file: Path) -> PlannedMethod:
+def _read_method(entry: dict[str, Any], weights: Mapping[str, Tensor], file: object) -> PlannedMethod:
     name = entry.pop("method")
     method = registered().get(name)
     if method is None:

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slimformer.cache.slots import extended, layer_cache
+from slimformer.cache.steps import current_step
 from slimformer.calls.texts import current_texts
 from slimformer.model.anatomy import positional_names
 from slimformer.model.projections import Projections, Rotation
@@ -115,6 +116,10 @@ class RowAttention:
         cache = self.cache_of(kwargs)
         if cache is not None:
             k, v = extended(cache, self.slot, k, v)
+        step = current_step()
+        if step is not None:
+            seen = step.attend(q, k, v, self.row_scale, self.window, self._cap)
+            return self.layers.output(seen.flatten(1), wanted), None
         mask = kwargs.get("attention_mask")
         rest = {name: value for name, value in kwargs.items() if name not in self.names}
         function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimformer.cache.filter_state import leave_slot_empty
 from slimformer.cache.slots import Content, layer_cache
+from slimformer.cache.steps import current_step
 from slimformer.calls.stack_calls import Observed
 from slimformer.changes.ledger import Ledger
 from slimformer.decisions.policy import Decision, Replacement
@@ -169,7 +170,8 @@ class LayerExecutor:
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the layer's `forward`, with the same arguments and the same kind of result."""
         dense = self.dense
-        if dense is not None and (self.foreign or (hidden_states.shape[1] == 1 and not self.chooses)):
+        alone = hidden_states.shape[1] == 1 and not self.chooses and current_step() is None
+        if dense is not None and (self.foreign or alone):
             # A decode step (a stream that lost rows has more than one), or a layer that others have replaced.
             if self.shortens:
                 return dense(hidden_states, **self._with_own_mask(self._named(args, kwargs), 1))
@@ -292,12 +294,13 @@ class LayerExecutor:
         if self.chooses:
             stream.past = of.cached_tokens(cache, stream.earlier)
         kernels = hidden.is_cuda and uses_kernels(hidden, self.layer)
-        if self.chooses and not kernels and self._masks(of, hidden, stream):
+        step = current_step() is not None
+        if self.chooses and not (kernels or step) and self._masks(of, hidden, stream):
             # What the choice is can be read at no cost here, and nothing records what is computed.
             recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
             skips = hidden.device.type == "cpu" and not (recorded or torch.is_autocast_enabled("cpu"))
             return Run(self.parts, kwargs, of, stream, skips=skips, cache=cache), hidden
-        if self.chooses or stream.held is not None or kernels:
+        if self.chooses or stream.held is not None or kernels or step:
             run = Run(self.parts, kwargs, of, stream, flat=True, kernels=kernels)
             return run, hidden.reshape(-1, hidden.shape[-1])
         return Run(self.parts, kwargs), hidden
@@ -306,7 +309,7 @@ class LayerExecutor:
         """Whether a call in which this layer chooses nothing may do anything else than all rows by the modules."""
         if hidden.shape[1] == 1:
             # A stream that lost rows has more than one.
-            return False
+            return current_step() is not None
         if self.lets_leave and kwargs.get("attention_mask") is not None:
             return True
         return Stream.has_lost_rows(hidden) or uses_kernels(hidden, self.layer)

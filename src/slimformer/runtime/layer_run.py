@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from slimformer.cache.slots import has_foreign_cache
+from slimformer.cache.steps import current_step
 from slimformer.errors import PlanError
 from slimformer.model.anatomy import attention_core
 from slimformer.model.layer_parts import Kind
@@ -233,7 +234,7 @@ class Run:
         chosen = None if masked else rows
         if chosen is None and stream.held is None:
             step = rows is not None and by_rows is not None and by_rows.may_be_skipped(x)
-            if by_rows is None or not (self.kernels or step):
+            if by_rows is None or not (self.kernels or step or current_step() is not None):
                 return self._by_module(sublayer, stream, x, rows, masked)
             h = sublayer.heads_input(x, None, stream, self.kernels)
             wanted = rows.mask if step and rows is not None else None

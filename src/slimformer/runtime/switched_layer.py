@@ -135,7 +135,7 @@ class SwitchedLayer:
                     f"weights can stand in its place and none of its weights can be changed: {self.why}. Use "
                     "LayerDrop(replace='nothing'), or EarlyExit without a head."
                 )
-            if plan.rows or plan.not_evicted or plan.prepares:
+            if plan.rows or plan.not_evicted:
                 raise UnsupportedModelError(
                     f"Tokens cannot be left out of the {kind} of layer {index}: {self.why}. LayerDrop, EarlyExit and "
                     "TempScale apply to this model; see slimformer.support(model)."

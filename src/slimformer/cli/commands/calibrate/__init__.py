@@ -7,6 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from slimformer.cli.commands.calibrate.draft import draft
 from slimformer.cli.commands.calibrate.drop import drop
 from slimformer.cli.commands.calibrate.eliminate import eliminate
 from slimformer.cli.commands.calibrate.exit import exit_early
@@ -41,6 +42,7 @@ for _command, _name, _example in (
     (eliminate, "eliminate", "MODEL -o plans/mine --length 4096 --data text.jsonl"),
     (temperature, "temperature", "MODEL -o plans/mine --data my-beir"),
     (route, "route", "MODEL -o plans/mine --data text.jsonl --keep 0.5"),
+    (draft, "draft", "MODEL -o plans/draft"),
 ):
     calibrate.command(
         _name, help=help_of(_command), epilog=f"Example: slimformer calibrate {_name} {_example}"

@@ -1,0 +1,246 @@
+"""Attention of one new query of every text over its cached keys, as many as the device says (flash decoding)."""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .attention_blocks import WIDEST_HEAD, block_width
+from .dispatch import jit, kernel_op, runs_kernel, tl, wrap_triton
+from .errors import KernelArgumentError
+from .merge_parts import merge_rows
+
+# Programs per multiprocessor: each waits for memory most of the time.
+_PROGRAMS_EACH = 2
+_BLOCK_KEYS, _WARPS, _STAGES = 64, 4, 3
+# Without a GPU, so that the interpreter has several parts to merge.
+_FEW_PROCESSORS = 6
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ranges: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmax attention of the newest token of every text.
+
+    Only keys in a text's range are read, so that a cache may have any amount of room behind them; and since the range
+    lies on the device, one CUDA graph serves every length.
+
+    Args:
+        query: ``[batch, heads, head_dim]``, that of the last key in each range.
+        key: ``[batch, places, kv_heads, head_dim]``, any strides, last dimension contiguous.
+        value: The same.
+        key_ranges: ``[batch, 2]`` int64, the first place of each text's keys, and the one behind its last.
+        scale: What scores are multiplied by.
+        window: How many keys are seen, the newest; None for all.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``; None for as they are.
+
+    Returns:
+        ``[batch, heads, head_dim]``; zeros where a range is empty.
+
+    Raises:
+        KernelArgumentError: the shapes do not fit each other.
+
+    Example:
+        >>> keys = torch.tensor([[[[0.0]], [[0.0]], [[9.0]]]])
+        >>> values = torch.tensor([[[[1.0]], [[3.0]], [[7.0]]]])
+        >>> decode_attention(torch.ones(1, 1, 1), keys, values, torch.tensor([[0, 2]]), scale=1.0)
+        tensor([[[2.]]])
+    """
+    batch, heads, width = query.shape
+    fits = key.shape == value.shape and key.dim() == 4 and (key.shape[0], key.shape[3]) == (batch, width)
+    if not fits or heads % key.shape[2] or tuple(key_ranges.shape) != (batch, 2):
+        raise KernelArgumentError.of(
+            "queries, keys and values do not fit each other",
+            got=f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}, ranges {tuple(key_ranges.shape)}",
+            allowed="[batch, heads, head_dim], twice [batch, places, kv_heads, head_dim], [batch, 2]",
+            remedy="Pass one query for every text, and keys as they lie in its cache.",
+        )
+    attend = decode_attention_reference
+    if runs_kernel(query, key, value) and width <= WIDEST_HEAD:
+        attend = decode_attention_op
+    return attend(query, key, value, key_ranges, scale, window, softcap)
+
+
+def decode_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ranges: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """``decode_attention`` in plain PyTorch. Runs without Triton; the kernel is tested against it."""
+    batch, heads, width = query.shape
+    grouped = query.view(batch, key.shape[2], -1, width).float()
+    scores = torch.einsum("bkgd,bpkd->bkgp", grouped, key.float()) * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    place = torch.arange(key.shape[1], device=key.device)
+    start, end = key_ranges[:, :1], key_ranges[:, 1:]
+    if window is not None:
+        start = torch.maximum(start, end - window)
+    seen = ((place >= start) & (place < end))[:, None, None]
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
+    # Room behind the keys may hold anything.
+    values = value.float().masked_fill(~seen[:, 0, 0, :, None, None], 0.0)
+    return torch.einsum("bkgp,bpkd->bkgd", weights, values).reshape(batch, heads, width).to(query.dtype)
+
+
+@kernel_op("decode_attention")
+def decode_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ranges: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Launch the kernel; the arguments have been checked.
+
+    Keys are split among programs, and all query heads of a key head share one tile. The last program of a head to be
+    done merges what the others found.
+    """
+    batch, heads, width = (int(size) for size in query.shape)
+    kv_heads = int(key.shape[2])
+    groups = heads // kv_heads
+    rows = max(16, 1 << (groups - 1).bit_length())
+    splits = _splits(query, batch * kv_heads, int(key.shape[1]))
+    parts = query.new_empty(batch * kv_heads * splits * rows * (width + 2), dtype=torch.float32)
+    done = query.new_zeros(batch * kv_heads, dtype=torch.int32)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    with torch.cuda.device_of(query):
+        # fmt: off
+        wrap_triton(_decode_kernel)[(splits, kv_heads, batch)](
+            query, key, value, key_ranges.contiguous(), parts, done, out,
+            width,
+            query.stride(0), query.stride(1),
+            key.stride(0), key.stride(1), key.stride(2),
+            value.stride(0), value.stride(1), value.stride(2),
+            0 if window is None else window,
+            0.0 if softcap is None else scale / softcap,
+            # exp2 in the kernel: log2(e) goes into the factor.
+            (scale if softcap is None else softcap) * math.log2(math.e),
+            HAS_WINDOW=window is not None,
+            HAS_SOFTCAP=softcap is not None,
+            GROUP=groups,
+            SPLITS=splits,
+            STAGES=_STAGES,
+            BLOCK_ROWS=rows,
+            BLOCK_KEYS=_BLOCK_KEYS if width <= 128 else _BLOCK_KEYS // 2,
+            BLOCK_WIDTH=block_width(width),
+            num_warps=_WARPS,
+            num_stages=_STAGES,
+        )
+        # fmt: on
+    return out
+
+
+def _splits(query: Tensor, programs: int, keys: int) -> int:
+    """Into how many parts keys are split, so that all of a GPU has something to read."""
+    if query.is_cuda:
+        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    else:
+        processors = _FEW_PROCESSORS
+    wanted = -(-_PROGRAMS_EACH * processors // programs)
+    return max(min(wanted, -(-keys // _BLOCK_KEYS)), 1)
+
+
+# fmt: off
+@jit
+def _decode_kernel(
+    query_ptr, key_ptr, value_ptr, ranges_ptr, parts_ptr, done_ptr, out_ptr,
+    width,
+    query_stride_batch, query_stride_head,
+    key_stride_batch, key_stride_token, key_stride_head,
+    value_stride_batch, value_stride_token, value_stride_head,
+    window, tanh_scale, log2_scale,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    # fmt: on
+    # torch.compile passes numbers as float64, which would spread to every product.
+    tanh_scale, log2_scale = tl.cast(tanh_scale, tl.float32), tl.cast(log2_scale, tl.float32)
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    start = tl.load(ranges_ptr + 2 * batch).to(tl.int64)
+    end = tl.load(ranges_ptr + 2 * batch + 1).to(tl.int64)
+    if HAS_WINDOW:
+        start = tl.maximum(start, end - window)
+    length = tl.maximum(end - start, 0).to(tl.int32)
+    rows = tl.arange(0, BLOCK_ROWS)
+    valid = rows < GROUP
+    head = kv_head * GROUP + tl.minimum(rows, GROUP - 1)
+    columns = tl.arange(0, BLOCK_WIDTH)
+    inside = (columns < width)[None, :]
+    query_row = query_ptr + batch * query_stride_batch + (head * query_stride_head)[:, None]
+    query = tl.load(query_row + columns[None, :], mask=inside, other=0.0)
+
+    # This program's share of whole tiles.
+    tiles = (length + BLOCK_KEYS - 1) // BLOCK_KEYS
+    share = (tiles + SPLITS - 1) // SPLITS * BLOCK_KEYS
+    first = tl.minimum(split * share, length)
+    last = tl.minimum(first + share, length)
+    key_head = key_ptr + batch * key_stride_batch + kv_head * key_stride_head + start * key_stride_token
+    value_head = value_ptr + batch * value_stride_batch + kv_head * value_stride_head
+    value_head += start * value_stride_token
+    total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+    weight = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    peak = tl.full((BLOCK_ROWS,), float("-inf"), dtype=tl.float32)
+    for tile in tl.range(first, last, BLOCK_KEYS, num_stages=STAGES):
+        index = tile + tl.arange(0, BLOCK_KEYS)
+        here = (index < last)[:, None] & inside
+        # int64: keys x kv_heads x head_dim passes 2**31 at 512k tokens of 4096.
+        row = index.to(tl.int64)[:, None]
+        key = tl.load(key_head + row * key_stride_token + columns[None, :], mask=here, other=0.0)
+        # "ieee": TF32 would cost float32 inputs half their digits; half precision ignores it.
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if HAS_SOFTCAP:
+            # tanh(u) = 1 - 2 / (1 + exp(2u)), with 2 * log2(e) = 2.8853900817779268.
+            scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (tanh_scale * 2.8853900817779268)))
+        scores = tl.where((index < last)[None, :], scores * log2_scale, float("-inf"))
+        # Every tile holds a key at least.
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_peak[:, None])
+        fade = tl.exp2(peak - new_peak)
+        weight = weight * fade + tl.sum(weights, axis=1)
+        value = tl.load(value_head + row * value_stride_token + columns[None, :], mask=here, other=0.0)
+        total = tl.dot(weights.to(value.dtype), value, total * fade[:, None], input_precision="ieee")
+        peak = new_peak
+
+    # Rows of all parts of this head; behind those of all heads lie the sums of weights, then the greatest scores.
+    own = (batch * tl.num_programs(1) + kv_head) * SPLITS * BLOCK_ROWS
+    all_rows = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * SPLITS * BLOCK_ROWS
+    sums_ptr = parts_ptr + all_rows * width
+    part = own + split * BLOCK_ROWS + rows
+    tl.store(
+        parts_ptr + (part * width)[:, None] + columns[None, :], total, mask=valid[:, None] & inside
+    )
+    tl.store(sums_ptr + part, weight, mask=valid)
+    tl.store(sums_ptr + all_rows + part, peak, mask=valid)
+    # All threads have stored before the first one says so.
+    tl.debug_barrier()
+    done = tl.atomic_add(done_ptr + batch * tl.num_programs(1) + kv_head, 1, sem="acq_rel")
+    if done == SPLITS - 1:
+        out_row = (batch * tl.num_programs(1) + kv_head) * GROUP + rows
+        merge_rows(
+            parts_ptr, all_rows, own + rows, valid, out_ptr, out_row, width, SPLITS, BLOCK_ROWS, BLOCK_WIDTH
+        )

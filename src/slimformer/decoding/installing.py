@@ -1,0 +1,104 @@
+"""Which patched models have steps that can be replayed, and putting in place what replays them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from slimformer.changes.ledger import Ledger
+from slimformer.decisions.selection import compares_tokens
+from slimformer.decoding.capture import may_capture
+from slimformer.decoding.stepping import Stepping
+from slimformer.model.anatomy import Anatomy
+from slimformer.runtime.layer import LayerExecutor
+
+# What makes the cache of a call of `generate`.
+_ENTRY = "_prepare_cache_for_generation"
+
+
+def replay_steps(
+    model: Any, anatomy: Anatomy, executors: Mapping[int, Any], reads_texts: bool, ledger: Ledger
+) -> Stepping | None:
+    """Let `generate` replay decode steps from graphs, where there is a device that has them.
+
+    Args:
+        model: The model.
+        anatomy: Its layers.
+        executors: What runs them.
+        reads_texts: Whether a transform asks how long a text is.
+        ledger: Where changes are written down.
+
+    Returns:
+        What says to `status` how steps ran; None where nothing was put in place.
+    """
+    if not anatomy.causal or not callable(getattr(model, _ENTRY, None)):
+        return None
+    if not may_capture():
+        return None
+    never = _why_never(model, anatomy, executors, reads_texts)
+    layers = [e for e in executors.values() if isinstance(e, LayerExecutor)]
+    stepping = Stepping(model, Untouched(model, layers), never)
+    if never:
+        return stepping
+    stepping.had = ledger.set_forward(model, stepping)
+    stepping.had_cache = ledger.set_method(model, _ENTRY, stepping.caches)
+    stepping.had_generate = ledger.set_method(model, "generate", stepping.generates)
+    ledger.changes.append(_Memory(stepping))
+    return stepping
+
+
+@dataclass
+class Untouched:
+    """Says whether nobody has put hooks, or modules of his own, into a model since it was patched."""
+
+    model: nn.Module
+    layers: list[LayerExecutor]
+
+    def __call__(self) -> bool:
+        """Whether a graph runs what the model would run."""
+        for module in self.model.modules():
+            if module is self.model:
+                # Its hooks run around the whole call.
+                continue
+            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+                return False
+        return not any(part.called.touched() for layer in self.layers for part in layer.parts.values())
+
+
+@dataclass
+class _Memory:
+    """The change that undone gives memory back."""
+
+    stepping: Stepping
+
+    def undo(self) -> None:
+        self.stepping.rooms.clear()
+
+    def redo(self) -> None:
+        """It is taken again as need be."""
+
+
+def _why_never(model: Any, anatomy: Anatomy, executors: Mapping[int, Any], reads_texts: bool) -> str:
+    """Why no step can be replayed; empty where some may be."""
+    if anatomy.repeats or model.config.is_encoder_decoder:
+        return "its layers are called several times, or attend to an encoder"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return "it lies on several devices"
+    if reads_texts:
+        return "scores or positions depend on how long a text is"
+    for index in range(len(anatomy.layers)):
+        executor = executors.get(index)
+        if not isinstance(executor, LayerExecutor) or executor.foreign or executor.by_rows is None:
+            return f"the arithmetic of layer {index} is not known"
+        if executor.shortens:
+            return "tokens leave its cache"
+        if isinstance(executor.in_cache, int):
+            return "a filter of several taps remembers the last inputs of every text"
+        if compares_tokens(executor.selectors()):
+            return "tokens are chosen among those of a whole text"
+        if executor.sublayers["attention"].compute and executor.by_rows.attention is None:
+            return f"the attention of layer {index} is not known"
+    return ""

@@ -1,0 +1,168 @@
+"""Rooms for caches, kept from call to call with the graphs of their steps."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from slimformer.cache.room import Places, RoomCache, RoomLayer, room_for
+from slimformer.cache.steps import Step
+
+# Rooms that wait for a call like one before.
+_KEPT = 6
+# Tokens that a prompt gets room for beside itself, if so many may be generated.
+_AHEAD = 1024
+# Of the memory that is free, what a room may take: a prompt needs some too.
+_PART_OF_FREE = 0.7
+
+
+@dataclass(eq=False)
+class Room:
+    """The memory of one cache at a time, and the graph of its steps.
+
+    Attributes:
+        batch: How many texts.
+        count: How many tokens of each.
+        step: What differs from step to step.
+        places: The memory of every slot.
+        replay: Launches a step; None before it was captured.
+        logits: What a step gives.
+        at: The place of the next token, as the device has it.
+    """
+
+    batch: int
+    count: int
+    step: Step
+    places: dict[int, Places] = field(default_factory=dict)
+    replay: Callable[[], None] | None = None
+    logits: Tensor | None = None
+    at: int = -1
+
+    def forget_graph(self) -> None:
+        """The addresses in it count no more."""
+        self.replay = self.logits = None
+
+
+class Rooms:
+    """Rooms of one model, by the size of a batch."""
+
+    def __init__(self) -> None:
+        self.free: list[Room] = []
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy begins without memory."""
+        return {}
+
+    def __setstate__(self, state: object) -> None:
+        """As `__getstate__` says."""
+        vars(self).update(vars(Rooms()))
+
+    def take(self, batch: int, tokens: int, device: torch.device) -> Room:
+        """A room for a batch of texts of so many tokens, which is nobody else's until it comes back."""
+        with self.lock:
+            fitting = [room for room in self.free if room.batch == batch and room.count >= tokens]
+            if fitting:
+                room = min(fitting, key=lambda one: one.count)
+                self.free.remove(room)
+                return room
+            # A larger one takes their place.
+            self.free = [room for room in self.free if room.batch != batch]
+        return Room(batch, room_for(tokens), Step.of(batch, device))
+
+    def give_back(self, room: Room) -> None:
+        """Nobody uses it any more."""
+        with self.lock:
+            self.free = [*self.free, room][-_KEPT:]
+
+    def clear(self) -> None:
+        """Give all memory back that nobody uses."""
+        with self.lock:
+            self.free = []
+
+
+class Lease:
+    """The room of one cache, from its prompt on.
+
+    Attributes:
+        rooms: Where the room comes from and goes back to.
+        longest: How many tokens there will be at most.
+        layers: How many slots are filled.
+        room: The room; None before the prompt, and where there is too little memory.
+        without: Why there is none.
+        first: The first place of every text's keys `[batch]`, once it is known.
+    """
+
+    def __init__(self, rooms: Rooms, longest: int, layers: int) -> None:
+        self.rooms, self.longest, self.layers = rooms, longest, layers
+        self.room: Room | None = None
+        self.without = ""
+        self.begun = False
+        self.ended: weakref.finalize | None = None
+
+    def takes(self, index: int, keys: Tensor) -> Places:
+        """Memory for a slot whose first keys are these `[batch, kv_heads, tokens, head_dim]`."""
+        if self.room is None and not self.without:
+            self._take(keys, max(keys.shape[2] + 1, min(self.longest, keys.shape[2] + _AHEAD)))
+        if self.room is None:
+            return Places(room_for(keys.shape[2]))
+        places = self.room.places.setdefault(index, Places(self.room.count))
+        if not places.fits(keys):
+            places = self.room.places[index] = Places(self.room.count)
+            self.room.forget_graph()
+        return places
+
+    def grow(self, cache: RoomCache, tokens: int) -> None:
+        """Move a cache to a larger room, for so many tokens at least."""
+        layers = [
+            layer for layer in cache.layers if isinstance(layer, RoomLayer) and layer.places is not None
+        ]
+        keys = next(layer.keys for layer in layers if layer.keys is not None)
+        self._take(keys, max(tokens, min(self.longest, 2 * tokens)))
+        for layer in layers:
+            if self.room is not None:
+                layer.moved_to(self.takes(layer.index, keys))
+        self.begun = False
+
+    def holds(self, cache: RoomCache) -> bool:
+        """Whether all keys of a cache lie in the room."""
+        room = self.room
+        return room is not None and all(
+            layer.places is room.places.get(layer.index)
+            for layer in cache.layers
+            if isinstance(layer, RoomLayer) and layer.places is not None
+        )
+
+    def _take(self, keys: Tensor, tokens: int) -> None:
+        before = self.ended
+        self.room = self.ended = None
+        need = self.layers * 2 * keys[:, :, :1].numel() * keys.element_size() * room_for(tokens)
+        if not self._has(keys, tokens) and need > _free(keys.device):
+            self.rooms.clear()
+            if keys.is_cuda:
+                torch.cuda.empty_cache()
+            if need > _free(keys.device):
+                count = f"{room_for(tokens)} tokens of {keys.shape[0]} texts"
+                self.without = f"too little memory for {count} ({need >> 20} MiB)"
+        if not self.without:
+            self.room = self.rooms.take(keys.shape[0], tokens, keys.device)
+            self.ended = weakref.finalize(self, self.rooms.give_back, self.room)
+            self.ended.atexit = False
+        if before is not None:
+            before()
+
+    def _has(self, keys: Tensor, tokens: int) -> bool:
+        return any(room.batch == keys.shape[0] and room.count >= tokens for room in self.rooms.free)
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that a room may take."""
+    if device.type != "cuda":
+        return float("inf")
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _PART_OF_FREE * (torch.cuda.mem_get_info(device)[0] + unused)

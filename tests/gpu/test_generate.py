@@ -1,0 +1,121 @@
+"""Text generated from CUDA graphs is what the launched steps give, and costs no memory that grows."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import slimformer
+from gpu.plans import METHODS
+from gpu.subjects import DECODERS, DEVICE, DRY, build
+from slimformer import SelfSpeculation
+from slimformer.changes.running_calls import PATCH
+from slimformer.decoding import capture
+
+NAMED = {method.name: method for method in METHODS}
+NEW = 48
+
+
+@pytest.fixture(autouse=True)
+def somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DRY:
+        monkeypatch.setattr(capture, "_CAPTURES", {"cpu": lambda: True})
+
+
+def prompts(rows: int = 3, tokens: int = 70, padded: int = 9) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(rows))
+    mask = torch.ones_like(ids)
+    mask[0, :padded] = 0
+    return (ids * mask).to(DEVICE), mask.to(DEVICE)
+
+
+def generated(model: Any, given: tuple[Tensor, Tensor] | None = None, **options: Any) -> Tensor:
+    ids, mask = prompts() if given is None else given
+    chosen = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    found: Tensor = model.generate(ids, attention_mask=mask, **chosen)
+    return found
+
+
+def stepping(model: Any) -> Any:
+    return next(vars(m)[PATCH] for m in model.modules() if PATCH in vars(m)).reports["steps"]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_greedy_tokens_in_float32(name: str) -> None:
+    model = build(name, torch.float32, DEVICE)
+    expected = [generated(model), generated(model, prompts(1, 33, 0)), generated(model, num_beams=3)]
+    slimformer.patch(model)
+    for _ in range(2):
+        found = [generated(model), generated(model, prompts(1, 33, 0)), generated(model, num_beams=3)]
+        assert all(map(torch.equal, found, expected))
+    assert stepping(model).captured == 3, stepping(model)
+    assert stepping(model).steps > 5 * (NEW - 2), stepping(model)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_half_precision_is_replayed_too(name: str) -> None:
+    model = slimformer.patch(build(name, torch.bfloat16, DEVICE))
+    generated(model)
+    assert stepping(model).steps == NEW - 2, stepping(model)
+
+
+@pytest.mark.parametrize(
+    "plan", ["drop-mean", "exit", "routed-threshold", "leave-random", "delta", "temperature"]
+)
+def test_greedy_tokens_of_plans_in_float32(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama", torch.float32, DEVICE)
+    with monkeypatch.context() as launched:
+        launched.setattr(capture, "_CAPTURES", {})
+        expected = generated(slimformer.patch(model, *NAMED[plan].plan()))
+    slimformer.patch(model, *NAMED[plan].plan())
+    assert torch.equal(generated(model), expected), stepping(model)
+    if plan != "leave-random":
+        assert stepping(model).steps == NEW - 2, stepping(model)
+
+
+def test_sampling_draws_the_same_numbers() -> None:
+    model = build("llama", torch.float32, DEVICE)
+    torch.manual_seed(3)
+    expected = generated(model, do_sample=True, temperature=0.8, num_return_sequences=2)
+    slimformer.patch(model)
+    torch.manual_seed(3)
+    assert torch.equal(generated(model, do_sample=True, temperature=0.8, num_return_sequences=2), expected)
+
+
+def test_long_texts_move_to_larger_rooms() -> None:
+    model = build("gemma2", torch.float32, DEVICE)
+    expected = generated(model, max_new_tokens=600)
+    slimformer.patch(model)
+    # Of a room that is too small from the start.
+    generated(model, max_new_tokens=4)
+    assert torch.equal(generated(model, max_new_tokens=600), expected)
+
+
+def test_drafts_beside_graphs() -> None:
+    model = build("llama", torch.float32, DEVICE)
+    expected = generated(model, prompts(1, 50, 0))
+    slimformer.patch(model, SelfSpeculation(slimformer.LayerDrop(block=[2])))
+    assert torch.equal(generated(model, prompts(1, 50, 0)), expected)
+
+
+@pytest.mark.skipif(DRY, reason="needs a GPU")
+def test_memory_does_not_grow_and_is_given_back() -> None:
+    gc.collect()
+    torch.cuda.synchronize()
+    model = build("llama", torch.bfloat16, DEVICE)
+    before = torch.cuda.memory_allocated()
+    slimformer.patch(model)
+    lengths = [(rows, tokens, new) for rows in (1, 2, 4) for tokens in (20, 60, 200) for new in (5, 17)]
+    after = []
+    for _ in range(4):
+        for rows, tokens, new in lengths:
+            generated(model, prompts(rows, tokens, 0), max_new_tokens=new)
+        after.append(torch.cuda.memory_allocated())
+    assert after[3] == after[1], after
+    slimformer.unpatch(model)
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 1 << 20
