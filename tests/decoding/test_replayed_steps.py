@@ -17,6 +17,7 @@ from slimformer.cache import room
 from slimformer.cache.steps import Step
 from slimformer.changes.running_calls import PATCH
 from slimformer.decoding import capture, rooms
+from slimformer.decoding import stepping as stepping_module
 from slimformer.methods import RopeScaling, SelfExtend, WeightDelta
 from tiny_models import DECODERS, tiny_model
 
@@ -205,3 +206,16 @@ def test_a_wrong_replay_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Step, "begin", lambda self: self.ranges[:, 1].fill_(3))
     assert torch.equal(generated(model), expected)
     assert "gives something else" in slimformer.status(model).generation["steps"]
+
+
+def test_what_differs_no_more_than_the_order_of_additions_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stepping_module, "_TOLERANCE", {})
+    model = tiny_model("llama", initializer_range=0.3, num_hidden_layers=8)
+    expected = generated(model)
+    assert torch.equal(generated(slimformer.patch(model)), expected)
+    assert stepping(model).steps == NEW - 2
+    slimformer.unpatch(model)
+    # It does differ.
+    monkeypatch.setattr(stepping_module, "_ROUNDINGS", 0.0)
+    assert torch.equal(generated(slimformer.patch(model)), expected)
+    assert stepping(model).steps == 0
