@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import slimformer
+from benchmarks.frame import tables
 from benchmarks.frame.compare import relative_error, release
 from benchmarks.frame.inputs import LOSSLESS, UNPATCHED
-from benchmarks.frame.registry import Settings, benchmark
+from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Timing, reason
 from benchmarks.speed.llamas import llama_8b, with_shared_weights
 
@@ -120,7 +121,8 @@ def _measured(
             yield Measurement(point, name, status="failed", note=failed[name])
             continue
         if not errors[name] <= _TOLERANCE:
-            yield Measurement(point, name, status="wrong", error=errors[name])
+            far = f"relative error {errors[name]:.3g}"
+            yield Measurement(point, name, status="wrong", error=errors[name], note=far)
             continue
         times = sorted(found[name])
         middle = median(times)
@@ -159,9 +161,23 @@ def _generate(model: Any, ids: Tensor, tokens: int, options: dict[str, Any], **m
 
 
 def _logits(model: Any, ids: Tensor, options: dict[str, Any]) -> Tensor:
-    """Logits of the first steps; later ones read tokens that a rounding may have changed."""
-    found = _generate(model, ids, 3, options, return_dict_in_generate=True, output_logits=True)
-    return torch.stack(found.logits[:2]).float().cpu()
+    """Logits of the prompt and of two steps that read given tokens, since a rounding may choose others."""
+    forced = ids[:, :3].tolist()
+    start = ids.shape[1]
+
+    def only(text: int, so_far: Tensor) -> list[int]:
+        return [forced[text][len(so_far) - start]]
+
+    found = _generate(
+        model,
+        ids,
+        3,
+        options,
+        return_dict_in_generate=True,
+        output_logits=True,
+        prefix_allowed_tokens_fn=only,
+    )
+    return torch.stack(found.logits).float().cpu()
 
 
 def _of_step(model: Any) -> dict[str, float]:
@@ -227,3 +243,34 @@ def _ids(model: Any, batch: int, tokens: int) -> Tensor:
 def _wait(settings: Settings) -> None:
     if settings.on_gpu:
         torch.cuda.synchronize()
+
+
+@table("generate")
+def token_by_token(content: dict[str, Any]) -> str:
+    """Milliseconds per token of both, and how far the patch is from what reading the weights takes."""
+    rows = []
+    for at in tables.points(content, "shape", "batch", "tokens"):
+        dense, slim = (tables.find(content, name, **at) for name in (UNPATCHED, LOSSLESS))
+        if dense is None or slim is None:
+            continue
+        rows.append(
+            [
+                f"{at['shape']}, batch {at['batch']}, prompt of {at['tokens']}",
+                f"{dense['milliseconds']['p50']:.1f}",
+                f"{slim['milliseconds']['p50']:.2f}",
+                f"{1 / slim['baseline_ratio']:.1f}×",
+                tables.shown(slim["values"].get("step_on_gpu_ms"), ".2f"),
+                f"{slim['values']['milliseconds_to_read']:.2f}",
+                f"{slim['values']['first_call_seconds']:.1f}",
+            ]
+        )
+    head = [
+        "",
+        "unpatched, ms",
+        "patched, ms",
+        "faster",
+        "step on the GPU, ms",
+        "to read, ms",
+        "first call, s",
+    ]
+    return tables.markdown(head, rows) if rows else ""

@@ -208,7 +208,9 @@ def test_a_wrong_replay_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gives something else" in slimformer.status(model).generation["steps"]
 
 
-def test_what_differs_no_more_than_the_order_of_additions_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_differs_no_more_than_the_order_of_additions_is_replayed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(stepping_module, "_TOLERANCE", {})
     model = tiny_model("llama", initializer_range=0.3, num_hidden_layers=8)
     expected = generated(model)

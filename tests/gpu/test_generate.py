@@ -104,18 +104,20 @@ def test_drafts_beside_graphs() -> None:
 
 @pytest.mark.skipif(DRY, reason="needs a GPU")
 def test_memory_does_not_grow_and_is_given_back() -> None:
-    gc.collect()
-    torch.cuda.synchronize()
     model = build("llama", torch.bfloat16, DEVICE)
-    before = torch.cuda.memory_allocated()
-    slimformer.patch(model)
     lengths = [(rows, tokens, new) for rows in (1, 2, 4) for tokens in (20, 60, 200) for new in (5, 17)]
-    after = []
-    for _ in range(4):
-        for rows, tokens, new in lengths:
-            generated(model, prompts(rows, tokens, 0), max_new_tokens=new)
-        after.append(torch.cuda.memory_allocated())
-    assert after[3] == after[1], after
-    slimformer.unpatch(model)
-    gc.collect()
-    assert torch.cuda.memory_allocated() - before < 1 << 20
+    patched, unpatched = [], []
+    for _ in range(3):
+        slimformer.patch(model)
+        for _ in range(3):
+            for rows, tokens, new in lengths:
+                generated(model, prompts(rows, tokens, 0), max_new_tokens=new)
+            patched.append(torch.cuda.memory_allocated())
+        slimformer.unpatch(model)
+        gc.collect()
+        torch.cuda.synchronize()
+        unpatched.append(torch.cuda.memory_allocated())
+    # The libraries' own workspaces are there from the first round on.
+    assert patched[5] == patched[4], patched
+    assert unpatched[1:] == unpatched[:1] * 2, unpatched
+    assert unpatched[0] < patched[0], (unpatched, patched)
