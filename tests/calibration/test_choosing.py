@@ -52,7 +52,7 @@ def test_every_method_takes_the_shared_options_and_lists_its_own(method: Any) ->
     (TokenElimination(revivable=True), {}, "threshold and revivable are not for it"),
     (MixtureOfDepths, {"kinds": ("block",)}, "kinds must be some of attention, mlp"),
     (MixtureOfDepths.keeping_everything(32, mlp=[1]), {"train": False}, "names its layers"),
-    (SelfExtend, {}, "calibrate takes one of LayerDrop, NarrowMlp"),
+    (SelfExtend, {}, "calibrate takes one of LayerDrop"),
     ("drop", {}, "calibrate takes one of LayerDrop"),
 ], ids=str)  # fmt: skip
 def test_what_leaves_nothing_to_choose_or_does_not_apply_is_refused(

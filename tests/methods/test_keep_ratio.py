@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,7 +94,8 @@ def test_routers_that_nothing_has_trained_go_on_computing_every_token() -> None:
         assert set(keep_ratios(model).values()) == {1.0}
 
 
-def test_a_repair_sets_them_anew() -> None:
+def test_a_repair_sets_them_anew(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXTS))
     model = tiny_model("llama", num_hidden_layers=5, initializer_range=0.3, max_position_embeddings=256)
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 256
@@ -102,7 +104,7 @@ def test_a_repair_sets_them_anew() -> None:
         model,
         plan,
         tokenizer,
-        data=TEXTS,
+        data={tmp_path / "text.txt": 1.0},
         length=48,
         rank=4,
         minutes=None,

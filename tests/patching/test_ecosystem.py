@@ -160,4 +160,4 @@ def test_a_full_disk_keeps_the_old_weights(tmp_path: Path, monkeypatch: pytest.M
     read = Plan.from_pretrained(tmp_path).methods[0].tensors()
     assert read.keys() == whole.keys()
     assert all(torch.equal(read[name], whole[name]) for name in whole)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, WEIGHTS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", FILE, WEIGHTS]

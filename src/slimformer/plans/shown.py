@@ -10,7 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from slimformer.errors import PlanError
 from slimformer.plans.base_model import CARD
 from slimformer.plans.card import card_part
-from slimformer.plans.plan import Plan
+from slimformer.plans.plan import FILE, Plan
 
 
 def read_shown(path: str) -> Plan | str:
@@ -26,7 +26,8 @@ def read_shown(path: str) -> Plan | str:
     try:
         return Plan.from_pretrained(path, weights=False)
     except PlanError:
-        part = _card_of(path)
+        # What is wrong with a plan is not to be hidden by the card beside it.
+        part = None if (Path(path) / FILE).exists() else _card_of(path)
         if part is None:
             raise
         return part

@@ -22,7 +22,9 @@ def nothing_won(plan: Plan) -> str:
     """Why the last repair won nothing; empty where it won something, or there was none.
 
     Example:
-        >>> nothing_won(Plan(measured={"repair": {"won": False, "why": "no step was better than none"}}))
+        >>> from slimformer import LayerDrop
+        >>> said = {"repair": {"won": False, "why": "no step was better than none"}}
+        >>> nothing_won(Plan([LayerDrop(attention=[1])], measured=said))
         'no step was better than none'
     """
     found = plan.measured.get("repair")
