@@ -129,10 +129,7 @@ def _steps_section(summary: Summary) -> str:
     names = ["", "Dropped"]
     numbers = [f"{n}." if summary.ordered else "" for n in range(1, len(summary.steps) + 1)]
     columns = [numbers, [step.name for step in summary.steps]]
-    divergences = {
-        f"Divergence: {source}" if source else "Divergence": values
-        for source, values in summary.divergences().items()
-    }
+    divergences = {source or "Divergence": values for source, values in summary.divergences().items()}
     for name, values in {"Similarity": similarities, **divergences}.items():
         if any(value is not None for value in values):
             names.append(name)
@@ -141,7 +138,8 @@ def _steps_section(summary: Summary) -> str:
     chart = divergence_chart(summary)
     text = f"{'In order. ' * summary.ordered}Left in their place: {summary.replacement}."
     if chart:
-        text += f" Divergence: {summary.divergence_name}, measured after each removal while calibrating."
+        text += f" Divergence: {summary.divergence_name}, measured after each removal while calibrating"
+        text += ", of every source; the curve is the largest of them." if len(divergences) > 1 else "."
     long = " stacked" if len(summary.steps) > SHORT_STEPS else ""
     drawing = f'<div class="scroll{long}">{chart}</div>' if chart else ""
     table = f'<div class="long">{_table(names, rows, words=2)}</div>'
