@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
-
 from benchmarks.frame.inputs import CRANFIELD, STS_TRAIN
 from benchmarks.frame.registry import Settings
 from slimformer.evaluation.retrieval import RetrievalTask, read_retrieval
@@ -14,6 +12,9 @@ from slimformer.evaluation.similarity_task import read_sts
 
 def embedder(settings: Settings) -> Any:
     """The embedding pipeline of `--model`, in float32."""
+    # Other benchmarks run where it is not installed, such as beside an engine.
+    from sentence_transformers import SentenceTransformer  # noqa: PLC0415
+
     return SentenceTransformer(
         str(settings.model), device=str(settings.device), model_kwargs={"dtype": "float32"}
     )

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Pooling, Transformer
 from torch import Tensor
 
 import slimformer
@@ -28,6 +26,9 @@ from slimformer.methods.rope_scaling import RopeScaling
 from slimformer.methods.temperature import LogNScale
 from slimformer.model.anatomy import find_anatomy
 from slimformer.transforms.transform import trained_length
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 DOCUMENTS = 100
@@ -137,6 +138,10 @@ def run_decoder(settings: Settings) -> Iterator[Measurement]:
 
 def _pooled(settings: Settings, pooling: str) -> SentenceTransformer:
     """A decoder as an embedding model: the mean of its last hidden states, or the last of them."""
+    # Other benchmarks run where it is not installed, such as beside an engine.
+    from sentence_transformers import SentenceTransformer  # noqa: PLC0415
+    from sentence_transformers.models import Pooling, Transformer  # noqa: PLC0415
+
     inner = Transformer(str(settings.model), model_kwargs={"dtype": settings.dtype})
     # Llama's have none; what it is does not matter behind an attention mask.
     if inner.tokenizer.pad_token is None:
