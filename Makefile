@@ -8,7 +8,7 @@
 # a PyTorch that fits it, and xllamacpp (6 GB). From nothing that took 7 min to install, and 23 min for the tests on two
 # cores that others used too (12 min of one core's time).
 # `make test-onnx`, which it ends with, runs encoders in ONNX Runtime and OpenVINO, and in the backends of
-# sentence-transformers, whose packages need an older transformers and so a second environment.
+# sentence-transformers, whose packages need an older transformers and so a second environment. From nothing it took 9 min.
 # `make demo` sets up .venv and shows what is gained on real models; MODEL=folder-or-Hub-id takes another one.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.10
