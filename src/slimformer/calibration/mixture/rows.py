@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.calibration.mixture.own_words import Writer
 from slimformer.calibration.mixture.sources import BUILT_IN, COPYING, OWN_WORDS, Source
-from slimformer.errors import DataError
-from slimformer.evaluation.panel.builtin import builtin_texts
+from slimformer.evaluation.panel.builtin import drawable_tokens
 from slimformer.text.progress import Stages
 from slimformer.text.rows import training_rows, training_texts
 from slimformer.text.sources import tokens_in_front
@@ -103,13 +102,13 @@ def mixture_rows(
         few = max(round(held_out * source.share), min(_LEAST_HELD_OUT, held_out))
         if source.data == OWN_WORDS:
             writer = Writer(
-                model, tokenizer, tokens, _drawable(tokenizer), tokens_in_front(tokenizer), seed, cache
+                model, tokenizer, tokens, drawable_tokens(tokenizer), tokens_in_front(tokenizer), seed, cache
             )
             needed = min((wanted + _EVERY * few) * tokens, _MOST_WRITTEN)
             texts = writer.written(needed, seconds, stages)
             rows, others, origin = _packed(texts, writer.front, tokens, few)
         elif source.data == COPYING:
-            made = copies(_drawable(tokenizer), tokens_in_front(tokenizer), tokens, wanted + few, seed)
+            made = copies(drawable_tokens(tokenizer), tokens_in_front(tokenizer), tokens, wanted + few, seed)
             rows, others, origin = made[few:], made[:few], "random sequences that repeat"
         else:
             given = None if source.data == BUILT_IN else source.data
@@ -245,17 +244,3 @@ def _cut(texts: Sequence[Sequence[int]], front: Sequence[int], tokens: int) -> T
     ids = ids * math.ceil(room / len(ids)) if len(ids) < room else ids
     rows = torch.tensor(ids[: len(ids) // room * room]).view(-1, room)
     return torch.cat([torch.tensor(list(front), dtype=torch.long).expand(len(rows), -1), rows], 1)
-
-
-def _drawable(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token of the built-in texts once: the rarest of a vocabulary are hardly known to a model."""
-    special = set(tokenizer.all_special_ids)
-    found = {
-        int(token)
-        for of in builtin_texts().values()
-        for text in of
-        for token in tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-    } - special
-    if not found:
-        raise DataError("The tokenizer has no tokens for the built-in texts. Use the model's own tokenizer.")
-    return sorted(found)

@@ -7,6 +7,10 @@ from importlib import resources
 from itertools import chain, zip_longest
 from typing import Literal
 
+from transformers import PreTrainedTokenizerBase
+
+from slimformer.errors import DataError
+
 _FOLDER = "slimformer.evaluation.panel"
 _BETWEEN = "\n---\n"
 KINDS = ("prose", "code", "dialogue", "lists", "languages", "arithmetic")
@@ -33,6 +37,23 @@ def builtin_prompts() -> list[tuple[str, str]]:
     """
     by_kind = [[(kind, text) for text in _entries("prompts", kind)] for kind in PROMPT_KINDS]
     return [entry for entry in chain.from_iterable(zip_longest(*by_kind)) if entry is not None]
+
+
+def drawable_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token of the built-in texts once, to draw from: the rarest of a vocabulary are hardly known to a model.
+
+    Raises:
+        DataError: If there is none.
+    """
+    found = {
+        int(token)
+        for of in builtin_texts().values()
+        for text in of
+        for token in tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    } - set(tokenizer.all_special_ids)
+    if not found:
+        raise DataError("The tokenizer has no tokens for the built-in texts. Use the model's own tokenizer.")
+    return sorted(found)
 
 
 def _entries(folder: Literal["texts", "prompts"], kind: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.errors import DataError
-from slimformer.evaluation.panel.builtin import builtin_prompts, builtin_texts
+from slimformer.evaluation.panel.builtin import builtin_prompts, builtin_texts, drawable_tokens
 from slimformer.evaluation.panel.capabilities import copying, retrieval
 from slimformer.evaluation.panel.capabilities.own_words import own_words
 from slimformer.evaluation.panel.capabilities.predictions import Likelihoods, Predictions
@@ -67,9 +67,7 @@ class DecoderCapabilities:
     @cached_property
     def drawable(self) -> list[int]:
         """Every token of the built-in texts once."""
-        special = set(self.tokenizer.all_special_ids)
-        found = {token for of in builtin_texts().values() for text in of for token in self._ids(text)}
-        return sorted(found - special)
+        return drawable_tokens(self.tokenizer)
 
     @cached_property
     def filler(self) -> list[int]:
