@@ -14,6 +14,7 @@ from benchmarks.quality.mixture_of_depths import instructions
 from slimformer import LayerDrop, MixtureOfDepths, Plan
 from slimformer.model.anatomy import find_anatomy
 from slimformer.training.loop import TrainingSettings
+from slimformer.training.repair import usual_settings
 
 Chosen = Literal["cosine", "filter", "greedy", "panel", "routed"]
 # How units are chosen, in words.
@@ -175,8 +176,7 @@ def _repaired(settings: Settings, model: Any, tokenizer: Any, plan: Plan, seed: 
         return slimformer.repair(
             model, plan, tokenizer, settings=TrainingSettings(steps=2, rows=2, learning_rate=1e-3), **tiny
         )
-    # As many rows and steps as `repair` has by default.
-    again = TrainingSettings(rows=8 if settings.on_gpu else 4, steps=2000, seed=seed)
+    again = replace(usual_settings(settings.device.type), seed=seed)
     return slimformer.repair(
         model,
         plan,

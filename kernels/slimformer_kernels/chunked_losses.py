@@ -1,8 +1,8 @@
-"""The autograd functions under ``chunked_head``: per-token losses that compute each chunk's logits twice.
+"""The autograd functions under ``chunked_head``: per-token losses a chunk of tokens at a time, and their gradients.
 
-The backward pass computes the logits of a chunk again from the hidden states. That costs one more product
-than keeping them, and the peak stays at a few ``[chunk, vocabulary]`` float32 buffers for any number of
-tokens.
+Where the head is trained too, the backward pass computes the logits of a chunk again from the hidden states. That
+costs one more product than keeping them, and the peak stays at a few ``[chunk, vocabulary]`` float32 buffers for any
+number of tokens.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class ChunkedKL(torch.autograd.Function):
-    """Losses ``[n]``; keeps both log-sum-exps of each token and computes logits again in backward."""
+    """Losses ``[n]``; with a head that is not trained, the gradient is found on the way and logits are computed once.
+
+    The gradient of a token's loss in its hidden state needs nothing of the other tokens, so that the gradient that
+    arrives in backward is a factor of each. A head that is trained needs logits again.
+    """
 
     @staticmethod
     def forward(
@@ -74,41 +78,43 @@ class ChunkedKL(torch.autograd.Function):
         """Return ``temperature**2 * KL(teacher || student)`` of each of the ``[n, hidden]`` tokens."""
         ctx.softcap, ctx.temperature, ctx.chunk = softcap, temperature, chunk
         losses = hidden.new_empty(hidden.shape[0], dtype=_wide(hidden))
-        normaliser, teacher_normaliser = torch.empty_like(losses), torch.empty_like(losses)
+        needed = ctx.needs_input_grad[:3]
+        ctx.at_once = needed == (True, False, False)
+        sums = _HeadGradient(hidden, weight, bias, (ctx.at_once, False, False))
         for part in _parts(hidden.shape[0], chunk):
-            student = head_logits(hidden[part], weight, bias, softcap).div_(temperature)
-            target = _teacher_logits(
-                teacher[part], teacher_weight, teacher_bias, softcap, student.dtype, temperature
+            logits = head_logits(hidden[part], weight, bias, softcap)
+            student, target = _log_distributions(
+                logits, teacher[part], teacher_weight, teacher_bias, softcap, temperature
             )
-            normaliser[part] = student.logsumexp(-1)
-            teacher_normaliser[part] = target.logsumexp(-1)
-            target -= teacher_normaliser[part, None]
-            student -= normaliser[part, None]
-            losses[part] = (target.exp() * student.sub_(target)).sum(-1) * -(temperature**2)
-        ctx.save_for_backward(
-            hidden, weight, bias, teacher, teacher_weight, teacher_bias, normaliser, teacher_normaliser
-        )
+            probabilities = target.exp()
+            losses[part] = _row_dots(probabilities, target.sub_(student)) * temperature**2
+            if ctx.at_once:
+                sums.add(part, student.exp_().sub_(probabilities).mul_(temperature), logits, softcap)
+        if ctx.at_once:
+            ctx.save_for_backward(sums.result()[0])
+        else:
+            ctx.save_for_backward(hidden, weight, bias, teacher, teacher_weight, teacher_bias)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the softened logits is the difference of the two distributions."""
-        hidden, weight, bias, teacher, teacher_weight, teacher_bias, normaliser, teacher_normaliser = (
-            ctx.saved_tensors
-        )
-        softcap, temperature = ctx.softcap, ctx.temperature
+        rest = (None,) * 6
+        if ctx.at_once:
+            (found,) = ctx.saved_tensors
+            return ((found * grad[:, None]).to(found.dtype), None, None, *rest)
+        hidden, weight, bias, teacher, teacher_weight, teacher_bias = ctx.saved_tensors
         sums = _HeadGradient(hidden, weight, bias, ctx.needs_input_grad)
         for part in _parts(hidden.shape[0], ctx.chunk):
-            logits = head_logits(hidden[part], weight, bias, softcap)
-            target = _teacher_logits(
-                teacher[part], teacher_weight, teacher_bias, softcap, logits.dtype, temperature
+            logits = head_logits(hidden[part], weight, bias, ctx.softcap)
+            student, target = _log_distributions(
+                logits, teacher[part], teacher_weight, teacher_bias, ctx.softcap, ctx.temperature
             )
-            delta = (logits / temperature).sub_(normaliser[part, None]).exp_()
-            delta -= target.sub_(teacher_normaliser[part, None]).exp_()
+            delta = student.exp_().sub_(target.exp_())
             # The squared temperature of the loss over the one of the softened logits.
-            sums.add(part, delta.mul_(grad[part, None] * temperature), logits, softcap)
-        return (*sums.result(), None, None, None, None, None, None)
+            sums.add(part, delta.mul_(grad[part, None] * ctx.temperature), logits, ctx.softcap)
+        return (*sums.result(), *rest)
 
 
 class _HeadGradient:
@@ -158,13 +164,24 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: fl
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
-def _teacher_logits(
+def _log_distributions(
+    logits: Tensor,
     teacher: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
     softcap: float | None,
-    dtype: torch.dtype,
     temperature: float,
-) -> Tensor:
-    logits = teacher if weight is None else head_logits(teacher, weight, bias, softcap)
-    return logits.to(dtype) / temperature
+) -> tuple[Tensor, Tensor]:
+    """The logarithms of both softened distributions, in tensors of their own."""
+    target = (
+        teacher if teacher_weight is None else head_logits(teacher, teacher_weight, teacher_bias, softcap)
+    )
+    target = target.to(logits.dtype)
+    if temperature != 1.0:
+        logits, target = logits / temperature, target / temperature
+    return logits.log_softmax(-1), target.log_softmax(-1)
+
+
+def _row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """The sum of products of each row ``[n]``, without a product in memory."""
+    return torch.linalg.vecdot(left, right)

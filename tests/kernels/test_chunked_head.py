@@ -170,6 +170,21 @@ def test_nothing_to_count_is_a_zero_loss():
     assert chunked_kl(nothing, weight, teacher_hidden=nothing) == 0
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_frozen_head_changes_no_gradient_of_hidden_states(softcap):
+    hidden, weight, shift = head(True)
+    teacher, rows = torch.randn_like(hidden), torch.rand(len(hidden), dtype=torch.float64)
+    found = []
+    for frozen in (True, False):
+        matrix, bias = (weight.detach(), shift.detach()) if frozen else (weight, shift)
+        losses = chunked_kl(
+            hidden, matrix, teacher_hidden=teacher, bias=bias, softcap=softcap, temperature=1.7,
+            reduction="none", chunk=4,
+        )  # fmt: skip
+        found.append(torch.autograd.grad(losses @ rows, hidden)[0])
+    torch.testing.assert_close(*found)
+
+
 def test_frozen_head_gets_no_gradient():
     hidden, weight, _ = head(False)
     weight = weight.detach()

@@ -75,8 +75,11 @@ class Step:
 
 _current: ContextVar[Step | None] = ContextVar("slimformer_step", default=None)
 
-# The step that is being prepared in this thread, if there is one. Every layer asks in every call: no call of Python's.
-current_step = _current.get
+
+def current_step() -> Step | None:
+    """The step that is being prepared in this thread, if there is one."""
+    # Nothing is prepared while torch.compile traces, and it cannot follow a context variable.
+    return None if torch.compiler.is_compiling() else _current.get()
 
 
 @contextlib.contextmanager

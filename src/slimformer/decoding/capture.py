@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,7 @@ def capture(
     if device.type != "cuda":
         found = call()
         return (lambda: _again(call, found)), found
-    stream = torch.cuda.Stream(device)
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UPS):
@@ -56,6 +57,12 @@ def capture(
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = call()
     return graph.replay, result
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device: libraries keep memory for every stream that they have ever run on."""
+    return torch.cuda.Stream(device)
 
 
 def _again(call: Callable[[], Tensor], found: Tensor) -> None:

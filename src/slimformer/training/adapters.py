@@ -86,6 +86,18 @@ class Adapters:
         finally:
             self.put_in()
 
+    @contextlib.contextmanager
+    def without_casts(self, autocast: bool) -> Iterator[None]:
+        """A block in which inputs stay in half precision where autocast casts the matrices, which are smaller."""
+        # As `peft.helpers.disable_input_dtype_casting`, without a walk over all modules in every step.
+        for place in self.places:
+            place.adapter.cast_input_dtype_enabled = not autocast
+        try:
+            yield
+        finally:
+            for place in self.places:
+                place.adapter.cast_input_dtype_enabled = True
+
     def products(self) -> dict[str, tuple[Tensor, Tensor]]:
         """What each adapter adds to its layer's weight, as two factors `[rows, rank]` and `[rank, columns]`."""
         found = {}

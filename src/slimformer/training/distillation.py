@@ -130,8 +130,11 @@ class Distillation:
             return functional_call(self.anatomy.stack, tensors, (), inputs)
 
         again = self.recompute and torch.is_grad_enabled()
+        adapters = None if self.weights is None else self.weights.adapters
+        autocast = torch.is_autocast_enabled(ids.device.type)
         with (
             tokens_leave_under_gradients(),
+            contextlib.nullcontext() if adapters is None else adapters.without_casts(autocast),
             recomputed(self.anatomy, tensors) if again else contextlib.nullcontext(),
         ):
             return self._pass(stack, ids, mask)

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -42,6 +42,9 @@ _HELD_OUT_ROWS, _HELD_OUT_TEXTS, _TEXTS_AT_ONCE = 12, 128, 32
 _STEPS = 2000
 # Rows of a step, by device: fewer leave a GPU waiting for the CPU.
 _ROWS = {"cuda": 8}
+# What is trained, by device: what is read in minutes.
+_NEAR: dict[str, int | None] = {"cuda": None}
+_RANK = {"cuda": 64}
 _EVERY, _MEASUREMENTS = 25, 40
 # The part of the time in which the model writes what it is trained on.
 _WRITING = 0.25
@@ -57,8 +60,8 @@ def repair(
     text_field: str = "text",
     hold_out: bool = True,
     what: Sequence[What] = WHAT,
-    near: int | None = 2,
-    rank: int = 16,
+    near: int | Literal["auto"] | None = "auto",
+    rank: int | Literal["auto"] = "auto",
     hidden: float = 0.0,
     length: int = 1024,
     rounds: int = 1,
@@ -99,7 +102,8 @@ def repair(
         what: What is trained: `"added"` (filters, means and heads of the plan), `"norms"` (with biases), and `"lora"`
             on linear layers (arXiv 2106.09685).
         near: Norms and linear layers of so many layers below and above a change are trained; None for all layers.
-        rank: Of the low-rank adapters.
+            `"auto"` is all of them on a GPU, else two.
+        rank: Of the low-rank adapters; `"auto"` is 64 on a GPU, which reads enough in minutes to fill that, else 16.
         hidden: How much the residual behind changed layers counts beside the outputs; 0 leaves it out.
         length: Tokens per row.
         rounds: Drop the plan's sublayers in so many rounds, each followed by a repair of as many steps.
@@ -131,7 +135,10 @@ def repair(
     """
     time_left = Minutes(minutes)
     given = plan if isinstance(plan, Plan) else Plan.from_pretrained(plan)
-    settings = _usual(transformer_of(model)) if settings is None else settings
+    device = transformer_of(model).device.type
+    settings = usual_settings(device) if settings is None else settings
+    near = _NEAR.get(device, 2) if near == "auto" else near
+    rank = _RANK.get(device, 16) if rank == "auto" else rank
     _check(what, rank, near, hidden)
     if status(model):
         raise CalibrationError(
@@ -247,8 +254,14 @@ def repair(
     return dataclasses.replace(repaired, provenance=provenance, measured={**measured, **outcome.to_dict()})
 
 
-def _usual(model: PreTrainedModel) -> TrainingSettings:
-    return TrainingSettings(rows=_ROWS.get(model.device.type, 4), steps=_STEPS)
+def usual_settings(device: str) -> TrainingSettings:
+    """Of a repair on a kind of device.
+
+    Example:
+        >>> usual_settings("cpu").rows
+        4
+    """
+    return TrainingSettings(rows=_ROWS.get(device, 4), steps=_STEPS)
 
 
 def _count(plan: Plan) -> int:

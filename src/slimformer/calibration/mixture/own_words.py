@@ -1,8 +1,9 @@
 """Text that the dense model writes by itself: questions and answers where it chats, else text from a first word on.
 
-A chat model that is given the beginning of a user's turn writes what users ask (Magpie, arXiv 2406.08464), and any
-model goes on from a random word with text like that it was trained on (LLM-QAT, arXiv 2305.17888). The prompts that the
-panel judges by are not read, so that it judges what was not trained on.
+A chat model that is given the beginning of a user's turn writes what users ask, and behind a system prompt what they
+ask about that (Magpie, arXiv 2406.08464). Any model goes on from a random word with text like that it was trained on
+(LLM-QAT, arXiv 2305.17888). The prompts that the panel judges by are not read, so that it judges what was not trained
+on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.panel.capabilities.own_words import model_digest
 from slimformer.evaluation.panel.capabilities.prompts import prompt_ids
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.patching import patched
 from slimformer.text.progress import Stages
 
 # A step of so many texts takes a GPU little longer than one of few: it waits for the CPU.
@@ -35,8 +37,18 @@ _EXPECTED = 128
 _QUESTION, _ANSWER = 64, 512
 # One batch in so many is text without a question, also of models that chat.
 _FREE = 4
-# The rarest tokens are left out, from which small models do not find back.
-_TOP_P = 0.95
+# The rarest tokens are left out, from which small models do not find back (arXiv 2407.01082): without sorting a
+# vocabulary, as a nucleus would be found.
+_MIN_P = 0.02
+# What a model is told that is then asked; None is what its template says by itself. By themselves models ask about
+# what they were tuned on most, and a plan is judged by the rest, too.
+_SUBJECTS = (
+    None,
+    "You solve word problems in mathematics, and write down every step of the calculation.",
+    "You answer questions of general knowledge and of common sense in everyday life.",
+    "You write, explain and mend computer programs.",
+    "You read what is given to you, and summarise it, rewrite it, translate it, or find something in it.",
+)
 _MARK = "slimformer"
 # So many batches without a single text end the writing.
 _EMPTY = 4
@@ -78,7 +90,7 @@ class Writer:
             CalibrationError: If the model writes nothing.
             DataError: If its chat template fails, or the folder cannot be written.
         """
-        opening = self._opening()
+        openings = self._openings()
         self._read()
         until, empty = time.monotonic() + seconds, 0
         rank, processes = _processes()
@@ -88,7 +100,7 @@ class Writer:
         move = None if stages is None else stages.advance("own words")
         try:
             while not self.texts or (sum(map(len, self.texts)) < tokens and time.monotonic() < until):
-                found = self._batch(opening, self.batches * processes + rank)
+                found = self._batch(openings, self.batches * processes + rank)
                 empty = 0 if found else empty + 1
                 if empty == _EMPTY:
                     raise CalibrationError(
@@ -107,26 +119,26 @@ class Writer:
         torch.distributed.all_gather_object(parts, self.texts)
         return [text for part in parts for text in part]
 
-    def _batch(self, opening: list[int] | None, number: int) -> list[list[int]]:
+    def _batch(self, openings: list[list[int]], number: int) -> list[list[int]]:
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed * 1_000_003 + number)
             size = self.at_once
             while True:
                 try:
-                    return self._texts(size, None if number % _FREE == _FREE - 1 else opening)
+                    return self._texts(size, [] if number % _FREE == _FREE - 1 else openings)
                 except torch.OutOfMemoryError:
                     if size == 1:
                         raise
                     size //= 2
 
-    def _texts(self, size: int, opening: list[int] | None) -> list[list[int]]:
-        if opening is None:
+    def _texts(self, size: int, openings: list[list[int]]) -> list[list[int]]:
+        if not openings:
             drawn = torch.randint(len(self.words), (size,)).tolist()
             begun = [[*self.front, self.words[word]] for word in drawn]
         else:
             room = max(min(_QUESTION, self.longest // 4), 1)
-            asked = self._continued([opening] * size, room)
+            asked = self._continued([openings[row % len(openings)] for row in range(size)], room)
             questions = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in asked]
             begun = [prompt_ids(self.tokenizer, question, None) for question in questions if question]
         # Half of a row at least is what the model says.
@@ -141,14 +153,16 @@ class Writer:
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
         ends = _ends(self.model)
-        with evaluating(self.model):
+        # Patched without a method it writes the same, and faster.
+        with evaluating(self.model), patched(self.model):
             found = self.model.generate(
                 ids,
                 attention_mask=mask,
                 max_new_tokens=new_tokens,
                 do_sample=True,
                 temperature=1.0,
-                top_p=_TOP_P,
+                min_p=_MIN_P,
+                top_p=1.0,
                 top_k=0,
                 # Drawing from NaN ends the process on a GPU; a model that computes it is refused where it is judged.
                 remove_invalid_values=True,
@@ -158,17 +172,29 @@ class Writer:
         stops = [next((place for place, token in enumerate(row) if token in ends), len(row)) for row in rows]
         return [row[: stop + 1] for row, stop in zip(rows, stops, strict=True)]
 
-    def _opening(self) -> list[int] | None:
-        """The beginning of a user's turn; None where the model does not chat."""
+    def _openings(self) -> list[list[int]]:
+        """Beginnings of a user's turn, one for each subject; none where the model does not chat."""
         if getattr(self.tokenizer, "chat_template", None) is None:
-            return None
+            return []
         prompt_ids(self.tokenizer, _MARK, None)  # says what is wrong with the template, if anything is
-        whole = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MARK}], add_generation_prompt=True, tokenize=False
-        )
+        found = []
+        for subject in _SUBJECTS:
+            system = [] if subject is None else [{"role": "system", "content": subject}]
+            opening = self._opening([*system, {"role": "user", "content": _MARK}])
+            if opening and opening not in found:
+                found.append(opening)
+        return found
+
+    def _opening(self, messages: list[dict[str, str]]) -> list[int]:
+        """What a template writes in front of the mark; nothing where it does not take such messages."""
+        try:
+            whole = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # A template can fail in any way that a program can, and many do on what a system says.
+        except Exception:
+            return []
         opening, found, _ = str(whole).partition(_MARK)
         if not (found and opening):
-            return None
+            return []
         ids = self.tokenizer(opening, add_special_tokens=False, verbose=False)["input_ids"]
         return [int(token) for token in ids]
 

@@ -75,13 +75,14 @@ def repair(
     from slimformer.plans.plan import Plan
     from slimformer.report import repair_table
     from slimformer.training.loop import TrainingSettings
+    from slimformer.training.repair import usual_settings
 
     own = {"data", "what", "rounds", "length", "minutes", "settings", "checkpoint", "progress"}
     parameters = inspect.signature(slimformer.repair).parameters.values()
     given = settings.take(
         slimformer.repair, [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in own]
     )
-    training: dict[str, Any] = {"rows": 4, "steps": steps, "precision": precision.value}
+    training: dict[str, Any] = {"steps": steps, "precision": precision.value}
     fields = [f.name for f in dataclasses.fields(TrainingSettings) if f.name not in ("steps", "precision")]
     training |= settings.take(TrainingSettings, fields)
     settings.check_none_left("repair")
@@ -98,7 +99,7 @@ def repair(
             rounds=rounds,
             length=length,
             minutes=minutes or None,
-            settings=TrainingSettings(**training),
+            settings=dataclasses.replace(usual_settings(loaded.device.type), **training),
             checkpoint=partial,
             progress=True,
             **given,
