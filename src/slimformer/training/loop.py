@@ -18,6 +18,7 @@ from transformers import get_cosine_schedule_with_warmup
 from slimformer.errors import CalibrationError
 from slimformer.text.progress import Stages
 from slimformer.training.checkpoint import Checkpoint, History, Interrupted, InterruptsBetweenSteps
+from slimformer.training.row_order import RowOrder
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 
@@ -202,7 +203,11 @@ def fit(
     wrapped, optimizer, rates = accelerator.prepare(module, optimizer, rates)
     kept = Checkpoint(folder, {**identity, "processes": accelerator.num_processes}, accelerator)
     history = kept.resume()
-    order, done = _Order(len(rows), settings, accelerator), len(history.losses)
+    processes = accelerator.process_index, accelerator.num_processes
+    order, done = (
+        RowOrder(rows, settings.rows, settings.accumulate, settings.seed, processes),
+        len(history.losses),
+    )
     watch = _Watch(module, early_stop, history, kept, accelerator)
     remaining = range(done, settings.steps)
     # A training of the same module that ended within a step leaves its gradients.
@@ -375,21 +380,3 @@ class _Watch:
         """Give the module what it had at the best step."""
         if self.kept.best is not None:
             self.module.load_state_dict(self.kept.best)
-
-
-class _Order:
-    """Which rows each step reads: an order of all of them for every pass over the text, which the seed decides."""
-
-    def __init__(self, count: int, settings: TrainingSettings, accelerator: Any) -> None:
-        self.count, self.settings = count, settings
-        self.process, self.processes = accelerator.process_index, accelerator.num_processes
-
-    def of(self, step: int, part: int) -> Tensor:
-        each = self.settings.rows
-        first = ((step * self.settings.accumulate + part) * self.processes + self.process) * each
-        return torch.tensor([self._row(number) for number in range(first, first + each)])
-
-    def _row(self, number: int) -> int:
-        turn, place = divmod(number, self.count)
-        generator = torch.Generator().manual_seed(self.settings.seed + turn)
-        return int(torch.randperm(self.count, generator=generator)[place])

@@ -47,7 +47,7 @@ _NEAR: dict[str, int | None] = {"cuda": None}
 _RANK = {"cuda": 64}
 _EVERY, _MEASUREMENTS = 25, 40
 # The part of the time in which the model writes what it is trained on.
-_WRITING = 0.25
+_WRITING = 0.2
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
