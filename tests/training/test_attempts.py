@@ -52,6 +52,22 @@ def trained(module: nn.Module, loss: Any = apart, rate: Any = "auto", **options:
     return attempted(module, loss, ROWS, settings, watched, identity={}, **options)
 
 
+def test_what_is_done_between_steps_is_no_part_of_a_steps_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    module = point()
+
+    def loss(trained: nn.Module, batch: Tensor) -> Tensor:
+        clock[0] += 1.0
+        return apart(trained)
+
+    def measured() -> float:
+        clock[0] += 100.0
+        return float(apart(module).detach())
+
+    assert range_test(module, loss, ROWS, TrainingSettings(accumulate=2), measured, count=5).seconds == 2.0
+
+
 def test_a_range_test_finds_a_rate_and_leaves_the_module_as_it_was() -> None:
     module = point()
     before = copy.deepcopy(module.state_dict())

@@ -374,7 +374,7 @@ class _Watch:
         self.history.held_out[str(step)] = value
         if self.history.best == step:
             state = self.module.state_dict()
-            self.kept.best = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+            self.kept.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
     def go_back(self) -> None:
         """Give the module what it had at the best step."""

@@ -119,7 +119,7 @@ def attempted(
     Raises:
         CalibrationError: As `fit`; if figures are no finite numbers, only where the lowest rate does not help.
     """
-    start = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+    start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in module.state_dict().items()}
     place = None if folder is None else Path(folder)
     found = _ranged(module, loss, rows, settings, watched, identity, place, stages, deadline)
     rate = settings.learning_rate

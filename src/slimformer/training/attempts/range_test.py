@@ -89,17 +89,19 @@ def range_test(
     Raises:
         CalibrationError: As `fit`, but not where a high rate gives no finite numbers, which ends the test.
     """
-    start = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+    start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in module.state_dict().items()}
     rates = [lowest * (highest / lowest) ** (step / max(count - 1, 1)) for step in range(count)]
-    begun, seconds = [0.0], []
+    begun: list[float] = []
+    seconds: list[float] = []
 
-    def look(step: int) -> float:
-        found = measure()
-        begun[0] = time.monotonic()
-        return found
+    def timed(trained: nn.Module, batch: Tensor) -> Tensor:
+        # The first of a step: what is measured and kept between steps costs more than many a step.
+        if len(begun) == len(seconds):
+            begun.append(time.monotonic())
+        return loss(trained, batch)
 
     def after(step: int) -> None:
-        seconds.append(time.monotonic() - begun[0])
+        seconds.append(time.monotonic() - begun[-1])
 
     def ramp(optimizer: torch.optim.Optimizer, steps: int) -> Any:
         growth = highest / lowest
@@ -111,13 +113,13 @@ def range_test(
     try:
         history = fit(
             module,
-            loss,
+            timed,
             rows,
             dataclasses.replace(settings, steps=count, learning_rate=lowest),
             identity={},
             stages=stages,
             after_step=after,
-            early_stop=EarlyStop(look, every=1, patience=count + 1, worst=_WORST),
+            early_stop=EarlyStop(lambda step: measure(), every=1, patience=count + 1, worst=_WORST),
             schedule=ramp,
         )
     except Diverged as diverged:
