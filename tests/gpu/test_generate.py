@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import random
+import resource
 from typing import Any
 
 import pytest
@@ -121,3 +123,26 @@ def test_memory_does_not_grow_and_is_given_back() -> None:
     assert patched[5] == patched[4], patched
     assert unpatched[1:] == unpatched[:1] * 2, unpatched
     assert unpatched[0] < patched[0], (unpatched, patched)
+
+
+@pytest.mark.skipif(DRY, reason="needs a GPU")
+def test_two_thousand_calls_of_mixed_sizes_take_no_more_and_more_memory() -> None:
+    model = slimformer.patch(build("llama", torch.bfloat16, DEVICE))
+    sizes = random.Random(0)
+    held: list[tuple[int, int, int]] = []
+    for call in range(2001):
+        rows, tokens, new = sizes.choice((1, 1, 2, 4)), sizes.randint(3, 400), sizes.randint(2, 12)
+        padded = sizes.randint(0, 2) if rows > 1 else 0
+        options = sizes.choice(({}, {}, {"do_sample": True}, {"num_beams": 2}))
+        generated(model, prompts(rows, tokens, padded), max_new_tokens=new, **options)
+        if call % 250 == 0:
+            gc.collect()
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), resident))
+    allocated, reserved, resident = zip(*held, strict=True)
+    assert stepping(model).steps > 4000, stepping(model)
+    # The largest rooms of every batch are there after a quarter.
+    assert max(allocated[4:]) <= max(allocated[2:4]) + (1 << 20), held
+    assert max(reserved[4:]) <= max(reserved[2:4]) + (64 << 20), held
+    # In kilobytes.
+    assert resident[-1] - resident[4] < 64 << 10, held
