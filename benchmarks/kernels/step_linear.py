@@ -16,7 +16,8 @@ from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement
 from benchmarks.frame.timing import Effort
 from benchmarks.kernels.row_kernels import copy_bandwidth
-from slimformer_kernels.step_linear import InputNorm, Tiling, launch_gated, launch_layers
+from slimformer_kernels.step_linear import InputNorm
+from slimformer_kernels.step_products import Tiling, launch_gated, launch_layers
 
 LAUNCHED, KERNEL = "cuBLAS between kernels", "one kernel"
 # hidden, intermediate, and the outputs of queries and keys.
@@ -131,7 +132,7 @@ def _layers(
         if not settings.on_gpu:
             return kernels.step_linear(x, [(w, None) for w in own], norm)
         out = x.new_empty(rows, sum(len(w) for w in own))
-        launch_layers(x, norm.weight, _EPS, 0.0, [(w, None) for w in own], out, False, tiling)
+        launch_layers(x, norm.weight, _EPS, 0.0, [(w, None) for w in own], out, None, tiling)
         return out
 
     def gated(own: list[Tensor]) -> Tensor:
@@ -148,13 +149,10 @@ def _layers(
             return torch.addmm(residual.to(own[0]), y.to(own[0]), own[0].T)
 
         def at_once(own: list[Tensor], tiling: Tiling) -> Tensor:
-            # A copy would be a launch that a step does not have.
-            out = residual if _is_captured(settings) else residual.clone()
             if not settings.on_gpu:
-                kernels.step_linear_add_(out, y, own[0])
-                return out
-            none = [(None, None)] * 2
-            launch_layers(y, None, 0.0, 0.0, [(own[0], None), *none], out, True, tiling)
+                return kernels.step_linear_added(residual, y, own[0])
+            out = torch.empty_like(residual)
+            launch_layers(y, None, 0.0, 0.0, [(own[0], None), *[(None, None)] * 2], out, residual, tiling)
             return out
 
         return launched, at_once

@@ -20,7 +20,7 @@ from .rms_norm_rows import rms_norm_rows
 from .rotary import rotary_
 from .router_scores import router_scores
 from .self_extend import self_extend
-from .step_linear import step_gated, step_linear, step_linear_add_
+from .step_linear import step_gated, step_linear, step_linear_added
 
 __all__ = [
     "KernelArgumentError",
@@ -47,7 +47,7 @@ __all__ = [
     "set_debug",
     "step_gated",
     "step_linear",
-    "step_linear_add_",
+    "step_linear_added",
     "swiglu",
     "swiglu_packed",
 ]
