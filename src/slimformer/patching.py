@@ -301,7 +301,7 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
         for prepare in dict.fromkeys(prepare for plan in plans for prepare in plan.prepares):
             prepare(model, ledger)
         refuse_continuous_batching(model, executors.values(), attentions.reads_texts, ledger)
-        stepping = replay_steps(model, anatomy, executors, attentions.reads_texts, ledger)
+        stepping = replay_steps(model, anatomy, executors, attentions.bounds, ledger)
         if stepping is not None:
             patch.reports["steps"] = stepping
         if observed is not None:

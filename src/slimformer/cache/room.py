@@ -5,12 +5,14 @@ Outside of steps it is a dynamic cache: it holds as many keys as have come, and 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from slimformer.cache.filter_state import FilterState
 from slimformer.cache.steps import current_step
 
 # A cache that makes room for less would soon have to move.
@@ -129,7 +131,7 @@ class RoomLayer(DynamicLayer):
     def get_seq_length(self) -> Any:
         """How many tokens it holds; in a step that is read on the device."""
         step = current_step()
-        return self.length if step is None else step.place[0]
+        return self.length if step is None else step.first[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask: nothing leaves, not from sliding windows either."""
@@ -138,8 +140,9 @@ class RoomLayer(DynamicLayer):
         return self.length + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens."""
-        self.length -= min(abs(int(tokens_to_remove)), self.length)
+        """Forget the newest tokens; a positive number is the length to keep, as it was before transformers 5.18."""
+        wanted = int(tokens_to_remove)
+        self.length = max(self.length + wanted, 0) if wanted <= 0 else min(self.length, wanted)
 
     def reset(self) -> None:
         """Forget all."""
@@ -196,6 +199,9 @@ class RoomCache(DynamicCache):
             own = found.layers[index]
             if isinstance(layer, RoomLayer) and isinstance(own, RoomLayer):
                 own.places, own.is_initialized = layer.places, layer.is_initialized
+            elif isinstance(layer, FilterState):
+                # What it stands for would keep the cache alive.
+                found.layers[index] = layer.over_the_same(own)
             else:
                 found.layers[index] = layer
         return found
@@ -205,7 +211,7 @@ class RoomCache(DynamicCache):
         found = DynamicCache(config=self.config)
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, RoomLayer):
-                found.layers[index] = layer
+                found.layers[index] = copy.deepcopy(layer)
             elif layer.keys is not None and layer.values is not None:
                 found.layers[index].update(layer.keys.clone(), layer.values.clone())
         return found
@@ -236,3 +242,5 @@ def filled(cache: RoomCache, tokens: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, RoomLayer) and layer.places is not None:
             layer.length += tokens
+        elif isinstance(layer, FilterState) and layer.state is not None:
+            layer.seen += tokens

@@ -5,46 +5,71 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from slimformer_kernels import decode_attention
 
+# Programs that count each other in attention: one for every key head of every text.
+_MOST_KEY_HEADS = 256
+
 
 @dataclass
 class Step:
-    """One new token of every text of a batch.
+    """The next tokens of every text of a batch.
 
     Attributes:
-        token: Its id, int64 `[batch, 1]`.
-        position: Its position id, int64 `[batch, 1]`.
-        place: Where its keys go in the cache, int64 `[1]`.
+        token: Their ids, int64 `[batch, tokens]`.
+        position: Their position ids, int64 `[batch, tokens]`.
+        first: Where the keys of the first go in slots that hold every token, int64 `[1]`.
         ranges: The first place of every text's keys, and the one behind its last, int64 `[batch, 2]`.
+        room: How many places there are.
+        counters: Zeros for `decode_attention`, int32.
+        place: Where the keys of each go, int64 `[tokens]`; known within a step.
     """
 
     token: Tensor
     position: Tensor
-    place: Tensor
+    first: Tensor
     ranges: Tensor
+    room: int
+    counters: Tensor
+    place: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._each = torch.arange(self.tokens, device=self.token.device)
+        self.place = self._each
 
     @staticmethod
-    def of(batch: int, device: torch.device) -> Step:
-        """For a batch of texts."""
+    def of(batch: int, room: int, device: torch.device) -> Step:
+        """Of one token of every text."""
 
         def whole(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.int64, device=device)
 
-        return Step(whole(batch, 1), whole(batch, 1), whole(1), whole(batch, 2))
+        counters = torch.zeros(batch * _MOST_KEY_HEADS, dtype=torch.int32, device=device)
+        return Step(whole(batch, 1), whole(batch, 1), whole(1), whole(batch, 2), room, counters)
+
+    def of_several(self, tokens: int) -> Step:
+        """A step of so many tokens in the same places."""
+        shape = (self.token.shape[0], tokens)
+        return replace(self, token=self.token.new_zeros(shape), position=self.position.new_zeros(shape))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of every text."""
+        return self.token.shape[1]
 
     def begin(self) -> None:
-        """What comes first in every step: the new token's own key is seen too."""
-        self.ranges[:, 1] = self.place + 1
+        """What comes first in every step: the new tokens' own keys are seen too."""
+        self.place = self.first if self.tokens == 1 else self.first + self._each
+        self.ranges[:, 1] = self.first + self.tokens
 
     def end(self) -> None:
-        """What comes last: the next token goes behind this one."""
-        self.place.add_(1)
+        """What comes last: the next token goes behind these."""
+        self.first.add_(self.tokens)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None
@@ -52,7 +77,7 @@ class Step:
         """Attention of the new tokens.
 
         Args:
-            query: `[batch, heads, 1, head_dim]`.
+            query: `[batch * tokens, heads, head_dim]`.
             key: All of the room `[batch, kv_heads, places, head_dim]`.
             value: Likewise.
             scale: Of the scores.
@@ -60,16 +85,17 @@ class Step:
             cap: On the scores; None for none.
 
         Returns:
-            `[batch, heads, head_dim]`.
+            `[batch * tokens, heads, head_dim]`.
         """
         return decode_attention(
-            query[:, :, 0],
+            query,
             key.transpose(1, 2),
             value.transpose(1, 2),
             self.ranges,
             scale=scale,
             window=window,
             softcap=cap,
+            counters=self.counters,
         )
 
 

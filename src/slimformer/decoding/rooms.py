@@ -6,10 +6,12 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from slimformer.cache.filter_state import FilterState
 from slimformer.cache.room import Places, RoomCache, RoomLayer, room_for
 from slimformer.cache.steps import Step
 
@@ -22,16 +24,33 @@ _PART_OF_FREE = 0.7
 
 
 @dataclass(eq=False)
+class Graph:
+    """A step that was captured.
+
+    Attributes:
+        step: What differs from step to step.
+        replay: Launches it.
+        logits: What it gives.
+        output: The kind of output that the model has.
+    """
+
+    step: Step
+    replay: Callable[[], None]
+    logits: Tensor
+    output: Any
+
+
+@dataclass(eq=False)
 class Room:
     """The memory of one cache at a time, and the graph of its steps.
 
     Attributes:
         batch: How many texts.
         count: How many tokens of each.
-        step: What differs from step to step.
+        step: What differs from step to step, of one token.
         places: The memory of every slot.
-        replay: Launches a step; None before it was captured.
-        logits: What a step gives.
+        filters: The memory of every filter's last inputs, by its slot.
+        graphs: What replays steps, by who computes them and how many tokens they have.
         at: The place of the next token, as the device has it.
     """
 
@@ -39,13 +58,19 @@ class Room:
     count: int
     step: Step
     places: dict[int, Places] = field(default_factory=dict)
-    replay: Callable[[], None] | None = None
-    logits: Tensor | None = None
+    filters: dict[int, Tensor] = field(default_factory=dict)
+    graphs: dict[tuple[int, int], Graph] = field(default_factory=dict)
     at: int = -1
 
-    def forget_graph(self) -> None:
-        """The addresses in it count no more."""
-        self.replay = self.logits = None
+    def settle(self, cache: RoomCache) -> None:
+        """Let whatever a cache remembers beside keys lie where steps find it."""
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, FilterState):
+                before = self.filters.get(index)
+                places = layer.moved_to(before)
+                if places is not None and places is not before:
+                    self.filters[index] = places
+                    self.graphs.clear()
 
 
 class Rooms:
@@ -73,7 +98,7 @@ class Rooms:
                 return room
             # A larger one takes their place.
             self.free = [room for room in self.free if room.batch != batch]
-        return Room(batch, room_for(tokens), Step.of(batch, device))
+        return Room(batch, room_for(tokens), Step.of(batch, room_for(tokens), device))
 
     def give_back(self, room: Room) -> None:
         """Nobody uses it any more."""
@@ -95,14 +120,14 @@ class Lease:
         layers: How many slots are filled.
         room: The room; None before the prompt, and where there is too little memory.
         without: Why there is none.
-        first: The first place of every text's keys `[batch]`, once it is known.
+        firsts: The first place of every text's keys; None before it is known.
     """
 
     def __init__(self, rooms: Rooms, longest: int, layers: int) -> None:
         self.rooms, self.longest, self.layers = rooms, longest, layers
         self.room: Room | None = None
         self.without = ""
-        self.begun = False
+        self.firsts: list[int] | None = None
         self.ended: weakref.finalize | None = None
 
     def takes(self, index: int, keys: Tensor) -> Places:
@@ -114,7 +139,7 @@ class Lease:
         places = self.room.places.setdefault(index, Places(self.room.count))
         if not places.fits(keys):
             places = self.room.places[index] = Places(self.room.count)
-            self.room.forget_graph()
+            self.room.graphs.clear()
         return places
 
     def grow(self, cache: RoomCache, tokens: int) -> None:
@@ -127,7 +152,7 @@ class Lease:
         for layer in layers:
             if self.room is not None:
                 layer.moved_to(self.takes(layer.index, keys))
-        self.begun = False
+        self.firsts = None
 
     def holds(self, cache: RoomCache) -> bool:
         """Whether all keys of a cache lie in the room."""

@@ -17,9 +17,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from slimformer.cache.layout import copy_stamp
 from slimformer.cache.room import RoomCache, filled, newest, newest_keys
 from slimformer.cache.slots import CACHE_NAMES, layer_cache
-from slimformer.cache.steps import preparing
+from slimformer.cache.steps import Step, preparing
 from slimformer.decoding.capture import capture, captures, memory_pool
-from slimformer.decoding.rooms import Lease, Room, Rooms
+from slimformer.decoding.rooms import Graph, Lease, Room, Rooms
 
 _logger = logging.getLogger("slimformer")
 # What a step reads, or would not change it.
@@ -47,6 +47,7 @@ class Stepping:
         model: The model.
         untouched: Whether nobody has touched a module of its layers.
         never: Why no step of it is replayed; empty where some may be.
+        bounds: Lengths of texts at which a step is launched one by one: a method does something once.
         rooms: Rooms for its caches.
         had: The model's own forward.
         had_cache: What makes its caches.
@@ -58,6 +59,7 @@ class Stepping:
     model: Any
     untouched: Callable[[], bool]
     never: str = ""
+    bounds: frozenset[int] = frozenset()
     rooms: Rooms = field(default_factory=Rooms)
     had: Callable[..., Any] = field(init=False)
     had_cache: Callable[..., Any] = field(init=False)
@@ -67,12 +69,11 @@ class Stepping:
     why_not: str = ""
     _pool: object = None
     _addresses: tuple[int, ...] = ()
-    _output: Any = None
     _lock: Any = field(default_factory=threading.Lock)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has memory of its own."""
-        fresh = {"rooms": Rooms(), "_pool": None, "_addresses": (), "_output": None, "_lock": None}
+        fresh = {"rooms": Rooms(), "_pool": None, "_addresses": (), "_lock": None}
         return {**vars(self), **fresh}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -127,26 +128,33 @@ class Stepping:
         self.why_not = lease.without or _unlike_a_step(self.model, ids, kwargs)
         if self.why_not:
             return self.had(**kwargs)
-        if lease.room is None or newest(cache) >= lease.room.count or not lease.holds(cache):
-            lease.grow(cache, newest(cache) + 1)
+        tokens = ids.shape[1]
+        if lease.room is None or newest(cache) + tokens > lease.room.count or not lease.holds(cache):
+            lease.grow(cache, newest(cache) + tokens)
         room = lease.room
         if room is None:
             self.why_not = lease.without
             return self.had(**kwargs)
-        if not lease.begun:
-            first = _first_places(kwargs.get("attention_mask"), newest(cache))
+        if lease.firsts is None:
+            first = _first_places(kwargs.get("attention_mask"), newest(cache), ids)
             if first is None:
                 lease.without = self.why_not = "padding does not stand in front of every text"
                 return self.had(**kwargs)
             room.step.ranges[:, 0] = first.to(ids.device)
-            lease.begun = True
-        if room.replay is None:
+            lease.firsts = sorted(set(first.tolist()))
+        lengths = [newest(cache) - first for first in lease.firsts]
+        if any(0 <= bound - length < tokens for bound in self.bounds for length in lengths):
+            # A text comes to be so long that something is done once.
+            return self.had(**kwargs)
+        room.settle(cache)
+        graph = room.graphs.get((id(self), tokens))
+        if graph is None:
             return self._captured(room, cache, kwargs)
-        logits = self._replayed(room, cache, kwargs)
-        filled(cache, 1)
+        logits = self._replayed(room, graph, newest(cache), kwargs)
+        filled(cache, tokens)
         self.steps += 1
-        name = next(name for name in CACHE_NAMES if name in self._output.__dataclass_fields__)
-        return self._output(logits=logits, **{name: cache})
+        name = next(name for name in CACHE_NAMES if name in graph.output.__dataclass_fields__)
+        return graph.output(logits=logits, **{name: cache})
 
     def _without_room(self, config: Any, model_kwargs: dict[str, Any], mode: Any) -> str:
         cache = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
@@ -172,12 +180,14 @@ class Stepping:
 
     def _captured(self, room: Room, cache: RoomCache, kwargs: dict[str, Any]) -> Any:
         """This step launched one by one, and a graph for later ones, if it gives the same."""
-        at, outputs = newest(cache), self.had(**kwargs)
-        launched = newest_keys(cache, at)
-        step, own = room.step, {"input_ids": room.step.token, "position_ids": room.step.position}
-        name = next(name for name in CACHE_NAMES if kwargs.get(name) is not None)
+        at, before = newest(cache), [(state, state.clone()) for state in room.filters.values()]
         steady = cache.over_the_same()
         copy_stamp(cache, steady)
+        outputs = self.had(**kwargs)
+        launched = newest_keys(cache, at)
+        step = room.step
+        own = {"input_ids": step.token, "position_ids": step.position}
+        name = next(name for name in CACHE_NAMES if kwargs.get(name) is not None)
         keep = {key: kwargs[key] for key in ("use_cache", "return_dict", "logits_to_keep") if key in kwargs}
 
         def call() -> Tensor:
@@ -187,51 +197,51 @@ class Stepping:
             step.end()
             return logits
 
+        def rewind() -> None:
+            for state, value in before:
+                state.copy_(value)
+            _write(step, kwargs, at)
+
         device = step.token.device
         with self._lock, torch.no_grad():
             self._pool = self._pool or memory_pool(device)
             try:
-                room.replay, room.logits = capture(call, lambda: _write(step, kwargs, at), device, self._pool)
+                graph = Graph(step, *capture(call, rewind, device, self._pool), type(outputs))
             except (RuntimeError, NotImplementedError) as error:
                 why = f"a step cannot be captured ({str(error).splitlines()[0]})"
-                return self._refused(room, outputs, launched, why)
-            room.at = -1
-            self._output = type(outputs)
+                return self._refused(outputs, launched, why)
+            rewind()
+            room.at = at
             # Over what the launched step has put there.
-            logits = self._replayed(room, cache, kwargs, at)
+            logits = self._replayed(room, graph, at, kwargs)
         off = _apart(logits, outputs.logits)
         near = off <= _TOLERANCE.get(logits.dtype, 0.0)
         if not (near or off <= _ROUNDINGS * self._rounding(cache, kwargs, outputs.logits)):
             why = f"a replayed step gives something else (relative error {off:.2g})"
-            return self._refused(room, outputs, launched, why)
+            return self._refused(outputs, launched, why)
+        room.graphs[id(self), step.tokens] = graph
         self.captured += 1
         return outputs
 
     def _rounding(self, cache: RoomCache, kwargs: dict[str, Any], logits: Tensor) -> float:
         """How far the launched step is from itself when attention adds up in another order."""
-        filled(cache, -1)
+        cache.crop(-kwargs["input_ids"].shape[1])
         with sdpa_kernel(SDPBackend.MATH):
             again = self.had(**kwargs).logits
         return _apart(again, logits)
 
-    def _refused(self, room: Room, outputs: Any, launched: list[tuple[Tensor, Tensor]], why: str) -> Any:
-        room.forget_graph()
+    def _refused(self, outputs: Any, launched: list[tuple[Tensor, Tensor]], why: str) -> Any:
         for place, own in launched:
             place.copy_(own)
         self.never = self.why_not = why
         _logger.info("Decode steps are launched one by one: %s.", why)
         return outputs
 
-    def _replayed(
-        self, room: Room, cache: RoomCache, kwargs: dict[str, Any], at: int | None = None
-    ) -> Tensor:
-        at = newest(cache) if at is None else at
-        _write(room.step, kwargs, None if room.at == at else at)
-        replay: Any = room.replay
-        replay()
-        room.at = at + 1
-        logits: Any = room.logits
-        found: Tensor = logits.clone()
+    def _replayed(self, room: Room, graph: Graph, at: int, kwargs: dict[str, Any]) -> Tensor:
+        _write(graph.step, kwargs, None if room.at == at else at)
+        graph.replay()
+        room.at = at + graph.step.tokens
+        found: Tensor = graph.logits.clone()
         return found
 
 
@@ -241,11 +251,11 @@ def _apart(given: Tensor, expected: Tensor) -> float:
     return float((given.float() - expected).norm() / expected.norm())
 
 
-def _write(step: Any, kwargs: dict[str, Any], at: int | None) -> None:
+def _write(step: Step, kwargs: dict[str, Any], at: int | None) -> None:
     step.token.copy_(kwargs["input_ids"])
     step.position.copy_(kwargs["position_ids"])
     if at is not None:
-        step.place.fill_(at)
+        step.first.fill_(at)
 
 
 def _unlike_a_step(model: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> str:
@@ -269,11 +279,11 @@ def _unlike_a_step(model: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> str
     return ""
 
 
-def _first_places(mask: Tensor | None, length: int) -> Tensor | None:
+def _first_places(mask: Tensor | None, length: int, ids: Tensor) -> Tensor | None:
     """Where the text of every row begins in a cache of so many tokens; None where padding lies elsewhere too."""
     if mask is None:
-        return torch.zeros(1, dtype=torch.int64)
+        return torch.zeros(len(ids), dtype=torch.int64)
     seen = mask[:, :length].bool().cpu()
     first = (~seen).sum(1)
     left = torch.arange(length) >= first[:, None]
-    return first if bool((seen == left).all()) and mask.shape[1] == length + 1 else None
+    return first if bool((seen == left).all()) and mask.shape[1] == length + ids.shape[1] else None
