@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from slimformer.cache.filter_state import FilterState
 from slimformer.cache.steps import current_step
@@ -128,6 +128,14 @@ class RoomLayer(DynamicLayer):
             return key_states, value_states
         return keys[:, :, : self.length], values[:, :, : self.length]
 
+    @property
+    def whole(self) -> tuple[Tensor, Tensor] | None:
+        """All of the room `[batch, kv_heads, places, head_dim]`; None before the first tokens."""
+        places = self.places
+        if places is None or places.keys is None or places.values is None:
+            return None
+        return places.keys, places.values
+
     def get_seq_length(self) -> Any:
         """How many tokens it holds; in a step that is read on the device."""
         step = current_step()
@@ -224,6 +232,12 @@ def _takes_no_more(index: int, keys: Tensor) -> Places:
 def rooms_of(cache: RoomCache) -> list[RoomLayer]:
     """The slots that hold keys."""
     return [layer for layer in cache.layers if isinstance(layer, RoomLayer) and layer.places is not None]
+
+
+def room_of(cache: Cache | None, slot: int) -> tuple[Tensor, Tensor] | None:
+    """All of the room of a slot; None where there is none."""
+    layer = None if cache is None or slot >= len(cache.layers) else cache.layers[slot]
+    return layer.whole if isinstance(layer, RoomLayer) else None
 
 
 def newest(cache: RoomCache) -> int:

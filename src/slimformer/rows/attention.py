@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from slimformer.cache.room import room_of
 from slimformer.cache.slots import extended, layer_cache
 from slimformer.cache.steps import Step, current_step
 from slimformer.calls.texts import current_texts
@@ -33,6 +34,7 @@ from slimformer_kernels.attention_blocks import WIDEST_HEAD
 from slimformer_kernels.attention_rows import attention_rows_op
 from slimformer_kernels.attention_rows_reference import attention_rows_reference
 from slimformer_kernels.dispatch import runs_kernel
+from slimformer_kernels.step_linear import InputNorm
 
 
 @dataclass
@@ -117,7 +119,7 @@ class RowAttention:
         if cache is not None:
             k, v = extended(cache, self.slot, k, v)
         if step is not None:
-            return self.layers.output(self._in_step(step, q, k, v, stream).flatten(1), wanted), None
+            return self.layers.output(self._attended(step, q, k, v, stream).flatten(1), wanted), None
         q = q.view(shape).transpose(1, 2)
         mask = kwargs.get("attention_mask")
         rest = {name: value for name, value in kwargs.items() if name not in self.names}
@@ -141,7 +143,30 @@ class RowAttention:
             )
         return self.layers.output(output.reshape(h.shape[0], -1), wanted), weights
 
-    def _in_step(self, step: Step, q: Tensor, keys: Tensor, values: Tensor, stream: Stream) -> Tensor:
+    def fits_a_step(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether `in_step` computes what `whole` does."""
+        return self.layers.fits_a_step(x) and room_of(self.cache_of(kwargs), self.slot) is not None
+
+    def in_step(
+        self, step: Step, x: Tensor, norm: InputNorm | None, stream: Stream, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The heads of a step's few rows, in front of the output layer.
+
+        Args:
+            step: The step.
+            x: The residual `[rows, hidden]`, or what has gone through the norm.
+            norm: The norm in front; None where it has been computed.
+            stream: What the rows are.
+            kwargs: The layer's arguments.
+
+        Returns:
+            `[rows, heads * head_dim]`.
+        """
+        room: Any = room_of(self.cache_of(kwargs), self.slot)
+        q = self.layers.in_step(x, norm, stream, kwargs, room, step.place)
+        return self._attended(step, q, room[0], room[1], stream).flatten(1)
+
+    def _attended(self, step: Step, q: Tensor, keys: Tensor, values: Tensor, stream: Stream) -> Tensor:
         """Attention of a step's queries `[rows, heads, head_dim]` over all of a room."""
         q, extension = self._transformed(q, None, stream)
         if extension is None:

@@ -301,7 +301,7 @@ class LayerExecutor:
             skips = hidden.device.type == "cpu" and not (recorded or torch.is_autocast_enabled("cpu"))
             return Run(self.parts, kwargs, of, stream, skips=skips, cache=cache), hidden
         if self.chooses or stream.held is not None or kernels or step:
-            run = Run(self.parts, kwargs, of, stream, flat=True, kernels=kernels)
+            run = Run(self.parts, kwargs, of, stream, flat=True, kernels=kernels, parallel=self.parallel)
             return run, hidden.reshape(-1, hidden.shape[-1])
         return Run(self.parts, kwargs), hidden
 
