@@ -142,17 +142,17 @@ def _of_step(model: Any) -> dict[str, float]:
 
     patch = next(vars(module)[PATCH] for module in model.modules() if PATCH in vars(module))
     stepping = patch.reports.get("steps")
-    rooms = [] if stepping is None else [room for room in stepping.rooms.free if room.replay is not None]
+    rooms = [] if stepping is None else [room for room in stepping.rooms.free if room.graphs]
     if not rooms or not torch.cuda.is_available():
         return {}
     room = rooms[-1]
-    room.step.place.fill_(room.count // 2)
+    graph = next(graph for (_, width), graph in room.graphs.items() if width == 1)
     times = []
     for _ in range(12):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        room.step.place.fill_(int(room.at) - 1)
+        graph.step.first.fill_(max(int(room.at) - 1, 0))
         start.record()
-        room.replay()
+        graph.replay()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))

@@ -121,10 +121,12 @@ class FilterState(CacheLayerMixin):
             state.device,
         ):
             places = state.new_empty(shape)
-        # Zeros stand before the first token.
         kept = min(state.shape[1], shape[1])
+        # What was cropped is a view of the same memory.
+        last = state[:, state.shape[1] - kept :].clone()
+        # Zeros stand before the first token.
         places[:, : shape[1] - kept] = 0
-        places[:, shape[1] - kept :] = state[:, state.shape[1] - kept :]
+        places[:, shape[1] - kept :] = last
         self.state = places
         return places
 

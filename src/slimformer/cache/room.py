@@ -192,7 +192,12 @@ class RoomCache(DynamicCache):
         config: The decoder's.
         takes: The memory for a slot, given its index and its first keys.
         lease: What stands behind that.
+
+    Attributes:
+        borrowed: Whether it is another's that holds the room, and this one only goes on from it.
     """
+
+    borrowed = False
 
     def __init__(self, config: Any, takes: Callable[[int, Tensor], Places], lease: Any = None) -> None:
         super().__init__(config=config)
@@ -245,10 +250,10 @@ def newest(cache: RoomCache) -> int:
     return max((layer.length for layer in rooms_of(cache)), default=0)
 
 
-def newest_keys(cache: RoomCache, place: int) -> list[tuple[Tensor, Tensor]]:
-    """The keys and values of one place in every slot: where they lie, and a copy."""
+def newest_keys(cache: RoomCache, since: int) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of every slot from one place on: where they lie, and a copy."""
     held = [t for layer in rooms_of(cache) for t in (layer.keys, layer.values) if t is not None]
-    return [(t[:, :, place], t[:, :, place].clone()) for t in held]
+    return [(t[:, :, since:], t[:, :, since:].clone()) for t in held]
 
 
 def filled(cache: RoomCache, tokens: int) -> None:

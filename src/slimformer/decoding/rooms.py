@@ -49,7 +49,7 @@ class Room:
         count: How many tokens of each.
         step: What differs from step to step, of one token.
         places: The memory of every slot.
-        filters: The memory of every filter's last inputs, by its slot.
+        filters: The memory of the last inputs of filters, by who computes them and their slot.
         graphs: What replays steps, by who computes them and how many tokens they have.
         at: The place of the next token, as the device has it.
     """
@@ -58,19 +58,23 @@ class Room:
     count: int
     step: Step
     places: dict[int, Places] = field(default_factory=dict)
-    filters: dict[int, Tensor] = field(default_factory=dict)
-    graphs: dict[tuple[int, int], Graph] = field(default_factory=dict)
+    filters: dict[tuple[object, int], Tensor] = field(default_factory=dict)
+    graphs: dict[tuple[object, int], Graph] = field(default_factory=dict)
     at: int = -1
 
-    def settle(self, cache: RoomCache) -> None:
-        """Let whatever a cache remembers beside keys lie where steps find it."""
+    def settled(self, cache: RoomCache, who: object) -> list[Tensor]:
+        """Let whatever a cache remembers beside keys lie where somebody's steps find it; returns where that is."""
+        found = []
         for index, layer in enumerate(cache.layers):
-            if isinstance(layer, FilterState):
-                before = self.filters.get(index)
-                places = layer.moved_to(before)
-                if places is not None and places is not before:
-                    self.filters[index] = places
-                    self.graphs.clear()
+            before = self.filters.get((who, index))
+            places = layer.moved_to(before) if isinstance(layer, FilterState) else None
+            if places is None:
+                continue
+            found.append(places)
+            if places is not before:
+                self.filters[who, index] = places
+                self.graphs = {key: graph for key, graph in self.graphs.items() if key[0] is not who}
+        return found
 
 
 class Rooms:
@@ -118,13 +122,14 @@ class Lease:
         rooms: Where the room comes from and goes back to.
         longest: How many tokens there will be at most.
         layers: How many slots are filled.
+        several: Whether steps of several tokens check what was guessed, so that some are taken back.
         room: The room; None before the prompt, and where there is too little memory.
         without: Why there is none.
         firsts: The first place of every text's keys; None before it is known.
     """
 
-    def __init__(self, rooms: Rooms, longest: int, layers: int) -> None:
-        self.rooms, self.longest, self.layers = rooms, longest, layers
+    def __init__(self, rooms: Rooms, longest: int, layers: int, several: bool = False) -> None:
+        self.rooms, self.longest, self.layers, self.several = rooms, longest, layers, several
         self.room: Room | None = None
         self.without = ""
         self.firsts: list[int] | None = None

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
+from slimformer.cache.filter_state import FilterState
 from slimformer.cache.layout import copy_stamp
 from slimformer.cache.room import RoomCache, filled, newest, newest_keys
 from slimformer.cache.slots import CACHE_NAMES, layer_cache
@@ -32,7 +33,11 @@ _MODES = (
     GenerationMode.SAMPLE,
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,
 )
+# Tokens of a step: one, or some that were guessed and are checked.
+_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+_MOST_TOKENS = _WIDTHS[-1]
 # The largest relative difference between a replayed step and the same launched one by one; or else so many times the
 # difference that the order of additions in attention makes in the latter, which in a deep model may be larger.
 _ROUNDINGS = 2.0
@@ -54,6 +59,7 @@ class Stepping:
         steps: How many steps were replayed.
         captured: How many graphs were made.
         why_not: Why the last call was not replayed.
+        key: By which its graphs are found.
     """
 
     model: Any
@@ -67,18 +73,19 @@ class Stepping:
     steps: int = 0
     captured: int = 0
     why_not: str = ""
+    key: object = field(default_factory=object)
     _pool: object = None
     _addresses: tuple[int, ...] = ()
     _lock: Any = field(default_factory=threading.Lock)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has memory of its own."""
-        fresh = {"rooms": Rooms(), "_pool": None, "_addresses": (), "_lock": None}
+        fresh = {"rooms": Rooms(), "key": None, "_pool": None, "_addresses": (), "_lock": None}
         return {**vars(self), **fresh}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """As `__getstate__` says."""
-        vars(self).update(state, _lock=threading.Lock())
+        vars(self).update(state, key=object(), _lock=threading.Lock())
 
     def __str__(self) -> str:
         if self.never:
@@ -101,7 +108,9 @@ class Stepping:
         if not self.why_not:
             name = next(name for name in CACHE_NAMES if isinstance(model_kwargs.get(name), DynamicCache))
             decoder = self.model.config.get_text_config(decoder=True)
-            lease = Lease(self.rooms, int(longest) + 1, len(model_kwargs[name].layers))
+            several = mode == GenerationMode.ASSISTED_GENERATION
+            most = int(longest) + (_MOST_TOKENS if several else 1)
+            lease = Lease(self.rooms, most, len(model_kwargs[name].layers), several)
             model_kwargs[name] = RoomCache(decoder, lease.takes, lease)
         return result
 
@@ -121,36 +130,39 @@ class Stepping:
         cache = layer_cache(kwargs)
         if type(cache) is not RoomCache or args or self.never:
             return self.had(*args, **kwargs)
-        ids = kwargs.get("input_ids")
-        if ids is None or ids.shape[1] != 1 or newest(cache) == 0:
+        ids, lease = kwargs.get("input_ids"), cache.lease
+        if ids is None or newest(cache) == 0 or ids.shape[1] > (_MOST_TOKENS if lease.several else 1):
             return self.had(**kwargs)
-        lease: Lease = cache.lease
         self.why_not = lease.without or _unlike_a_step(self.model, ids, kwargs)
         if self.why_not:
             return self.had(**kwargs)
-        tokens = ids.shape[1]
-        if lease.room is None or newest(cache) + tokens > lease.room.count or not lease.holds(cache):
-            lease.grow(cache, newest(cache) + tokens)
+        at, tokens = newest(cache), ids.shape[1]
+        # One graph serves all lengths up to its own; what a filter remembers would not be what came, though.
+        filters = any(isinstance(layer, FilterState) and layer.state is not None for layer in cache.layers)
+        width = tokens if filters else _width_for(tokens)
+        if lease.room is None or at + width > lease.room.count or not lease.holds(cache):
+            if cache.borrowed:
+                return self.had(**kwargs)
+            lease.grow(cache, at + width)
         room = lease.room
         if room is None:
             self.why_not = lease.without
             return self.had(**kwargs)
         if lease.firsts is None:
-            first = _first_places(kwargs.get("attention_mask"), newest(cache), ids)
+            first = _first_places(kwargs.get("attention_mask"), at, ids)
             if first is None:
                 lease.without = self.why_not = "padding does not stand in front of every text"
                 return self.had(**kwargs)
             room.step.ranges[:, 0] = first.to(ids.device)
             lease.firsts = sorted(set(first.tolist()))
-        lengths = [newest(cache) - first for first in lease.firsts]
-        if any(0 <= bound - length < tokens for bound in self.bounds for length in lengths):
+        if any(0 <= bound - (at - first) < width for bound in self.bounds for first in lease.firsts):
             # A text comes to be so long that something is done once.
             return self.had(**kwargs)
-        room.settle(cache)
-        graph = room.graphs.get((id(self), tokens))
+        memory = room.settled(cache, self.key)
+        graph = room.graphs.get((self.key, width))
         if graph is None:
-            return self._captured(room, cache, kwargs)
-        logits = self._replayed(room, graph, newest(cache), kwargs)
+            return self._captured(room, cache, width, memory, kwargs)
+        logits = self._replayed(room, graph, at, kwargs)
         filled(cache, tokens)
         self.steps += 1
         name = next(name for name in CACHE_NAMES if name in graph.output.__dataclass_fields__)
@@ -178,17 +190,19 @@ class Stepping:
             self.rooms.clear()
         return ""
 
-    def _captured(self, room: Room, cache: RoomCache, kwargs: dict[str, Any]) -> Any:
+    def _captured(
+        self, room: Room, cache: RoomCache, width: int, memory: list[Tensor], kwargs: dict[str, Any]
+    ) -> Any:
         """This step launched one by one, and a graph for later ones, if it gives the same."""
-        at, before = newest(cache), [(state, state.clone()) for state in room.filters.values()]
+        at, before = newest(cache), [(state, state.clone()) for state in memory]
         steady = cache.over_the_same()
         copy_stamp(cache, steady)
         outputs = self.had(**kwargs)
         launched = newest_keys(cache, at)
-        step = room.step
+        step = room.step if width == 1 else room.step.of_several(width)
         own = {"input_ids": step.token, "position_ids": step.position}
         name = next(name for name in CACHE_NAMES if kwargs.get(name) is not None)
-        keep = {key: kwargs[key] for key in ("use_cache", "return_dict", "logits_to_keep") if key in kwargs}
+        keep = {key: kwargs[key] for key in ("use_cache", "return_dict") if key in kwargs}
 
         def call() -> Tensor:
             step.begin()
@@ -219,7 +233,7 @@ class Stepping:
         if not (near or off <= _ROUNDINGS * self._rounding(cache, kwargs, outputs.logits)):
             why = f"a replayed step gives something else (relative error {off:.2g})"
             return self._refused(outputs, launched, why)
-        room.graphs[id(self), step.tokens] = graph
+        room.graphs[self.key, width] = graph
         self.captured += 1
         return outputs
 
@@ -241,8 +255,15 @@ class Stepping:
         _write(graph.step, kwargs, None if room.at == at else at)
         graph.replay()
         room.at = at + graph.step.tokens
-        found: Tensor = graph.logits.clone()
+        tokens = kwargs["input_ids"].shape[1]
+        kept = min(int(kwargs.get("logits_to_keep") or tokens), tokens)
+        found: Tensor = graph.logits[:, tokens - kept : tokens].clone()
         return found
+
+
+def _width_for(tokens: int) -> int:
+    """How many tokens the step has that is replayed for so many: few graphs, and little in vain."""
+    return next(width for width in _WIDTHS if width >= tokens)
 
 
 def _apart(given: Tensor, expected: Tensor) -> float:
@@ -252,14 +273,16 @@ def _apart(given: Tensor, expected: Tensor) -> float:
 
 
 def _write(step: Step, kwargs: dict[str, Any], at: int | None) -> None:
-    step.token.copy_(kwargs["input_ids"])
-    step.position.copy_(kwargs["position_ids"])
+    # What stands behind them is read in vain: no token sees it, and its keys are written over.
+    tokens = kwargs["input_ids"].shape[1]
+    step.token[:, :tokens] = kwargs["input_ids"]
+    step.position[:, :tokens] = kwargs["position_ids"]
     if at is not None:
         step.first.fill_(at)
 
 
 def _unlike_a_step(model: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> str:
-    """Why a call that reads one token of every text is no step that can be replayed; empty where it is."""
+    """Why a call that reads a few tokens of every text is no step that can be replayed; empty where it is."""
     more = [
         name
         for name, value in kwargs.items()
@@ -276,6 +299,8 @@ def _unlike_a_step(model: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> str
         return "it is trained or compiled"
     if torch.is_autocast_enabled(ids.device.type):
         return "autocast is on"
+    if not isinstance(kwargs.get("logits_to_keep") or 0, int):
+        return "it asks for logits of some tokens by their places"
     return ""
 
 

@@ -307,7 +307,7 @@ class LayerExecutor:
 
     def _concerns_rows(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether a call in which this layer chooses nothing may do anything else than all rows by the modules."""
-        if hidden.shape[1] == 1:
+        if hidden.shape[1] == 1 or current_step() is not None:
             # A stream that lost rows has more than one.
             return current_step() is not None
         if self.lets_leave and kwargs.get("attention_mask") is not None:

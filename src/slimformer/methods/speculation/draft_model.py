@@ -19,12 +19,14 @@ class DraftModel:
         model: It.
         layout: Where its layers keep what in a cache.
         of_model: Where those of the model do.
+        replays: Whether its steps are replayed from graphs.
         tensors: The model's, with which it was made.
     """
 
     model: Any
     layout: CacheLayout
     of_model: CacheLayout
+    replays: Callable[[], bool]
     tensors: list[Tensor] = field(repr=False)
 
     def fits(self, model: nn.Module) -> bool:

@@ -129,7 +129,8 @@ class _Makes:
     def __call__(self) -> DraftModel:
         tensors = tensors_of(self.model)
         draft, layout = self.patch.with_same_weights(self.model, self.method.plan, without=self.method)
-        return DraftModel(draft, layout, self.patch.layout, tensors)
+        made = vars(find_anatomy(draft).stack)[PATCH]
+        return DraftModel(draft, layout, self.patch.layout, _Replays(made.reports), tensors)
 
 
 @dataclass
