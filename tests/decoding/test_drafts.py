@@ -90,7 +90,7 @@ def filtered() -> LayerDrop:
 
 @pytest.mark.parametrize(
     "beside",
-    [LayerDrop(attention=[1]), filtered(), SelfExtend(8, 8, 16), RopeScaling("ntk", 8.0, trained_length=8)],
+    [LayerDrop(attention=[1]), filtered(), SelfExtend(8, 8, 16), RopeScaling("dynamic", 2.0, trained_length=14)],
     ids=["drop", "taps", "extend", "scaled"],
 )  # fmt: skip
 def test_beside_other_methods_tokens_are_those_of_the_others_alone(beside: Any) -> None:

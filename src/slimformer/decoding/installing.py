@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ _ENTRY = "_prepare_cache_for_generation"
 
 
 def replay_steps(
-    model: Any, anatomy: Anatomy, executors: Mapping[int, Any], bounds: Iterable[float], ledger: Ledger
+    model: Any, anatomy: Anatomy, executors: Mapping[int, Any], bounds: frozenset[int], ledger: Ledger
 ) -> Stepping | None:
     """Let `generate` replay decode steps from graphs, where there is a device that has them.
 
@@ -41,9 +40,7 @@ def replay_steps(
         return None
     never = _why_never(model, anatomy, executors)
     layers = [e for e in executors.values() if isinstance(e, LayerExecutor)]
-    stepping = Stepping(
-        model, Untouched(model, layers), never, frozenset(int(n) for n in bounds if math.isfinite(n))
-    )
+    stepping = Stepping(model, Untouched(model, layers), never, bounds)
     if never:
         return stepping
     stepping.had = ledger.set_forward(model, stepping)

@@ -130,7 +130,8 @@ class _Makes:
         tensors = tensors_of(self.model)
         draft, layout = self.patch.with_same_weights(self.model, self.method.plan, without=self.method)
         made = vars(find_anatomy(draft).stack)[PATCH]
-        return DraftModel(draft, layout, self.patch.layout, _Replays(made.reports), tensors)
+        bounds = self.patch.bounds | made.bounds
+        return DraftModel(draft, layout, self.patch.layout, bounds, _Replays(made.reports), tensors)
 
 
 @dataclass
