@@ -132,8 +132,7 @@ def test_a_cache_that_is_returned_is_a_dynamic_one_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [({"cache_implementation": "static"}, "another than"), ({"use_cache": False}, "another than"),
-     ({"output_attentions": True, "return_dict_in_generate": True}, "attentions"),
-     ({"prompt_lookup_num_tokens": 2}, "mode")],
+     ({"output_attentions": True, "return_dict_in_generate": True}, "attentions")],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_what_cannot_be_replayed_runs_as_before_and_says_why(options: dict[str, Any], why: str) -> None:
