@@ -18,6 +18,8 @@ _PROGRAMS_EACH = 2
 _BLOCK_KEYS, _WARPS, _STAGES = 64, 4, 3
 # The time of a tile over that of merging a part (H200: 0.9 and 0.25 us).
 _TILE_PER_PART = 3.6
+# Queries times query heads per key head that one tile of products holds.
+_MOST_ROWS = 64
 # Without a GPU, so that the interpreter has several parts to merge.
 _FEW_PROCESSORS = 6
 
@@ -123,6 +125,9 @@ def decode_attention_op(
     heads, width = int(query.shape[1]), int(query.shape[2])
     batch, kv_heads = key.shape[0], int(key.shape[2])
     tokens, groups = query.shape[0] // batch, heads // kv_heads
+    most = max(_MOST_ROWS // groups, 1)
+    if tokens > most:
+        return _by_parts(query, key, value, key_ranges, scale, window, softcap, counters, most)
     rows = max(16, 1 << (tokens * groups - 1).bit_length())
     splits = _splits(query, batch * kv_heads, int(key.shape[1]))
     parts = query.new_empty(batch * kv_heads * splits * rows * (width + 2), dtype=torch.float32)
@@ -133,7 +138,7 @@ def decode_attention_op(
         # fmt: off
         wrap_triton(_decode_kernel)[(splits, kv_heads, batch)](
             query, key, value, key_ranges.contiguous(), parts, counters, out,
-            width,
+            width, tokens,
             query.stride(0), query.stride(1),
             key.stride(0), key.stride(1), key.stride(2),
             value.stride(0), value.stride(1), value.stride(2),
@@ -143,7 +148,7 @@ def decode_attention_op(
             (scale if softcap is None else softcap) * math.log2(math.e),
             HAS_WINDOW=window is not None,
             HAS_SOFTCAP=softcap is not None,
-            TOKENS=tokens,
+            SEVERAL=tokens > 1,
             GROUP=groups,
             SPLITS=splits,
             STAGES=_STAGES,
@@ -155,6 +160,19 @@ def decode_attention_op(
         )
         # fmt: on
     return out
+
+
+def _by_parts(query, key, value, key_ranges, scale, window, softcap, counters, most):
+    """``decode_attention_op`` of at most so many tokens at a time."""
+    by_text = query.view(key.shape[0], -1, *query.shape[1:])
+    found, tokens = [], by_text.shape[1]
+    for first in range(0, tokens, most):
+        part = by_text[:, first : first + most]
+        ranges = key_ranges.clone()
+        ranges[:, 1] -= tokens - first - part.shape[1]
+        given = part.flatten(0, 1), key, value, ranges, scale, window, softcap, counters
+        found.append(decode_attention_op(*given).view(part.shape))
+    return torch.cat(found, 1).view(query.shape)
 
 
 def _splits(query: Tensor, programs: int, keys: int) -> int:
@@ -171,14 +189,14 @@ def _splits(query: Tensor, programs: int, keys: int) -> int:
 @jit
 def _decode_kernel(
     query_ptr, key_ptr, value_ptr, ranges_ptr, parts_ptr, done_ptr, out_ptr,
-    width,
+    width, tokens,
     query_stride_batch, query_stride_head,
     key_stride_batch, key_stride_token, key_stride_head,
     value_stride_batch, value_stride_token, value_stride_head,
     window, tanh_scale, log2_scale,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    TOKENS: tl.constexpr,
+    SEVERAL: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -195,15 +213,15 @@ def _decode_kernel(
     start = tl.load(ranges_ptr + 2 * batch).to(tl.int64)
     end = tl.load(ranges_ptr + 2 * batch + 1).to(tl.int64)
     if HAS_WINDOW:
-        start = tl.maximum(start, end - (TOKENS - 1) - window)
+        start = tl.maximum(start, end - (tokens - 1) - window)
     length = tl.maximum(end - start, 0).to(tl.int32)
     rows = tl.arange(0, BLOCK_ROWS)
-    valid = rows < TOKENS * GROUP
-    row_of = tl.minimum(rows, TOKENS * GROUP - 1)
-    query_at = batch * TOKENS + row_of // GROUP
+    valid = rows < tokens * GROUP
+    row_of = tl.minimum(rows, tokens * GROUP - 1)
+    query_at = batch * tokens + row_of // GROUP
     head = kv_head * GROUP + row_of % GROUP
     # How many of the keys each query sees, and from which on.
-    seen = length - (TOKENS - 1 - row_of // GROUP)
+    seen = length - (tokens - 1 - row_of // GROUP)
     columns = tl.arange(0, BLOCK_WIDTH)
     inside = (columns < width)[None, :]
     query_row = query_ptr + (query_at * query_stride_batch + head * query_stride_head)[:, None]
@@ -232,14 +250,14 @@ def _decode_kernel(
             # tanh(u) = 1 - 2 / (1 + exp(2u)), with 2 * log2(e) = 2.8853900817779268.
             scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (tanh_scale * 2.8853900817779268)))
         there = (index < last)[None, :]
-        if TOKENS > 1:
+        if SEVERAL:
             there = there & (index[None, :] < seen[:, None])
             if HAS_WINDOW:
                 there = there & (index[None, :] >= seen[:, None] - window)
         scores = tl.where(there, scores * log2_scale, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         base = new_peak
-        if TOKENS > 1:
+        if SEVERAL:
             # One query's tile holds a key at least; of several, some may see none of it.
             base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(scores - base[:, None])

@@ -268,6 +268,39 @@ def test_memory_is_given_back() -> None:
     assert live() == before
 
 
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_where_memory_is_short_steps_are_launched(
+    from_the_start: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_LEAST", 8)
+    monkeypatch.setattr(rooms, "_AHEAD", 4)
+    model = tiny_model("llama")
+    expected = generated(model)
+    slimformer.patch(model)
+    # Bytes: of nothing, or of the first room and of no larger one.
+    monkeypatch.setattr(rooms, "_free", lambda device: 0 if from_the_start else 3 * 4 * 2 * 2 * 8 * 4 * 17)
+    assert torch.equal(generated(model), expected)
+    assert "too little memory for" in slimformer.status(model).generation["steps"]
+    assert (stepping(model).steps == 0) == from_the_start
+    # There is some again.
+    monkeypatch.undo()
+    monkeypatch.setattr(capture, "_CAPTURES", {"cpu": lambda: True})
+    assert torch.equal(generated(model), expected)
+    assert "none in the last call" not in slimformer.status(model).generation["steps"]
+
+
+def test_a_step_that_cannot_be_captured_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    expected = generated(model)
+
+    def fails(step: Step) -> None:
+        raise ZeroDivisionError("a kernel that does not compile")
+
+    monkeypatch.setattr(Step, "begin", fails)
+    assert torch.equal(generated(slimformer.patch(model)), expected)
+    assert "cannot be captured (a kernel that" in slimformer.status(model).generation["steps"]
+
+
 def test_a_wrong_replay_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     expected = generated(model)

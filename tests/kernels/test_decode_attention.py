@@ -67,7 +67,7 @@ def one_by_one(query, key, value, ranges, scale, window, softcap):
     return out
 
 
-TOKENS = pytest.mark.parametrize("tokens", [1, 2, 5])
+TOKENS = pytest.mark.parametrize("tokens", [1, 2, 5, 12])
 
 
 @TOKENS

@@ -36,7 +36,7 @@ _MODES = (
     GenerationMode.ASSISTED_GENERATION,
 )
 # Tokens of a step: one, or some that were guessed and are checked.
-_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 _MOST_TOKENS = _WIDTHS[-1]
 # The largest relative difference between a replayed step and the same launched one by one; or else so many times the
 # difference that the order of additions in attention makes in the latter, which in a deep model may be larger.
@@ -221,8 +221,9 @@ class Stepping:
             self._pool = self._pool or memory_pool(device)
             try:
                 graph = Graph(step, *capture(call, rewind, device, self._pool), type(outputs))
-            except (RuntimeError, NotImplementedError) as error:
-                why = f"a step cannot be captured ({str(error).splitlines()[0]})"
+            except Exception as error:
+                # Kernels that do not compile have errors of their own kinds.
+                why = f"a step cannot be captured ({(str(error) or repr(error)).splitlines()[0]})"
                 return self._refused(outputs, launched, why)
             rewind()
             room.at = at
