@@ -226,10 +226,42 @@ def test_a_cache_that_is_returned_keeps_the_inputs_of_its_filter() -> None:
     assert len(before) == 1
 
 
-def test_what_tokens_have_left_says_so() -> None:
-    model = slimformer.patch(tiny_model("llama"), TokenElimination({2: 0.5}, scorer="random"))
-    generated(model)
-    assert "one by one" in slimformer.status(model).generation["steps"]
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 9}], ids=str)
+@pytest.mark.parametrize("given", [(3, 40, 7), (1, 30, 0)], ids=["padded", "alone"])
+def test_behind_a_prompt_that_tokens_have_left(
+    given: tuple[int, int, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, method = (
+        tiny_model("llama", initializer_range=0.1),
+        TokenElimination({1: 0.7, 2: 0.5}, scorer="norm", window=3, least=4),
+    )
+    with monkeypatch.context() as without:
+        without.setattr(capture, "_CAPTURES", {})
+        slimformer.patch(model, method)
+        expected = [
+            generated(model, prompts(*given), **options),
+            generated(model, prompts(2, 5, 0), **options),
+        ]
+    slimformer.patch(model, method)
+    for _ in range(2):
+        found = [generated(model, prompts(*given), **options), generated(model, prompts(2, 5, 0), **options)]
+        assert all(map(torch.equal, found, expected))
+    # Where others had left, none have.
+    with monkeypatch.context() as without:
+        without.setattr(capture, "_CAPTURES", {})
+        expected = [
+            generated(
+                slimformer.patch(tiny_model("llama", initializer_range=0.1)),
+                prompts(given[0], 2, 0),
+                **options,
+            )
+        ]
+    assert torch.equal(generated(model, prompts(given[0], 2, 0), **options), expected[0])
+    if "prefill_chunk_size" in options:
+        assert "in several places" in slimformer.status(model).generation["steps"] or stepping(model).steps
+    else:
+        assert stepping(model).steps > 3 * NEW
+        assert stepping(model).captured == 2
 
 
 def test_new_weights_are_used() -> None:

@@ -114,8 +114,9 @@ class RoomLayer(DynamicLayer):
         step = current_step()
         if step is not None:
             keys, values = places.fitting(key_states, value_states)
-            keys.index_copy_(2, step.place, key_states)
-            values.index_copy_(2, step.place, value_states)
+            place = step.place_in(self.index)
+            keys.index_copy_(2, place, key_states)
+            values.index_copy_(2, place, value_states)
             return keys, values
         before, self.length = self.length, self.length + key_states.shape[2]
         if self.length > places.count:
@@ -146,6 +147,13 @@ class RoomLayer(DynamicLayer):
         if current_step() is not None and self.places is not None:
             return self.places.count, 0
         return self.length + query_length, 0
+
+    def dynamic(self) -> DynamicLayer:
+        """The same keys and values in a slot of their own."""
+        found = DynamicLayer()
+        if self.keys is not None and self.values is not None:
+            found.update(self.keys.clone(), self.values.clone())
+        return found
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens; a positive number is the length to keep, as it was before transformers 5.18."""

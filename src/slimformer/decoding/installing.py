@@ -91,9 +91,8 @@ def _why_never(model: Any, anatomy: Anatomy, executors: Mapping[int, Any]) -> st
         executor = executors.get(index)
         if not isinstance(executor, LayerExecutor) or executor.foreign or executor.by_rows is None:
             return f"the arithmetic of layer {index} is not known"
-        if executor.shortens:
-            return "tokens leave its cache"
-        if compares_tokens(executor.selectors()):
+        # Those that let tokens leave are asked in prompts alone.
+        if compares_tokens(select for plan in executor.sublayers.values() for select in plan.rows):
             return "tokens are chosen among those of a whole text"
         if executor.sublayers["attention"].compute and executor.by_rows.attention is None:
             return f"the attention of layer {index} is not known"

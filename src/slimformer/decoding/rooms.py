@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from slimformer.cache.filter_state import FilterState
-from slimformer.cache.room import Places, RoomCache, RoomLayer, room_for
+from slimformer.cache.room import Places, RoomCache, RoomLayer, newest, room_for
 from slimformer.cache.steps import Step
+from slimformer.decoding.stayed import released, settled, starts_of
+from slimformer.rows.shorter_cache import ShorterLayer
 
 # Rooms that wait for a call like one before.
 _KEPT = 6
@@ -126,6 +128,7 @@ class Lease:
         room: The room; None before the prompt, and where there is too little memory.
         without: Why there is none.
         firsts: The first place of every text's keys; None before it is known.
+        placed: Whether the room knows which tokens have left which slots.
     """
 
     def __init__(self, rooms: Rooms, longest: int, layers: int, several: bool = False) -> None:
@@ -133,6 +136,7 @@ class Lease:
         self.room: Room | None = None
         self.without = ""
         self.firsts: list[int] | None = None
+        self.placed = False
         self.ended: weakref.finalize | None = None
 
     def takes(self, index: int, keys: Tensor) -> Places:
@@ -149,6 +153,7 @@ class Lease:
 
     def grow(self, cache: RoomCache, tokens: int) -> None:
         """Move a cache to a larger room, for so many tokens at least."""
+        released(cache)
         layers = [
             layer for layer in cache.layers if isinstance(layer, RoomLayer) and layer.places is not None
         ]
@@ -157,7 +162,34 @@ class Lease:
         for layer in layers:
             if self.room is not None:
                 layer.moved_to(self.takes(layer.index, keys))
-        self.firsts = None
+        self.firsts, self.placed = None, False
+
+    def settles(self, cache: RoomCache) -> str:
+        """Put the slots that tokens have left into the room too; returns why that cannot be, if it cannot."""
+        shorter = [index for index, layer in enumerate(cache.layers) if isinstance(layer, ShorterLayer)]
+        room = self.room
+        if room is None or (self.placed and not shorter):
+            return ""
+        if shorter and (self.several or cache.borrowed):
+            return "tokens have left a cache from which guesses are taken back"
+        begins = {index: starts_of(cache.layers[index]) for index in shorter}
+        if any(start is None for start in begins.values()):
+            return "tokens have left its cache in several places"
+        if shorter and room.step.shifts is None:
+            room.step.tell_slots_apart(len(cache.layers))
+            room.graphs.clear()
+        shifts, ranges = room.step.shifts, room.step.slot_ranges
+        if shifts is not None and ranges is not None:
+            # Another text may have been here, of which others had left.
+            shifts.zero_()
+            ranges[:, :, 0] = room.step.ranges[:, 0]
+            length = newest(cache)
+            for index, start in begins.items():
+                ranges[index, :, 0] = torch.as_tensor(start, device=ranges.device)
+                shifts[index] = length - cache.layers[index].get_seq_length()
+                settled(cache, index, self.takes, ranges[index, :, 0])
+        self.placed = True
+        return ""
 
     def holds(self, cache: RoomCache) -> bool:
         """Whether all keys of a cache lie in the room."""

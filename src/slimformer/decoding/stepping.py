@@ -21,6 +21,7 @@ from slimformer.cache.slots import CACHE_NAMES, layer_cache
 from slimformer.cache.steps import Step, preparing
 from slimformer.decoding.capture import capture, captures, memory_pool
 from slimformer.decoding.rooms import Graph, Lease, Room, Rooms
+from slimformer.decoding.stayed import released
 
 _logger = logging.getLogger("slimformer")
 # What a step reads, or would not change it.
@@ -120,6 +121,7 @@ class Stepping:
         for name in CACHE_NAMES:
             cache = None if isinstance(result, Tensor) else getattr(result, name, None)
             if isinstance(cache, RoomCache):
+                released(cache)
                 own = cache.dynamic()
                 copy_stamp(cache, own)
                 setattr(result, name, own)
@@ -132,32 +134,35 @@ class Stepping:
             return self.had(*args, **kwargs)
         ids, lease = kwargs.get("input_ids"), cache.lease
         if ids is None or newest(cache) == 0 or ids.shape[1] > (_MOST_TOKENS if lease.several else 1):
-            return self.had(**kwargs)
+            return self._launched(cache, kwargs)
         self.why_not = lease.without or _unlike_a_step(self.model, ids, kwargs)
         if self.why_not:
-            return self.had(**kwargs)
+            return self._launched(cache, kwargs)
         at, tokens = newest(cache), ids.shape[1]
         # One graph serves all lengths up to its own; what a filter remembers would not be what came, though.
         filters = any(isinstance(layer, FilterState) and layer.state is not None for layer in cache.layers)
         width = tokens if filters else _width_for(tokens)
         if lease.room is None or at + width > lease.room.count or not lease.holds(cache):
             if cache.borrowed:
-                return self.had(**kwargs)
+                return self._launched(cache, kwargs)
             lease.grow(cache, at + width)
         room = lease.room
         if room is None:
             self.why_not = lease.without
-            return self.had(**kwargs)
+            return self._launched(cache, kwargs)
         if lease.firsts is None:
             first = _first_places(kwargs.get("attention_mask"), at, ids)
             if first is None:
                 lease.without = self.why_not = "padding does not stand in front of every text"
-                return self.had(**kwargs)
+                return self._launched(cache, kwargs)
             room.step.ranges[:, 0] = first.to(ids.device)
             lease.firsts = sorted(set(first.tolist()))
         if any(0 <= bound - (at - first) < width for bound in self.bounds for first in lease.firsts):
             # A text comes to be so long that something is done once.
-            return self.had(**kwargs)
+            return self._launched(cache, kwargs)
+        self.why_not = lease.without = lease.settles(cache)
+        if self.why_not:
+            return self._launched(cache, kwargs)
         memory = room.settled(cache, self.key)
         graph = room.graphs.get((self.key, width))
         if graph is None:
@@ -167,6 +172,11 @@ class Stepping:
         self.steps += 1
         name = next(name for name in CACHE_NAMES if name in graph.output.__dataclass_fields__)
         return graph.output(logits=logits, **{name: cache})
+
+    def _launched(self, cache: RoomCache, kwargs: dict[str, Any]) -> Any:
+        """The model's own forward pass, with the cache as it knows it."""
+        released(cache)
+        return self.had(**kwargs)
 
     def _without_room(self, config: Any, model_kwargs: dict[str, Any], mode: Any) -> str:
         cache = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
@@ -197,7 +207,7 @@ class Stepping:
         at, before = newest(cache), [(state, state.clone()) for state in memory]
         steady = cache.over_the_same()
         copy_stamp(cache, steady)
-        outputs = self.had(**kwargs)
+        outputs = self._launched(cache, kwargs)
         launched = newest_keys(cache, at)
         step = room.step if width == 1 else room.step.of_several(width)
         own = {"input_ids": step.token, "position_ids": step.position}

@@ -163,14 +163,14 @@ class RowAttention:
             `[rows, heads * head_dim]`.
         """
         room: Any = room_of(self.cache_of(kwargs), self.slot)
-        q = self.layers.in_step(x, norm, stream, kwargs, room, step.place)
+        q = self.layers.in_step(x, norm, stream, kwargs, room, step.place_in(self.slot))
         return self._attended(step, q, room[0], room[1], stream).flatten(1)
 
     def _attended(self, step: Step, q: Tensor, keys: Tensor, values: Tensor, stream: Stream) -> Tensor:
         """Attention of a step's queries `[rows, heads, head_dim]` over all of a room."""
         q, extension = self._transformed(q, None, stream)
         if extension is None:
-            return step.attend(q, keys, values, self.row_scale, self.window, self._cap)
+            return step.attend(self.slot, q, keys, values, self.row_scale, self.window, self._cap)
         where = (*current_texts(stream.batch, stream.tokens, stream.device).layout, stream.tokens, True)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         return extension.attend(q, keys, values, *where, self.row_scale, self._cap)
