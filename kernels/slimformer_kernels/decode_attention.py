@@ -16,7 +16,7 @@ from .merge_parts import merge_rows
 # Programs per multiprocessor: each waits for memory most of the time.
 _PROGRAMS_EACH = 2
 _BLOCK_KEYS, _WARPS, _STAGES = 64, 4, 3
-# The time of a tile over that of merging a part (H200: 0.9 and 0.25 us).
+# The time of a tile over that of merging a part: an estimate, from steps behind 512, 4096 and 16384 tokens on an H200.
 _TILE_PER_PART = 3.6
 # Queries times query heads per key head that one tile of products holds.
 _MOST_ROWS = 64
