@@ -1,183 +1,139 @@
-"""`generate` end to end: a token's time eager, with transformers' compiled static cache, and from our graphs."""
+"""`generate` end to end: a token's time eager, from our graphs, and by what else makes it faster."""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import slimformer
 from benchmarks.frame import tables
-from benchmarks.frame.compare import relative_error, release
+from benchmarks.frame.compare import Unsupported, relative_error, release
 from benchmarks.frame.inputs import LOSSLESS, UNPATCHED
 from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Timing, reason
-from benchmarks.speed.llamas import llama_8b, with_shared_weights
+from benchmarks.speed import generators
+from benchmarks.speed.generators import ALONE, BESIDE_EACH_OTHER, Times
+from benchmarks.speed.llamas import with_shared_weights
 
-STATIC = "static cache, compiled"
-# Tokens of a short and a long call, whose difference is the time of steps alone.
-_SHORT, _LONG = 8, 40
 _REPEATS = 3
 # A step in bfloat16 beside another right one, on random weights.
 _TOLERANCE = 0.1
+_POINTS = {
+    "qwen-1.5b": ((1, 512), (1, 4096), (1, 16384), (4, 512), (4, 4096), (16, 512), (16, 4096)),
+    "llama-8b": ((1, 512), (1, 4096), (1, 16384), (4, 512), (16, 512)),
+}
+# Where everything else is measured too, in processes of their own.
+_COMPARED = (1, 512)
 
 
 @benchmark(
     "generate",
-    "milliseconds per token of `generate`, and of the first call: eager, compiled static cache, the patch",
+    "milliseconds per token of `generate`, and of the first call: eager, the patch, compiled static cache, Liger, "
+    "kernels of the Hub",
     on="any",
-    parts=("qwen", "8b", "static"),
+    parts=("qwen", "8b", "others"),
 )
 def run(settings: Settings) -> Iterator[Measurement]:
     """Both shapes, at every batch and prompt that fits in the time and memory of a run."""
     rate = _read_rate(settings)
-    shapes: Mapping[str, tuple[Callable[[Settings], PreTrainedModel], Any]] = {
-        "qwen-1.5b": (
-            qwen_1_5b,
-            ((1, 512), (1, 4096), (1, 16384), (4, 512), (4, 4096), (16, 512), (16, 4096)),
-        ),
-        "llama-8b": (llama_8b, ((1, 512), (1, 4096), (1, 16384), (4, 512), (16, 512))),
-    }
-    for shape, (make, points) in shapes.items():
-        if settings.only is not None and settings.only != "static" and settings.only not in shape:
+    for shape, points in _POINTS.items():
+        if settings.only not in (None, "others") and str(settings.only) not in shape:
             continue
-        model = make(settings)
-        patched = slimformer.patch(with_shared_weights(model))
+        model = generators.seeded(shape, settings)
+        ready = {name: generators.made(name, with_shared_weights(model)) for name in BESIDE_EACH_OTHER}
         for batch, tokens in settings.pick(points, ((1, 24), (2, 24))):
-            candidates: dict[str, tuple[Any, dict[str, Any]]] = {
-                UNPATCHED: (model, {}),
-                LOSSLESS: (patched, {}),
-            }
-            if settings.on_gpu and (batch, tokens) == (1, 512) and settings.only in (None, "static"):
-                candidates[STATIC] = (with_shared_weights(model), {"cache_implementation": "static"})
-            ids = _ids(model, batch, tokens)
-            yield from _measured(
-                settings, {"shape": shape, "batch": batch, "tokens": tokens}, candidates, ids, rate
-            )
-        del model, patched, candidates
+            compared = (batch, tokens) == settings.pick(_COMPARED, (1, 24))
+            if settings.only == "others" and not compared:
+                continue
+            point = _Point(settings, shape, batch, tokens)
+            found = point.beside_each_other(ready)
+            if compared and settings.only in (None, "others"):
+                # One is enough to try how they are called.
+                found |= point.alone(settings.pick(ALONE, ALONE[:1] if shape.startswith("qwen") else ()))
+            best = _bytes_read(model, batch, tokens) / rate * 1e3
+            yield from _judged(point, found, best, ready[LOSSLESS][0])
+        del model, ready
         gc.collect()
         release()
 
 
-def qwen_1_5b(settings: Settings) -> Qwen2ForCausalLM:
-    """Random weights of Qwen2.5-1.5B's shape; a tiny one in a smoke run."""
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = settings.pick(
-        (1536, 8960, 28, 12, 2, 151936), (64, 64, 4, 4, 2, 64)
-    )
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-    )
-    with settings.device:
-        model = Qwen2ForCausalLM._from_config(config, dtype=settings.dtype, attn_implementation="sdpa")
-    return model.eval().requires_grad_(False)
+class _Point:
+    """One shape at one size: what every way to generate takes there, or why it is not known."""
+
+    def __init__(self, settings: Settings, shape: str, batch: int, tokens: int) -> None:
+        self.settings, self.repeats = settings, settings.pick(_REPEATS, 1)
+        self.asked = (shape, batch, tokens)
+        self.parameters: Mapping[str, Any] = {"shape": shape, "batch": batch, "tokens": tokens}
+
+    def beside_each_other(self, ready: Mapping[str, tuple[Any, Any]]) -> dict[str, Times | Exception]:
+        """In turns, in this process."""
+        found: dict[str, Times | Exception] = {}
+        ids = generators.prompts(ready[UNPATCHED][0], *self.asked[1:])
+        for name, (model, options) in ready.items():
+            try:
+                found[name] = generators.first(self.settings, model, ids, options)
+            except Exception as failure:
+                found[name] = failure
+                release()
+        for _ in range(self.repeats):
+            for name, (model, options) in ready.items():
+                times = found[name]
+                if not isinstance(times, Times):
+                    continue
+                try:
+                    times.milliseconds.append(generators.timed(self.settings, model, ids, options))
+                except Exception as failure:
+                    found[name] = failure
+                    release()
+        return found
+
+    def alone(self, names: tuple[str, ...]) -> dict[str, Times | Exception]:
+        """Each in a process of its own."""
+        found: dict[str, Times | Exception] = {}
+        release()
+        for name in names:
+            try:
+                found[name] = generators.in_its_own_process(self.settings, name, *self.asked, self.repeats)
+            except Exception as failure:
+                found[name] = failure
+        return found
 
 
-def _measured(
-    settings: Settings,
-    point: Mapping[str, Any],
-    candidates: Mapping[str, tuple[Any, dict[str, Any]]],
-    ids: Tensor,
-    rate: float,
+def _judged(
+    point: _Point, found: Mapping[str, Times | Exception], best: float, patched: Any
 ) -> Iterator[Measurement]:
-    expected, first = None, {}
-    found: dict[str, list[float]] = {}
-    errors: dict[str, float] = {}
-    failed: dict[str, str] = {}
-    for name, (model, options) in candidates.items():
-        try:
-            first[name] = _seconds(settings, model, ids, _SHORT, options)
-            logits = _logits(model, ids, options)
-            expected = logits if expected is None else expected
-            errors[name] = relative_error(logits, expected)
-        except Exception as error:
-            failed[name] = reason(error)
-            release()
-    # A second call, so that graphs of this length are there.
-    for name in errors:
-        model, options = candidates[name]
-        _seconds(settings, model, ids, _LONG, options)
-    for _ in range(settings.pick(_REPEATS, 1)):
-        for name in errors:
-            model, options = candidates[name]
-            short = _seconds(settings, model, ids, _SHORT, options)
-            long = _seconds(settings, model, ids, _LONG, options)
-            found.setdefault(name, []).append((long - short) / (_LONG - _SHORT) * 1e3)
-    best = _bytes_read(candidates[UNPATCHED][0], ids) / rate * 1e3
-    for name, (model, _) in candidates.items():
-        if name in failed:
-            yield Measurement(point, name, status="failed", note=failed[name])
+    """What was found, as far as it computed the same as the unpatched model."""
+    dense = found[UNPATCHED]
+    for name, times in found.items():
+        if isinstance(times, Exception):
+            state = "unsupported" if isinstance(times, Unsupported) else "failed"
+            yield Measurement(point.parameters, name, status=state, note=str(times) or reason(times))
             continue
-        if not errors[name] <= _TOLERANCE:
-            far = f"relative error {errors[name]:.3g}"
-            yield Measurement(point, name, status="wrong", error=errors[name], note=far)
+        error = relative_error(times.logits, dense.logits) if isinstance(dense, Times) else None
+        if error is not None and not error <= _TOLERANCE:
+            far = f"relative error {error:.3g}"
+            yield Measurement(point.parameters, name, status="wrong", error=error, note=far)
             continue
-        times = sorted(found[name])
-        middle = median(times)
-        values = {"first_call_seconds": first[name], "milliseconds_to_read": best}
+        rounds = sorted(times.milliseconds)
+        middle = median(rounds)
+        values = {"first_call_seconds": times.first_call, "milliseconds_to_read": best}
         if name == LOSSLESS:
-            values |= _of_step(model)
+            values |= _of_step(patched)
         yield Measurement(
-            point,
+            point.parameters,
             name,
-            milliseconds=Timing(times[0], middle, times[-1], len(times)),
-            baseline_ratio=middle / median(found[UNPATCHED]) if found.get(UNPATCHED) else None,
+            milliseconds=Timing(rounds[0], middle, rounds[-1], len(rounds)),
+            baseline_ratio=middle / median(dense.milliseconds) if isinstance(dense, Times) else None,
             ideal_ratio=middle / best,
-            error=errors[name],
+            error=error,
             values=values,
-            note=slimformer.status(model).generation.get("steps", ""),
+            note=slimformer.status(patched).generation.get("steps", "") if name == LOSSLESS else "",
         )
-
-
-def _seconds(settings: Settings, model: Any, ids: Tensor, tokens: int, options: dict[str, Any]) -> float:
-    _wait(settings)
-    begun = time.perf_counter()
-    _generate(model, ids, tokens, options)
-    _wait(settings)
-    return time.perf_counter() - begun
-
-
-def _generate(model: Any, ids: Tensor, tokens: int, options: dict[str, Any], **more: Any) -> Any:
-    given = {
-        "max_new_tokens": tokens,
-        "min_new_tokens": tokens,
-        "do_sample": False,
-        "pad_token_id": 0,
-        **options,
-    }
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **given, **more)
-
-
-def _logits(model: Any, ids: Tensor, options: dict[str, Any]) -> Tensor:
-    """Logits of the prompt and of two steps that read given tokens, since a rounding may choose others."""
-    forced = ids[:, :3].tolist()
-    start = ids.shape[1]
-
-    def only(text: int, so_far: Tensor) -> list[int]:
-        return [forced[text][len(so_far) - start]]
-
-    found = _generate(
-        model,
-        ids,
-        3,
-        options,
-        return_dict_in_generate=True,
-        output_logits=True,
-        prefix_allowed_tokens_fn=only,
-    )
-    return torch.stack(found.logits).float().cpu()
 
 
 def _of_step(model: Any) -> dict[str, float]:
@@ -186,17 +142,17 @@ def _of_step(model: Any) -> dict[str, float]:
 
     patch = next(vars(module)[PATCH] for module in model.modules() if PATCH in vars(module))
     stepping = patch.reports.get("steps")
-    rooms = [] if stepping is None else [room for room in stepping.rooms.free if room.replay is not None]
+    rooms = [] if stepping is None else [room for room in stepping.rooms.free if room.graphs]
     if not rooms or not torch.cuda.is_available():
         return {}
     room = rooms[-1]
-    room.step.place.fill_(room.count // 2)
+    graph = next(graph for (_, width), graph in room.graphs.items() if width == 1)
     times = []
     for _ in range(12):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        room.step.place.fill_(int(room.at) - 1)
+        graph.step.first.fill_(max(int(room.at) - 1, 0))
         start.record()
-        room.replay()
+        graph.replay()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
@@ -204,7 +160,7 @@ def _of_step(model: Any) -> dict[str, float]:
     return {"step_on_gpu_ms": median(times), "room": float(room.count)}
 
 
-def _bytes_read(model: Any, ids: Tensor) -> float:
+def _bytes_read(model: Any, batch: int, tokens: int) -> float:
     """What one step has to read: every weight but the embeddings of other tokens, and the keys and values."""
     tied = model.config.tie_word_embeddings
     embedding = model.get_input_embeddings().weight
@@ -217,7 +173,7 @@ def _bytes_read(model: Any, ids: Tensor) -> float:
         * config.num_hidden_layers
         * width
         * embedding.element_size()
-        * (ids.numel() + ids.shape[0] * _LONG // 2)
+        * (batch * (tokens + generators.LONG // 2))
     )
     return float(weights + keys)
 
@@ -227,22 +183,12 @@ def _read_rate(settings: Settings) -> float:
     numbers = torch.ones(settings.pick(2**30, 2**16), dtype=torch.int32, device=settings.device)
     times = []
     for _ in range(6):
-        _wait(settings)
+        generators.wait(settings)
         begun = time.perf_counter()
         numbers.amax()
-        _wait(settings)
+        generators.wait(settings)
         times.append(time.perf_counter() - begun)
     return numbers.numel() * 4 / min(times)
-
-
-def _ids(model: Any, batch: int, tokens: int) -> Tensor:
-    generator = torch.Generator().manual_seed(batch * tokens)
-    return torch.randint(3, model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
-
-
-def _wait(settings: Settings) -> None:
-    if settings.on_gpu:
-        torch.cuda.synchronize()
 
 
 @table("generate")
@@ -274,3 +220,23 @@ def token_by_token(content: dict[str, Any]) -> str:
         "first call, s",
     ]
     return tables.markdown(head, rows) if rows else ""
+
+
+@table("generate_others", source="generate")
+def other_ways(content: dict[str, Any]) -> str:
+    """Milliseconds per token and the first call of every way, where all were measured."""
+    rows = []
+    for at in tables.points(content, "shape", "batch", "tokens"):
+        ways = {name: tables.find(content, name, **at) for name in (*BESIDE_EACH_OTHER, *ALONE)}
+        if not any(ways[name] for name in ALONE):
+            continue
+        for name, way in ways.items():
+            if way is not None:
+                rows.append(
+                    [
+                        f"{at['shape']}, {name}",
+                        f"{way['milliseconds']['p50']:.2f}",
+                        f"{way['values']['first_call_seconds']:.1f}",
+                    ]
+                )
+    return tables.markdown(["", "a token, ms", "first call, s"], rows) if rows else ""

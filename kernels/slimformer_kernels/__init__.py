@@ -8,6 +8,7 @@ from .add_rows import add_rows_
 from .add_rows_norm import add_rows_layer_norm_, add_rows_rms_norm_
 from .arguments import set_debug
 from .attention_rows import attention_rows
+from .cache_rotary import cache_rotary_
 from .chunked_head import chunked_cross_entropy, chunked_kl
 from .decode_attention import decode_attention
 from .errors import KernelArgumentError
@@ -19,6 +20,7 @@ from .rms_norm_rows import rms_norm_rows
 from .rotary import rotary_
 from .router_scores import router_scores
 from .self_extend import self_extend
+from .step_linear import step_gated, step_linear, step_linear_added
 
 __all__ = [
     "KernelArgumentError",
@@ -29,6 +31,7 @@ __all__ = [
     "add_rows_layer_norm_",
     "add_rows_rms_norm_",
     "attention_rows",
+    "cache_rotary_",
     "chunked_cross_entropy",
     "chunked_kl",
     "decode_attention",
@@ -42,6 +45,9 @@ __all__ = [
     "router_scores",
     "self_extend",
     "set_debug",
+    "step_gated",
+    "step_linear",
+    "step_linear_added",
     "swiglu",
     "swiglu_packed",
 ]

@@ -155,6 +155,19 @@ def _glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 @jit
+def activated(wide, ACTIVATION: tl.constexpr):
+    """The activation of float32 numbers."""
+    if ACTIVATION == "silu":
+        active = wide * tl.sigmoid(wide)
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(u)) = sigmoid(2u), with 2 * sqrt(2 / pi) = 1.5957691216057308.
+        active = wide * tl.sigmoid(1.5957691216057308 * (wide + 0.044715 * wide * wide * wide))
+    else:
+        active = 0.5 * wide * (1.0 + tl.erf(wide * 0.7071067811865476))
+    return active
+
+
+@jit
 def _glu_kernel(
     gate_ptr,
     up_ptr,
@@ -173,13 +186,5 @@ def _glu_kernel(
     inside = exists[:, None] & (columns < width)[None, :]
     gate = tl.load(gate_ptr + (row * gate_stride)[:, None] + columns[None, :], mask=inside, other=0.0)
     up = tl.load(up_ptr + (row * up_stride)[:, None] + columns[None, :], mask=inside, other=0.0)
-    wide = gate.to(tl.float32)
-    if ACTIVATION == "silu":
-        active = wide * tl.sigmoid(wide)
-    elif ACTIVATION == "gelu_tanh":
-        # 0.5 * (1 + tanh(u)) = sigmoid(2u), with 2 * sqrt(2 / pi) = 1.5957691216057308.
-        active = wide * tl.sigmoid(1.5957691216057308 * (wide + 0.044715 * wide * wide * wide))
-    else:
-        active = 0.5 * wide * (1.0 + tl.erf(wide * 0.7071067811865476))
-    product = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
+    product = activated(gate.to(tl.float32), ACTIVATION).to(gate.dtype).to(tl.float32) * up.to(tl.float32)
     tl.store(out_ptr + (row * width)[:, None] + columns[None, :], product.to(gate.dtype), mask=inside)

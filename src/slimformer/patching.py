@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Patch:
     Attributes:
         methods: What was applied.
         layout: What the slots of its caches hold; None where it makes no cache.
+        bounds: Lengths of texts behind which a method does something once.
         reports: What `status` says of how text is generated, by name.
     """
 
@@ -60,6 +62,7 @@ class Patch:
     methods: tuple[Method, ...] = ()
     notes: dict[int, str] = field(default_factory=dict)
     layout: CacheLayout | None = None
+    bounds: frozenset[int] = frozenset()
     reports: dict[str, object] = field(default_factory=dict)
 
     def with_same_weights(self, model: Any, *more: Method, without: Method) -> tuple[Any, CacheLayout | None]:
@@ -281,6 +284,7 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
         attentions = Attentions(anatomy, ledger, first_layer_call(anatomy))
         # Before layers are changed, so that rows are attended to as transforms say.
         patch.notes = transformed_by(methods, attentions)
+        patch.bounds = frozenset(int(length) for length in attentions.bounds if math.isfinite(length))
         for executor in executors.values():
             change_weights(executor, ledger)
         plans = [plan for executor in executors.values() for plan in executor.sublayers.values()]
@@ -301,7 +305,7 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
         for prepare in dict.fromkeys(prepare for plan in plans for prepare in plan.prepares):
             prepare(model, ledger)
         refuse_continuous_batching(model, executors.values(), attentions.reads_texts, ledger)
-        stepping = replay_steps(model, anatomy, executors, attentions.reads_texts, ledger)
+        stepping = replay_steps(model, anatomy, executors, patch.bounds, ledger)
         if stepping is not None:
             patch.reports["steps"] = stepping
         if observed is not None:

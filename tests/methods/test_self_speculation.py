@@ -17,7 +17,7 @@ import slimformer
 from slimformer import EarlyExit, LayerDrop, Plan, SelfSpeculation, TempScale
 from slimformer.changes.running_calls import PATCH
 from slimformer.errors import PlanError
-from slimformer.methods import WeightDelta
+from slimformer.methods import RopeScaling, WeightDelta
 from slimformer.methods.speculation.pace import Pace
 from slimformer.plans.plan import fingerprint
 from tiny_models import tiny_model
@@ -88,8 +88,14 @@ def test_every_kind_of_draft_leaves_the_tokens_as_they_are(draft: Any) -> None:
 
 @pytest.mark.parametrize(
     "beside",
-    [LayerDrop(attention=[1]), filters(3), TempScale(0.8), delta()],
-    ids=["drop", "taps", "scale", "delta"],
+    [
+        LayerDrop(attention=[1]),
+        filters(3),
+        TempScale(0.8),
+        delta(),
+        RopeScaling("dynamic", 2.0, trained_length=14),
+    ],
+    ids=["drop", "taps", "scale", "delta", "positions"],
 )
 def test_beside_other_methods_tokens_are_those_of_the_others_alone(beside: Any) -> None:
     model = tiny_model("llama")

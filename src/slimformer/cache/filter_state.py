@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from slimformer.cache.slots import knows_tokens
+from slimformer.cache.steps import current_step
 from slimformer.errors import PlanError
 
 # Inputs kept beyond what a filter reads, so that speculative decoding can take back what it guessed.
@@ -75,7 +77,10 @@ class FilterState(CacheLayerMixin):
         keep = self.taps - 1
         full = torch.cat([state.to(inputs.dtype), inputs], dim=1)
         window = full[:, state.shape[1] - keep :]
-        if isinstance(self.seen, Tensor):
+        if current_step() is not None:
+            # What replays the step counts.
+            state.copy_(full[:, inputs.shape[1] :])
+        elif isinstance(self.seen, Tensor):
             # In place: compiled decode steps rely on the address staying the same.
             self.seen.add_(inputs.shape[1])
             state.copy_(full[:, full.shape[1] - keep :])
@@ -96,6 +101,40 @@ class FilterState(CacheLayerMixin):
             "This cache was filled by a patched model and is now used by one patched differently. "
             "Start with a new cache."
         )
+
+    def moved_to(self, places: Tensor | None) -> Tensor | None:
+        """Go on in memory that stays, for steps that are replayed.
+
+        Args:
+            places: Memory that such a state had before; used if it is like this one's.
+
+        Returns:
+            The memory; None where nothing is remembered yet.
+        """
+        state = self.state
+        if state is None or state is places:
+            return places
+        shape = (state.shape[0], self.taps - 1 + _SPARE_INPUTS, state.shape[2])
+        if places is None or (places.shape, places.dtype, places.device) != (
+            shape,
+            state.dtype,
+            state.device,
+        ):
+            places = state.new_empty(shape)
+        kept = min(state.shape[1], shape[1])
+        # What was cropped is a view of the same memory.
+        last = state[:, state.shape[1] - kept :].clone()
+        # Zeros stand before the first token.
+        places[:, : shape[1] - kept] = 0
+        places[:, shape[1] - kept :] = last
+        self.state = places
+        return places
+
+    def over_the_same(self, replaced: CacheLayerMixin) -> FilterState:
+        """Another one in the same memory, in the place of another slot."""
+        found = copy.copy(self)
+        found.replaced = replaced
+        return found
 
     def _give_way(self) -> None:
         """Become the slot that was replaced, for a model that runs this attention."""

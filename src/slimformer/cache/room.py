@@ -5,12 +5,14 @@ Outside of steps it is a dynamic cache: it holds as many keys as have come, and 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from slimformer.cache.filter_state import FilterState
 from slimformer.cache.steps import current_step
 
 # A cache that makes room for less would soon have to move.
@@ -112,8 +114,9 @@ class RoomLayer(DynamicLayer):
         step = current_step()
         if step is not None:
             keys, values = places.fitting(key_states, value_states)
-            keys.index_copy_(2, step.place, key_states)
-            values.index_copy_(2, step.place, value_states)
+            place = step.place_in(self.index)
+            keys.index_copy_(2, place, key_states)
+            values.index_copy_(2, place, value_states)
             return keys, values
         before, self.length = self.length, self.length + key_states.shape[2]
         if self.length > places.count:
@@ -126,10 +129,18 @@ class RoomLayer(DynamicLayer):
             return key_states, value_states
         return keys[:, :, : self.length], values[:, :, : self.length]
 
+    @property
+    def whole(self) -> tuple[Tensor, Tensor] | None:
+        """All of the room `[batch, kv_heads, places, head_dim]`; None before the first tokens."""
+        places = self.places
+        if places is None or places.keys is None or places.values is None:
+            return None
+        return places.keys, places.values
+
     def get_seq_length(self) -> Any:
         """How many tokens it holds; in a step that is read on the device."""
         step = current_step()
-        return self.length if step is None else step.place[0]
+        return self.length if step is None else step.first[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask: nothing leaves, not from sliding windows either."""
@@ -137,9 +148,17 @@ class RoomLayer(DynamicLayer):
             return self.places.count, 0
         return self.length + query_length, 0
 
+    def dynamic(self) -> DynamicLayer:
+        """The same keys and values in a slot of their own."""
+        found = DynamicLayer()
+        if self.keys is not None and self.values is not None:
+            found.update(self.keys.clone(), self.values.clone())
+        return found
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens."""
-        self.length -= min(abs(int(tokens_to_remove)), self.length)
+        """Forget the newest tokens; a positive number is the length to keep, as it was before transformers 5.18."""
+        wanted = int(tokens_to_remove)
+        self.length = max(self.length + wanted, 0) if wanted <= 0 else min(self.length, wanted)
 
     def reset(self) -> None:
         """Forget all."""
@@ -181,7 +200,12 @@ class RoomCache(DynamicCache):
         config: The decoder's.
         takes: The memory for a slot, given its index and its first keys.
         lease: What stands behind that.
+
+    Attributes:
+        borrowed: Whether it is another's that holds the room, and this one only goes on from it.
     """
+
+    borrowed = False
 
     def __init__(self, config: Any, takes: Callable[[int, Tensor], Places], lease: Any = None) -> None:
         super().__init__(config=config)
@@ -196,6 +220,9 @@ class RoomCache(DynamicCache):
             own = found.layers[index]
             if isinstance(layer, RoomLayer) and isinstance(own, RoomLayer):
                 own.places, own.is_initialized = layer.places, layer.is_initialized
+            elif isinstance(layer, FilterState):
+                # What it stands for would keep the cache alive.
+                found.layers[index] = layer.over_the_same(own)
             else:
                 found.layers[index] = layer
         return found
@@ -205,7 +232,7 @@ class RoomCache(DynamicCache):
         found = DynamicCache(config=self.config)
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, RoomLayer):
-                found.layers[index] = layer
+                found.layers[index] = copy.deepcopy(layer)
             elif layer.keys is not None and layer.values is not None:
                 found.layers[index].update(layer.keys.clone(), layer.values.clone())
         return found
@@ -220,15 +247,21 @@ def rooms_of(cache: RoomCache) -> list[RoomLayer]:
     return [layer for layer in cache.layers if isinstance(layer, RoomLayer) and layer.places is not None]
 
 
+def room_of(cache: Cache | None, slot: int) -> tuple[Tensor, Tensor] | None:
+    """All of the room of a slot; None where there is none."""
+    layer = None if cache is None or slot >= len(cache.layers) else cache.layers[slot]
+    return layer.whole if isinstance(layer, RoomLayer) else None
+
+
 def newest(cache: RoomCache) -> int:
     """How many tokens a cache holds."""
     return max((layer.length for layer in rooms_of(cache)), default=0)
 
 
-def newest_keys(cache: RoomCache, place: int) -> list[tuple[Tensor, Tensor]]:
-    """The keys and values of one place in every slot: where they lie, and a copy."""
+def newest_keys(cache: RoomCache, since: int) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of every slot from one place on: where they lie, and a copy."""
     held = [t for layer in rooms_of(cache) for t in (layer.keys, layer.values) if t is not None]
-    return [(t[:, :, place], t[:, :, place].clone()) for t in held]
+    return [(t[:, :, since:], t[:, :, since:].clone()) for t in held]
 
 
 def filled(cache: RoomCache, tokens: int) -> None:
@@ -236,3 +269,5 @@ def filled(cache: RoomCache, tokens: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, RoomLayer) and layer.places is not None:
             layer.length += tokens
+        elif isinstance(layer, FilterState) and layer.state is not None:
+            layer.seen += tokens

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from slimformer.cache.slots import has_foreign_cache, layer_cache
+from slimformer.cache.steps import Step, current_step
 from slimformer.calls.masks import keys_seen
 from slimformer.changes.call_context import call_variable
 from slimformer.errors import DataError
@@ -131,6 +132,53 @@ class Texts:
         return int(self.lengths.max())
 
 
+@dataclass(eq=False)
+class SteppedTexts(Texts):
+    """The texts of a decode step that is prepared to be replayed, whose lengths the device alone knows.
+
+    What a method does once, where a text has come to be so long, it does in a step that is not replayed; see
+    `Attentions.read_texts`.
+
+    Attributes:
+        step: The step.
+    """
+
+    step: Step = field(kw_only=True)
+
+    @property
+    def longest(self) -> int:
+        """No text is longer than its room."""
+        return self.step.room
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """As above."""
+        return self.step.ranges[:, 0]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """As above."""
+        return self.step.ranges[:, 1] - self.step.ranges[:, 0]
+
+    def lengths_before(self) -> Tensor:
+        """As above."""
+        return self.lengths - self.tokens
+
+    def places(self) -> Tensor:
+        """As above."""
+        return self.step.place - self.starts[:, None]
+
+    @cached_property
+    def layout(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As above."""
+        offsets = torch.arange(self.batch + 1, device=self.device) * self.tokens
+        return self.step.place.expand(self.batch, self.tokens).reshape(-1), offsets, self.step.ranges
+
+    def check_longer_than(self, trained: int, capacity: float, remedy: Callable[[int], str]) -> bool:
+        """Whether some text may be longer; one that exceeds the capacity is in no step like this."""
+        return self.longest > trained
+
+
 def current_texts(batch: int, tokens: int, device: torch.device) -> Texts:
     """The texts of the forward pass that runs; where a layer is called by itself, whole rows without a past."""
     found = _current.get()
@@ -182,6 +230,9 @@ def _texts_of(given: dict[str, Any]) -> Texts | None:
             "how long texts are. Use generate with a DynamicCache or StaticCache."
         )
     batch, tokens = source.shape[:2]
+    step = current_step()
+    if step is not None:
+        return SteppedTexts(batch, tokens, 0, source.device, step=step)
     cache = layer_cache(given)
     past = 0 if cache is None else int(cache.get_seq_length())
     return Texts(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimformer.cache.filter_state import FilterState, filter_state
 from slimformer.cache.slots import has_foreign_cache, layer_cache
+from slimformer.cache.steps import current_step
 from slimformer.calls.masks import is_hidden
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.model.layer_parts import Kind
@@ -85,7 +86,9 @@ class LinearFilter:
         if self.taps == 1:
             return F.linear(normed, weight, bias)
         state = self._state(kwargs)
-        mask, seen = kwargs.get("attention_mask"), None if state is None else state.seen
+        # The new token of a step that may be replayed is text, and behind padding in front there is nothing else.
+        mask = None if current_step() is not None else kwargs.get("attention_mask")
+        seen = None if state is None else state.seen
         inputs = zero_padding(normed, mask, seen)
         # Before the state counts these tokens in, in place where the cache is static.
         visible = visible_taps(mask, normed.shape[1], seen, *filter_reach(self.taps, self.causal))

@@ -56,7 +56,16 @@ def capture(
     # Other threads may go on using the GPU.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = call()
-    return graph.replay, result
+    return functools.partial(_replay, graph, stream), result
+
+
+def _replay(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+    """Launch a graph where no other runs: all of a device work in the same memory of libraries."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        graph.replay()
+    current.wait_stream(stream)
 
 
 @functools.cache

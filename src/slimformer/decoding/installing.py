@@ -20,7 +20,7 @@ _ENTRY = "_prepare_cache_for_generation"
 
 
 def replay_steps(
-    model: Any, anatomy: Anatomy, executors: Mapping[int, Any], reads_texts: bool, ledger: Ledger
+    model: Any, anatomy: Anatomy, executors: Mapping[int, Any], bounds: frozenset[int], ledger: Ledger
 ) -> Stepping | None:
     """Let `generate` replay decode steps from graphs, where there is a device that has them.
 
@@ -28,7 +28,7 @@ def replay_steps(
         model: The model.
         anatomy: Its layers.
         executors: What runs them.
-        reads_texts: Whether a transform asks how long a text is.
+        bounds: Lengths of texts behind which a transform does something once.
         ledger: Where changes are written down.
 
     Returns:
@@ -38,9 +38,9 @@ def replay_steps(
         return None
     if not may_capture():
         return None
-    never = _why_never(model, anatomy, executors, reads_texts)
+    never = _why_never(model, anatomy, executors)
     layers = [e for e in executors.values() if isinstance(e, LayerExecutor)]
-    stepping = Stepping(model, Untouched(model, layers), never)
+    stepping = Stepping(model, Untouched(model, layers), never, bounds)
     if never:
         return stepping
     stepping.had = ledger.set_forward(model, stepping)
@@ -81,23 +81,18 @@ class _Memory:
         """It is taken again as need be."""
 
 
-def _why_never(model: Any, anatomy: Anatomy, executors: Mapping[int, Any], reads_texts: bool) -> str:
+def _why_never(model: Any, anatomy: Anatomy, executors: Mapping[int, Any]) -> str:
     """Why no step can be replayed; empty where some may be."""
     if anatomy.repeats or model.config.is_encoder_decoder:
         return "its layers are called several times, or attend to an encoder"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "it lies on several devices"
-    if reads_texts:
-        return "scores or positions depend on how long a text is"
     for index in range(len(anatomy.layers)):
         executor = executors.get(index)
         if not isinstance(executor, LayerExecutor) or executor.foreign or executor.by_rows is None:
             return f"the arithmetic of layer {index} is not known"
-        if executor.shortens:
-            return "tokens leave its cache"
-        if isinstance(executor.in_cache, int):
-            return "a filter of several taps remembers the last inputs of every text"
-        if compares_tokens(executor.selectors()):
+        # Those that let tokens leave are asked in prompts alone.
+        if compares_tokens(select for plan in executor.sublayers.values() for select in plan.rows):
             return "tokens are chosen among those of a whole text"
         if executor.sublayers["attention"].compute and executor.by_rows.attention is None:
             return f"the attention of layer {index} is not known"

@@ -6,12 +6,16 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimformer.cache.room import Places, RoomCache, RoomLayer, room_for
+from slimformer.cache.filter_state import FilterState
+from slimformer.cache.room import Places, RoomCache, RoomLayer, newest, room_for
 from slimformer.cache.steps import Step
+from slimformer.decoding.stayed import released, settled, starts_of
+from slimformer.rows.shorter_cache import ShorterLayer
 
 # Rooms that wait for a call like one before.
 _KEPT = 6
@@ -22,16 +26,33 @@ _PART_OF_FREE = 0.7
 
 
 @dataclass(eq=False)
+class Graph:
+    """A step that was captured.
+
+    Attributes:
+        step: What differs from step to step.
+        replay: Launches it.
+        logits: What it gives.
+        output: The kind of output that the model has.
+    """
+
+    step: Step
+    replay: Callable[[], None]
+    logits: Tensor
+    output: Any
+
+
+@dataclass(eq=False)
 class Room:
     """The memory of one cache at a time, and the graph of its steps.
 
     Attributes:
         batch: How many texts.
         count: How many tokens of each.
-        step: What differs from step to step.
+        step: What differs from step to step, of one token.
         places: The memory of every slot.
-        replay: Launches a step; None before it was captured.
-        logits: What a step gives.
+        filters: The memory of the last inputs of filters, by who computes them and their slot.
+        graphs: What replays steps, by who computes them and how many tokens they have.
         at: The place of the next token, as the device has it.
     """
 
@@ -39,13 +60,23 @@ class Room:
     count: int
     step: Step
     places: dict[int, Places] = field(default_factory=dict)
-    replay: Callable[[], None] | None = None
-    logits: Tensor | None = None
+    filters: dict[tuple[object, int], Tensor] = field(default_factory=dict)
+    graphs: dict[tuple[object, int], Graph] = field(default_factory=dict)
     at: int = -1
 
-    def forget_graph(self) -> None:
-        """The addresses in it count no more."""
-        self.replay = self.logits = None
+    def settled(self, cache: RoomCache, who: object) -> list[Tensor]:
+        """Let whatever a cache remembers beside keys lie where somebody's steps find it; returns where that is."""
+        found = []
+        for index, layer in enumerate(cache.layers):
+            before = self.filters.get((who, index))
+            places = layer.moved_to(before) if isinstance(layer, FilterState) else None
+            if places is None:
+                continue
+            found.append(places)
+            if places is not before:
+                self.filters[who, index] = places
+                self.graphs = {key: graph for key, graph in self.graphs.items() if key[0] is not who}
+        return found
 
 
 class Rooms:
@@ -73,7 +104,7 @@ class Rooms:
                 return room
             # A larger one takes their place.
             self.free = [room for room in self.free if room.batch != batch]
-        return Room(batch, room_for(tokens), Step.of(batch, device))
+        return Room(batch, room_for(tokens), Step.of(batch, room_for(tokens), device))
 
     def give_back(self, room: Room) -> None:
         """Nobody uses it any more."""
@@ -93,16 +124,19 @@ class Lease:
         rooms: Where the room comes from and goes back to.
         longest: How many tokens there will be at most.
         layers: How many slots are filled.
+        several: Whether steps of several tokens check what was guessed, so that some are taken back.
         room: The room; None before the prompt, and where there is too little memory.
         without: Why there is none.
-        first: The first place of every text's keys `[batch]`, once it is known.
+        firsts: The first place of every text's keys; None before it is known.
+        placed: Whether the room knows which tokens have left which slots.
     """
 
-    def __init__(self, rooms: Rooms, longest: int, layers: int) -> None:
-        self.rooms, self.longest, self.layers = rooms, longest, layers
+    def __init__(self, rooms: Rooms, longest: int, layers: int, several: bool = False) -> None:
+        self.rooms, self.longest, self.layers, self.several = rooms, longest, layers, several
         self.room: Room | None = None
         self.without = ""
-        self.begun = False
+        self.firsts: list[int] | None = None
+        self.placed = False
         self.ended: weakref.finalize | None = None
 
     def takes(self, index: int, keys: Tensor) -> Places:
@@ -114,11 +148,12 @@ class Lease:
         places = self.room.places.setdefault(index, Places(self.room.count))
         if not places.fits(keys):
             places = self.room.places[index] = Places(self.room.count)
-            self.room.forget_graph()
+            self.room.graphs.clear()
         return places
 
     def grow(self, cache: RoomCache, tokens: int) -> None:
         """Move a cache to a larger room, for so many tokens at least."""
+        released(cache)
         layers = [
             layer for layer in cache.layers if isinstance(layer, RoomLayer) and layer.places is not None
         ]
@@ -127,7 +162,34 @@ class Lease:
         for layer in layers:
             if self.room is not None:
                 layer.moved_to(self.takes(layer.index, keys))
-        self.begun = False
+        self.firsts, self.placed = None, False
+
+    def settles(self, cache: RoomCache) -> str:
+        """Put the slots that tokens have left into the room too; returns why that cannot be, if it cannot."""
+        shorter = [index for index, layer in enumerate(cache.layers) if isinstance(layer, ShorterLayer)]
+        room = self.room
+        if room is None or (self.placed and not shorter):
+            return ""
+        if shorter and (self.several or cache.borrowed):
+            return "tokens have left a cache from which guesses are taken back"
+        begins = {index: starts_of(cache.layers[index]) for index in shorter}
+        if any(start is None for start in begins.values()):
+            return "tokens have left its cache in several places"
+        if shorter and room.step.shifts is None:
+            room.step.tell_slots_apart(len(cache.layers))
+            room.graphs.clear()
+        shifts, ranges = room.step.shifts, room.step.slot_ranges
+        if shifts is not None and ranges is not None:
+            # Another text may have been here, of which others had left.
+            shifts.zero_()
+            ranges[:, :, 0] = room.step.ranges[:, 0]
+            length = newest(cache)
+            for index, start in begins.items():
+                ranges[index, :, 0] = torch.as_tensor(start, device=ranges.device)
+                shifts[index] = length - cache.layers[index].get_seq_length()
+                settled(cache, index, self.takes, ranges[index, :, 0])
+        self.placed = True
+        return ""
 
     def holds(self, cache: RoomCache) -> bool:
         """Whether all keys of a cache lie in the room."""

@@ -125,7 +125,7 @@ class RopeScaling:
         standing_in = ScaledRotary(
             rotary, [own, *scaled], trained, capacity, _Remedy(self.type, trained), cores
         )
-        attentions.read_texts()
+        attentions.read_texts(*standing_in.bounds, capacity)
         attentions.angles = repr(self), trained
         standing_in.had = attentions.ledger.set_forward(rotary.module, standing_in.forward)
         return dict.fromkeys(

@@ -115,8 +115,8 @@ class SelfExtend:
             shared = turns.setdefault((own.layer_type, own.interleaved), FarTurns(own, self.group_size))
             extension = GroupedAttention(self.group_size, self.window, trained, own, shared)
             attentions.scores(index).extension = extension
-        attentions.read_texts()
         capacity = _capacity(self.group_size, self.window, trained)
+        attentions.read_texts(capacity)
         note = f"SelfExtend(group_size={self.group_size}, window={self.window}), up to {capacity} tokens"
         return dict.fromkeys(rotary, note)
 
@@ -136,25 +136,25 @@ class FarTurns:
     Attributes:
         rotary: What turns queries and keys.
         group_size: How many neighbours share a position.
-        made: Cosines and sines by device and dtype.
+        made: Cosines and sines by device, dtype and number of places. None is given up for a longer one: what replays
+            a step reads them where they are.
     """
 
     rotary: Rotary
     group_size: int
-    made: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    made: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def up_to(self, places: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[places or more, rotary_dim]` for keys like this tensor."""
         # Half precision on a GPU, where they are read with every key: finer than a key's own rounding.
         narrow = like.is_cuda and like.dtype in (torch.bfloat16, torch.float16)
-        key = like.device, torch.float16 if narrow else torch.float32
+        size = 1 << (places - 1).bit_length()
+        key = like.device, torch.float16 if narrow else torch.float32, size
         found = self.made.get(key)
-        if found is None or found[0].shape[0] < places:
+        if found is None:
             inv_freq = self.rotary.inv_freq.to(like.device)
-            size = 1 << (places - 1).bit_length()
-            # Returned as it was made: another thread may put a shorter one in its place.
             found = far_turns(inv_freq, self.group_size, size, self.rotary.interleaved, key[1])
-            self.made[key] = found
+            found = self.made.setdefault(key, found)
         return found
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from slimformer.cache.room import room_of
 from slimformer.cache.slots import extended, layer_cache
-from slimformer.cache.steps import current_step
+from slimformer.cache.steps import Step, current_step
 from slimformer.calls.texts import current_texts
 from slimformer.model.anatomy import positional_names
 from slimformer.model.projections import Projections, Rotation
@@ -33,6 +34,7 @@ from slimformer_kernels.attention_blocks import WIDEST_HEAD
 from slimformer_kernels.attention_rows import attention_rows_op
 from slimformer_kernels.attention_rows_reference import attention_rows_reference
 from slimformer_kernels.dispatch import runs_kernel
+from slimformer_kernels.step_linear import InputNorm
 
 
 @dataclass
@@ -112,14 +114,13 @@ class RowAttention:
         """
         q, k, v = self.layers.queries_keys_values(h, h, None, None, stream, kwargs, kernels, wanted)
         shape = (stream.batch, stream.tokens, -1, self.head_dim)
-        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
-        cache = self.cache_of(kwargs)
+        k, v = (t.view(shape).transpose(1, 2) for t in (k, v))
+        cache, step = self.cache_of(kwargs), current_step()
         if cache is not None:
             k, v = extended(cache, self.slot, k, v)
-        step = current_step()
         if step is not None:
-            seen = step.attend(q, k, v, self.row_scale, self.window, self._cap)
-            return self.layers.output(seen.flatten(1), wanted), None
+            return self.layers.output(self._attended(step, q, k, v, stream).flatten(1), wanted), None
+        q = q.view(shape).transpose(1, 2)
         mask = kwargs.get("attention_mask")
         rest = {name: value for name, value in kwargs.items() if name not in self.names}
         function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -141,6 +142,38 @@ class RowAttention:
                 **rest,
             )
         return self.layers.output(output.reshape(h.shape[0], -1), wanted), weights
+
+    def fits_a_step(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether `in_step` computes what `whole` does."""
+        return self.layers.fits_a_step(x) and room_of(self.cache_of(kwargs), self.slot) is not None
+
+    def in_step(
+        self, step: Step, x: Tensor, norm: InputNorm | None, stream: Stream, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The heads of a step's few rows, in front of the output layer.
+
+        Args:
+            step: The step.
+            x: The residual `[rows, hidden]`, or what has gone through the norm.
+            norm: The norm in front; None where it has been computed.
+            stream: What the rows are.
+            kwargs: The layer's arguments.
+
+        Returns:
+            `[rows, heads * head_dim]`.
+        """
+        room: Any = room_of(self.cache_of(kwargs), self.slot)
+        q = self.layers.in_step(x, norm, stream, kwargs, room, step.place_in(self.slot))
+        return self._attended(step, q, room[0], room[1], stream).flatten(1)
+
+    def _attended(self, step: Step, q: Tensor, keys: Tensor, values: Tensor, stream: Stream) -> Tensor:
+        """Attention of a step's queries `[rows, heads, head_dim]` over all of a room."""
+        q, extension = self._transformed(q, None, stream)
+        if extension is None:
+            return step.attend(self.slot, q, keys, values, self.row_scale, self.window, self._cap)
+        where = (*current_texts(stream.batch, stream.tokens, stream.device).layout, stream.tokens, True)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        return extension.attend(q, keys, values, *where, self.row_scale, self._cap)
 
     def keep_keys(self, h: Tensor, stream: Stream, cache: Cache, kwargs: dict[str, Any]) -> None:
         """Put the keys and values of all rows `h` `[batch * tokens, hidden]` into the cache, for later queries."""

@@ -14,7 +14,9 @@ from slimformer.model.anatomy import in_eval_mode
 from slimformer.model.probes import LOUD, error, float32_copy, noise, tolerance
 from slimformer.model.touched_modules import is_untouched
 from slimformer.rows.linear_steps import linear_step, may_be_skipped
-from slimformer_kernels import geglu, swiglu
+from slimformer.rows.step_layers import added, is_plain
+from slimformer_kernels import geglu, step_gated, swiglu
+from slimformer_kernels.step_linear import InputNorm
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,44 @@ class GatedMlp:
         module: The MLP, whose layers are looked up in every call.
         parts: The row of the table that it matches.
         product: The activation of the first times the second.
+        activation: Its name, as `step_gated` has it.
     """
 
     module: nn.Module
     parts: GatedParts
     product: Callable[[Tensor, Tensor], Tensor]
+    activation: str
 
     def __call__(self, h: Tensor, wanted: Tensor | None = None) -> Tensor:
         """`[rows, hidden]` to `[rows, hidden]`; rows outside `wanted`, bool `[rows]`, hold anything finite."""
-        return linear_step(getattr(self.module, self.parts.down), self._inner(h, wanted), wanted)
+        return self.last(self._inner(h, wanted), wanted)
+
+    def last(self, inner: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """The last layer, of `[rows, intermediate]`."""
+        return linear_step(getattr(self.module, self.parts.down), inner, wanted)
 
     def may_be_skipped(self, h: Tensor) -> bool:
         """Whether a step of the rows `h` `[rows, hidden]` reads no weight where none of them is wanted."""
         return may_be_skipped(getattr(self.module, self.parts.gate), h)
+
+    def in_step(self, x: Tensor, norm: InputNorm | None) -> Tensor | None:
+        """What goes into the last layer, of a step's few rows; None where the layers are no plain ones.
+
+        Args:
+            x: Their residual `[rows, hidden]`, or what has gone through the norm.
+            norm: The norm in front; None where it has been computed.
+        """
+        names = (self.parts.gate, *([] if self.parts.up is None else [self.parts.up]))
+        layers = [getattr(self.module, name) for name in names]
+        if not all(is_plain(layer, x) and layer.bias is None for layer in layers):
+            return None
+        weights = [layer.weight for layer in layers]
+        gate, up = weights if len(weights) > 1 else weights[0].chunk(2)
+        return step_gated(x, gate, up, self.activation, norm)
+
+    def added(self, x: Tensor, inner: Tensor) -> Tensor | None:
+        """The residual `x` `[rows, hidden]` plus the last layer; None where that is no plain one."""
+        return added(getattr(self.module, self.parts.down), x, inner)
 
     def add_to(self, x: Tensor, h: Tensor) -> bool:
         """Add the MLP of `h` to the residual `x` `[rows, hidden]` in place, inside the last matrix product.
@@ -99,10 +126,11 @@ class GatedFinding:
 
     parts: GatedParts
     product: Callable[[Tensor, Tensor], Tensor]
+    activation: str
 
     def on(self, module: nn.Module) -> GatedMlp:
         """The fused form of one of them."""
-        return GatedMlp(module, self.parts, self.product)
+        return GatedMlp(module, self.parts, self.product, self.activation)
 
 
 @torch.no_grad()
@@ -115,16 +143,17 @@ def examine(module: nn.Module) -> GatedFinding | None:
     # Scales, limits or biases of the module's own stand in no row of the table.
     if any(value is not None for value in (*module._parameters.values(), *module._buffers.values())):
         return None
-    product = _product(getattr(module, parts.activation))
+    found = _product(getattr(module, parts.activation))
     width = getattr(getattr(module, parts.gate), "in_features", None)
-    if product is None or width is None:
+    if found is None or width is None:
         return None
+    activation, product = found
     copied = float32_copy(module)
     trial = module if copied is None else copied
     weight = next((p for p in trial.parameters() if p.is_floating_point()), None)
     if weight is None:
         return None
-    fused = GatedMlp(trial, parts, product)
+    fused = GatedMlp(trial, parts, product, activation)
     for scale in (1.0, LOUD**2):
         x = noise((4, width), weight) * scale
         try:
@@ -135,18 +164,18 @@ def examine(module: nn.Module) -> GatedFinding | None:
             return None
         if not error(actual, expected) <= tolerance(x):
             return None
-    return GatedFinding(parts, product)
+    return GatedFinding(parts, product, activation)
 
 
-def _product(activation: object) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The fused product for an activation, recognised by what it computes."""
+def _product(activation: object) -> tuple[str, Callable[[Tensor, Tensor], Tensor]] | None:
+    """The name of an activation and its fused product, recognised by what it computes."""
     if not callable(activation):
         return None
     x = torch.linspace(-8.0, 8.0, 257, device="cpu")
-    known: tuple[tuple[Tensor, Callable[[Tensor, Tensor], Tensor]], ...] = (
-        (F.silu(x), swiglu),
-        (F.gelu(x, approximate="tanh"), geglu),
-        (F.gelu(x), partial(geglu, approximate="none")),
+    known: tuple[tuple[Tensor, str, Callable[[Tensor, Tensor], Tensor]], ...] = (
+        (F.silu(x), "silu", swiglu),
+        (F.gelu(x, approximate="tanh"), "gelu_tanh", geglu),
+        (F.gelu(x), "gelu", partial(geglu, approximate="none")),
     )
     actual = activation(x)
-    return next((product for expected, product in known if (actual - expected).abs().max() < 1e-6), None)
+    return next(((name, product) for y, name, product in known if (actual - y).abs().max() < 1e-6), None)

@@ -11,8 +11,12 @@ from slimformer.model.projections import Projections, Rotation
 from slimformer.rows.linear_steps import linear_step, may_be_skipped
 from slimformer.rows.norms import RowNorms
 from slimformer.rows.rows import Rows
+from slimformer.rows.step_layers import added, input_norm, is_plain
 from slimformer.rows.stream import Stream
+from slimformer_kernels import cache_rotary_, step_linear
+from slimformer_kernels.cache_rotary import HeadNorms
 from slimformer_kernels.rotary import rotary_op, rotary_reference
+from slimformer_kernels.step_linear import InputNorm
 
 
 @dataclass
@@ -91,6 +95,68 @@ class RowProjections:
             return q, k, v
         q = rotary_reference(q, cos, sin, query_token, interleaved)
         return q, rotary_reference(k, cos, sin, key_token, interleaved), v
+
+    def fits_a_step(self, x: Tensor) -> bool:
+        """Whether `in_step` computes what the module does."""
+        if self.projections.packed == "by head" or not all(is_plain(layer, x) for layer in self._inputs()):
+            return False
+        return self.projections.norms is None or self._head_norms(x) is not None
+
+    def in_step(
+        self,
+        x: Tensor,
+        norm: InputNorm | None,
+        stream: Stream,
+        kwargs: dict[str, Any],
+        room: tuple[Tensor, Tensor],
+        place: Tensor,
+    ) -> Tensor:
+        """Rotated queries of a step's few rows `[rows, heads, head_dim]`; keys and values go where they will stay.
+
+        Args:
+            x: Their residual `[rows, hidden]`, or what has gone through the norm.
+            norm: The norm in front; None where it has been computed.
+            stream: What the rows are.
+            kwargs: The layer's arguments.
+            room: All of the cache's keys and values `[batch, kv_heads, places, head_dim]`.
+            place: Where those of the new tokens go `[tokens]`.
+        """
+        packed = step_linear(x, [(layer.weight, layer.bias) for layer in self._inputs()], norm)
+        keys, values = (t.transpose(1, 2) for t in room)
+        width = keys.shape[2] * self.head_dim
+        parts = packed.split([packed.shape[1] - 2 * width, width, width], dim=1)
+        q, k, v = (t.view(len(x), -1, self.head_dim) for t in parts)
+        positions, rotation = kwargs.get("position_embeddings"), None
+        if positions is not None and self.rotation != "none":
+            rotation = stream.rotary(positions, spread=self.rotation == "neighbours, angles in halves")
+        cache_rotary_(
+            q, k, v, keys, values, place,
+            rotation=rotation, interleaved=self.rotation != "halves", norms=self._head_norms(x),
+        )  # fmt: skip
+        return q
+
+    def _inputs(self) -> list[Any]:
+        """The layers that make queries, keys and values; one where one makes all."""
+        p = self.projections
+        names = [p.query] if p.key is None or p.value is None else [p.query, p.key, p.value]
+        return [getattr(self.core, name) for name in names]
+
+    def added(self, x: Tensor, heads: Tensor) -> Tensor | None:
+        """The residual `x` `[rows, hidden]` plus the output layer; None where there is more than that behind heads."""
+        p = self.projections
+        return None if p.output is None else added(getattr(self.core, p.output), x, heads)
+
+    def _head_norms(self, x: Tensor) -> HeadNorms | None:
+        """The norms over each head of queries and keys; None where there are none, or others."""
+        names = self.projections.norms
+        if names is None:
+            return None
+        query, key = (input_norm(self.norms, name, x) for name in names)
+        if query is None or key is None or query[1:] != key[1:]:
+            return None
+        if query.weight.numel() != self.head_dim or key.weight.numel() != self.head_dim:
+            return None
+        return HeadNorms(query.weight, key.weight, query.eps, query.offset)
 
     def keys_values(self, h: Tensor, stream: Stream, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Rotated keys, and values `[rows, heads, head_dim]`, of all rows of a stream that has lost none."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from slimformer.cache.room import RoomLayer
 from slimformer.calls.masks import own_key, read_mask
 from slimformer.calls.stack_calls import callers_masks
 from slimformer.errors import PlanError
@@ -217,6 +218,8 @@ def shorter_layer(cache: Cache, slot: int, mask: Any) -> ShorterLayer | ShorterS
             torch._dynamo.mark_static_address(static.valid)
         cache.layers[slot] = static
         return static
+    if type(layer) is RoomLayer and not layer.is_sliding:
+        layer = layer.dynamic()
     if type(layer) is not DynamicLayer:
         raise PlanError(
             f"Tokens cannot be eliminated from a cache whose layers are {type(layer).__name__}. Use a DynamicCache or "

@@ -301,13 +301,13 @@ class LayerExecutor:
             skips = hidden.device.type == "cpu" and not (recorded or torch.is_autocast_enabled("cpu"))
             return Run(self.parts, kwargs, of, stream, skips=skips, cache=cache), hidden
         if self.chooses or stream.held is not None or kernels or step:
-            run = Run(self.parts, kwargs, of, stream, flat=True, kernels=kernels)
+            run = Run(self.parts, kwargs, of, stream, flat=True, kernels=kernels, parallel=self.parallel)
             return run, hidden.reshape(-1, hidden.shape[-1])
         return Run(self.parts, kwargs), hidden
 
     def _concerns_rows(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether a call in which this layer chooses nothing may do anything else than all rows by the modules."""
-        if hidden.shape[1] == 1:
+        if hidden.shape[1] == 1 or current_step() is not None:
             # A stream that lost rows has more than one.
             return current_step() is not None
         if self.lets_leave and kwargs.get("attention_mask") is not None:

@@ -17,7 +17,9 @@ from slimformer.model.anatomy import attention_core
 from slimformer.model.layer_parts import Kind
 from slimformer.model.touched_modules import is_untouched
 from slimformer.rows.attention import RowAttention
+from slimformer.rows.mlp import GatedMlp
 from slimformer.rows.rows import Rows
+from slimformer.rows.step_layers import step_of_few
 from slimformer.rows.stream import Stream, in_a_graph
 from slimformer.runtime.sublayer import Sublayer, picked
 from slimformer.runtime.sublayers import RowSublayers
@@ -57,6 +59,7 @@ class Run:
         stream: What the rows of the residual are; None where no rows are chosen.
         flat: Whether the residual is one of rows.
         kernels: Whether kernels run.
+        parallel: Whether both sublayers read the same residual, so that neither may add to it.
         skips: Whether a sublayer is left out that no row wants, for which the choice must be read.
         cache: The key-value cache among the arguments, where it does.
         owned: Whether the residual was made in this call, so that it may be written to.
@@ -69,6 +72,7 @@ class Run:
     stream: Stream | None = None
     flat: bool = False
     kernels: bool = False
+    parallel: bool = False
     skips: bool = False
     cache: Cache | None = None
     owned: bool = False
@@ -209,6 +213,10 @@ class Run:
         """The MLP of the chosen rows of the residual `x` `[rows, hidden]`, which may come normed already."""
         sublayer = self.sublayers["mlp"]
         rows, masked = self._worth_choosing(rows)
+        if rows is None and of.gated is not None and step_of_few(x) is not None:
+            update = self._gated_in_step(sublayer, of.gated, stream, x, normed)
+            if update is not None:
+                return update
         index = None if rows is None or masked else rows.index
         h = sublayer.normed_rows(x, index, stream, self.kernels) if normed is None else normed
         gated = of.gated
@@ -220,6 +228,25 @@ class Run:
         else:
             y = sublayer.output(h[None], self.kwargs)[0][0]
         return self._finished(sublayer, x, y, rows, masked)
+
+    def _gated_in_step(
+        self, sublayer: Sublayer, gated: GatedMlp, stream: Stream, x: Tensor, normed: Tensor | None
+    ) -> Update | None:
+        """A gated MLP of a step's few rows; None where its layers are no plain ones."""
+        if not is_untouched(gated.module):
+            return None
+        h, norm = (normed, None) if normed is not None else sublayer.unnormed(x, stream, self.kernels)
+        inner = gated.in_step(h, norm)
+        if inner is None:
+            return None
+        total = gated.added(x, inner) if self._adds(sublayer) else None
+        if total is not None:
+            return Update(total, replaces=True)
+        return self._finished(sublayer, x, gated.last(inner), None, False)
+
+    def _adds(self, sublayer: Sublayer) -> bool:
+        """Whether a sublayer's last layer may add to the residual itself."""
+        return sublayer.parts.adds_as_it_is and not self.parallel
 
     def _attention(
         self, of: RowSublayers, stream: Stream, x: Tensor, rows: Rows | None, compact_keys: bool
@@ -233,6 +260,13 @@ class Run:
             rows, masked = self._worth_choosing(rows)
         chosen = None if masked else rows
         if chosen is None and stream.held is None:
+            now = None if masked or by_rows is None else step_of_few(x)
+            if now is not None and by_rows is not None and by_rows.fits_a_step(x, kwargs):
+                heads = by_rows.in_step(now, *sublayer.unnormed(x, stream, self.kernels), stream, kwargs)
+                total = by_rows.layers.added(x, heads) if self._adds(sublayer) else None
+                if total is not None:
+                    return Update(total, replaces=True)
+                return self._finished(sublayer, x, by_rows.layers.output(heads), None, False, heads=True)
             step = rows is not None and by_rows is not None and by_rows.may_be_skipped(x)
             if by_rows is None or not (self.kernels or step or current_step() is not None):
                 return self._by_module(sublayer, stream, x, rows, masked)

@@ -18,7 +18,9 @@ from slimformer.cache.slots import CACHE_NAMES
 from slimformer.model.layer_parts import Kind, Parts, Structure
 from slimformer.model.touched_modules import CalledModules, is_untouched, takes_rows
 from slimformer.rows.norms import RowNorms
+from slimformer.rows.step_layers import input_norm
 from slimformer.rows.stream import Stream
+from slimformer_kernels.step_linear import InputNorm
 
 _BERT_OUTPUT = {"dense", "LayerNorm", "dropout"}
 # Arguments of cross-attention and of other parts of a layer; an attention must not see them.
@@ -94,6 +96,15 @@ class Sublayer:
             return self.normed_rows(x, index, stream, kernels)
         h: Tensor = self.parts.of(self.layer).get_submodule(inner)(picked(x, index))
         return h
+
+    def unnormed(self, x: Tensor, stream: Stream, kernels: bool) -> tuple[Tensor, InputNorm | None]:
+        """The module's input for all rows `x` `[rows, hidden]`, or the rows and the norm that makes them that."""
+        name, norms = self.parts.norm_before, self.norms
+        if name is not None and norms is not None and self.parts.inner_norm is None:
+            norm = input_norm(norms, name, x)
+            if norm is not None:
+                return x, norm
+        return self.heads_input(x, None, stream, kernels), None
 
     def whole(self, x: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The sublayer by its own modules on all tokens of the batch, in the shapes that they are made for.

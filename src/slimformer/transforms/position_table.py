@@ -69,7 +69,7 @@ def place_texts(placement: Placement, attentions: Attentions, times: float) -> d
         )
     standing_in = PlacedEmbeddings(placement, positional_names(embeddings), offset, trained, trained * times)
     lookup = InterpolatedRows(table)
-    attentions.read_texts()
+    attentions.read_texts(trained * times)
     lookup.had = attentions.ledger.set_forward(table, lookup.forward)
     standing_in.had = attentions.ledger.set_forward(embeddings, standing_in.forward)
     reach = f"up to {int(trained * times)} tokens" if times < float("inf") else "texts of any length"

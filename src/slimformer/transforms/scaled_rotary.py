@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from slimformer.cache.room import RoomLayer
 from slimformer.calls.texts import Texts, current_texts
 from slimformer.errors import PlanError
 from slimformer.transforms.rotary import Rotary, rotary_call
@@ -55,6 +56,9 @@ class ScaledRotary:
 
     def __post_init__(self) -> None:
         self.scaled = [_with_angles(self.rotary, angles) for angles in self.angles[1:]]
+        self.bounds = [self.trained * 2**number for number in range(len(self.angles) - 1)]
+        # By device: a graph cannot be captured in which they come from the host.
+        self._bounds_on: dict[torch.device, Tensor] = {}
 
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
@@ -89,8 +93,9 @@ class ScaledRotary:
 
     def _bucket(self, lengths: Tensor) -> Tensor:
         """The bucket of each length, int64 `[batch]`."""
-        bounds = [self.trained * 2**number for number in range(len(self.angles) - 1)]
-        return torch.bucketize(lengths, torch.tensor(bounds, device=lengths.device))
+        if lengths.device not in self._bounds_on:
+            self._bounds_on[lengths.device] = torch.tensor(self.bounds, device=lengths.device)
+        return torch.bucketize(lengths, self._bounds_on[lengths.device])
 
     def _turn_cache(self, texts: Texts, bucket: Tensor, position_ids: Tensor) -> None:
         """Turn the keys of texts that have just outgrown the bucket in which their keys were cached."""
@@ -131,7 +136,7 @@ def _turn_slot(cache: Cache, slot: int, past: int, cos: Tensor, sin: Tensor, int
     keys = getattr(layer, "keys", None)
     if keys is None:
         return
-    if type(layer) not in (DynamicLayer, StaticLayer):
+    if type(layer) not in (DynamicLayer, StaticLayer, RoomLayer):
         raise PlanError(
             f"A text has outgrown the length that its cached keys were turned for, and those in a "
             f"{type(layer).__name__} cannot be turned again. Use a DynamicCache or StaticCache without elimination, "

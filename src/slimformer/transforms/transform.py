@@ -63,6 +63,7 @@ class Attentions:
         call: Input and arguments of a short call of the first layer, to check changes on; None where weights are not
             in memory.
         reads_texts: Whether some change asks how long texts are.
+        bounds: Lengths of texts behind which some change does something once.
         angles: What turns cached keys otherwise than the model does, and up to which length of texts it does not.
     """
 
@@ -73,6 +74,7 @@ class Attentions:
     _calls_function: dict[type[nn.Module], bool] = field(default_factory=dict)
     _positions_of: str | None = None
     reads_texts: bool = False
+    bounds: set[float] = field(default_factory=set)
     angles: tuple[str, int] | None = None
 
     @property
@@ -225,8 +227,14 @@ class Attentions:
             trial.undo()
         return None
 
-    def read_texts(self) -> None:
-        """Let changes know, in every forward pass, where the texts lie."""
+    def read_texts(self, *bounds: float) -> None:
+        """Let changes know, in every forward pass, where the texts lie.
+
+        Args:
+            bounds: Lengths behind which a change does something once, such as turning what is cached or saying that
+                a text is too long. It may ask there how long texts are; in steps that are replayed it may not.
+        """
+        self.bounds.update(bounds)
         if not self.reads_texts:
             reader = TextReader(positional_names(self.anatomy.stack))
             reader.had = self.ledger.set_forward(self.anatomy.stack, reader)

@@ -57,6 +57,8 @@ class Candidates(CandidateGenerator):
         self.cache = model_kwargs[self.cache_name]
         self.kwargs = {name: value for name, value in model_kwargs.items() if name != self.cache_name}
         self.kwargs.pop("logits_to_keep", None)
+        mask = self.kwargs.get("attention_mask")
+        self.padded = 0 if mask is None or not draft.bounds else int((mask == 0).sum())
         self.borrows = can_borrow(draft.layout, draft.of_model)
         self.own: Any = None
         self.rounds = 0
@@ -77,7 +79,7 @@ class Candidates(CandidateGenerator):
         self.rounds += 1
         self._copied, self._confidences = 0, []
         # The model adds one token itself.
-        room = min(LONGEST, int(self.config.max_length) - input_ids.shape[1] - 1)
+        room = min(LONGEST, int(self.config.max_length) - input_ids.shape[1] - 1, self._to_bound(input_ids))
         found, scores = input_ids, None
         if self.rounds > 1 and room > 0:
             found = self._copy(input_ids, room)
@@ -98,6 +100,13 @@ class Candidates(CandidateGenerator):
         if self.own is not None:
             # The text without its last token, as far as the draft has read the same.
             self._crop(min(self._held, input_ids.shape[1] - 1))
+
+    def _to_bound(self, ids: Tensor) -> int:
+        """How many tokens may be guessed of which none is beyond a bound: what is done there is not taken back."""
+        length = ids.shape[1] - self.padded
+        return min(
+            (max(bound - length, 0) for bound in self.draft.bounds if bound >= length - 1), default=LONGEST
+        )
 
     def _copy(self, ids: Tensor, room: int) -> Tensor:
         """The text and what came when its last tokens stood there before; the text alone if they never did."""

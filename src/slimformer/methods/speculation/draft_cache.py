@@ -9,9 +9,10 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from slimformer.cache.filter_state import FilterState
 from slimformer.cache.layout import CacheLayout, stamp
+from slimformer.cache.room import RoomCache, RoomLayer
 
-# Whose `update` puts new tensors in place of the old ones, and leaves those as they were.
-_REPLACING = (DynamicLayer, DynamicSlidingWindowLayer, FilterState)
+# Whose `update` leaves what was there as it was.
+_REPLACING = (DynamicLayer, DynamicSlidingWindowLayer, FilterState, RoomLayer)
 
 
 def can_borrow(draft: CacheLayout, model: CacheLayout) -> bool:
@@ -42,6 +43,9 @@ def borrowed(cache: Cache, model: CacheLayout, draft: CacheLayout) -> Cache:
     """
     found = copy.copy(cache)
     found.layers = list(cache.layers)
+    if isinstance(found, RoomCache):
+        # What a draft writes there lies behind what the model has read, which writes over it.
+        found.borrowed = True
     for own, there in zip(draft.slots, model.slots, strict=True):
         if there < len(cache.layers) and own < len(found.layers):
             found.layers[own] = _copied(cache.layers[there])

@@ -19,12 +19,16 @@ class DraftModel:
         model: It.
         layout: Where its layers keep what in a cache.
         of_model: Where those of the model do.
+        bounds: Lengths of texts behind which one of both does something once, such as turning what is cached.
+        replays: Whether its steps are replayed from graphs.
         tensors: The model's, with which it was made.
     """
 
     model: Any
     layout: CacheLayout
     of_model: CacheLayout
+    bounds: frozenset[int]
+    replays: Callable[[], bool]
     tensors: list[Tensor] = field(repr=False)
 
     def fits(self, model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from slimformer.cache.slots import CACHE_NAMES
 from slimformer.methods.speculation.candidates import Candidates
-from slimformer.methods.speculation.draft_cache import grows_by_replacing
+from slimformer.methods.speculation.draft_cache import can_borrow, grows_by_replacing
 from slimformer.methods.speculation.draft_model import DraftModel, MakesDraft
 from slimformer.methods.speculation.pace import Pace
 from slimformer.methods.speculation.tally import Tally
@@ -40,7 +40,7 @@ class Speculating:
     Attributes:
         model: The model.
         makes: Makes its draft.
-        replays: Whether its steps are replayed from graphs, which no draft that is launched could keep up with.
+        replays: Whether its steps are replayed from graphs.
         draft: The draft; None where it is to be made.
         pace: What drafts cost and how often they are right, measured in all calls.
         tally: Counts for `status`.
@@ -85,10 +85,21 @@ class Speculating:
         if not _asks.get():
             return self.had_candidates(*args, **kwargs)
         _asks.set(False)
+        config, model_kwargs = kwargs["generation_config"], kwargs["model_kwargs"]
+        return Candidates(
+            self._draft(), self.pace, self.tally, config, model_kwargs, kwargs["logits_processor"]
+        )
+
+    def _draft(self) -> DraftModel:
+        """The draft, made anew if need be."""
         if self.draft is None or not self.draft.fits(self.model):
             self.draft = self.makes()
-        config, model_kwargs = kwargs["generation_config"], kwargs["model_kwargs"]
-        return Candidates(self.draft, self.pace, self.tally, config, model_kwargs, kwargs["logits_processor"])
+        return self.draft
+
+    def _drafted_by_graphs(self) -> bool:
+        """Whether the draft's steps are replayed too: in the room of the model's cache."""
+        draft = self._draft()
+        return draft.replays() and can_borrow(draft.layout, draft.of_model)
 
     def _without_drafts(
         self, inputs: Any, config: GenerationConfig | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -123,7 +134,7 @@ class Speculating:
         texts = (1 if given is None else len(given)) * (chosen.num_return_sequences or 1)
         if texts > 1:
             return f"{texts} texts at once, and transformers' assisted generation takes one"
-        if self.replays():
+        if self.replays() and not self._drafted_by_graphs():
             return "steps are replayed from graphs, faster than drafts that are launched one by one"
         return _unlike_steps(chosen, model_kwargs)
 

@@ -23,7 +23,8 @@ _TRIAL, _FIRST_REST, _LONGEST_REST = 3, 32, 1024
 _REST_OF_TEXTS = 128
 # What a checked token costs before that was measured, as a part of a step.
 _CHECKING = 0.2
-LONGEST = 16
+# With the token behind them as many as one tile of a matrix product has rows.
+LONGEST = 15
 
 
 class Typical:
