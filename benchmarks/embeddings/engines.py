@@ -1,7 +1,11 @@
-"""An embedding model without some layers, in ONNX Runtime and OpenVINO: texts per second and quality, in int8 too."""
+"""An embedding model without some layers in PyTorch, ONNX Runtime and OpenVINO, int8 too: texts per second, quality.
+
+Beside them stands model2vec, if it is installed: one vector per word of the vocabulary, distilled from the same model.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -15,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutput
 
 import slimformer
 from benchmarks.embeddings.encode import encoded
 from benchmarks.embeddings.inputs import embedder, lines, retrieval_task
+from benchmarks.embeddings.judged import judged_alone_and_with
 from benchmarks.frame import tables
 from benchmarks.frame.compare import against, compare
 from benchmarks.frame.inputs import C4, CRANFIELD, LOSSLESS, STS_TEST, UNPATCHED, WIKI_TEST, WIKI_TRAIN, kept
@@ -27,13 +33,15 @@ from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement
 from benchmarks.frame.timing import Effort
 from slimformer import LayerDrop, Plan
-from slimformer.evaluation.embedding_tasks import EmbeddingTask, PairTask
+from slimformer.evaluation.embedding_tasks import PairTask
 from slimformer.evaluation.similarity_task import read_sts
 from slimformer.model.anatomy import find_anatomy
 from slimformer.plans.plan import fingerprint
 from slimformer.training.loop import TrainingSettings
 
 WHOLE, FEWER = "all layers", "fewer layers"
+STATIC = "model2vec, 256 numbers"
+ENGINES, TORCH, WORDS, QUALITY = "engines", "torch-int8", "model2vec", "quality"
 WIKI, DOLLY, ALPACA = (
     "c4_calib/wiki_demo.txt",
     "instructions/dolly_hhrlhf_train_small.jsonl",
@@ -42,6 +50,8 @@ WIKI, DOLLY, ALPACA = (
 # By the number of layers: what is dropped. Of twelve: the greedy order of `calibrate drop --kinds block`, which takes
 # 2 5 4 6 3 1, spread out a little, so that no gap is as long.
 BLOCKS: dict[int, tuple[int, ...]] = {3: (1,), 6: (2, 4), 12: (1, 3, 4, 5, 6, 8)}
+# Of the table: documents and queries by the same engine, one of the two by the unpatched model, and similarity.
+FIGURES = {"cranfield": ".3f", "dense queries": ".3f", "dense documents": ".3f", "sts": ".1f"}
 _TEXTS, _ROUNDED_ON = 48, 64
 _PACKAGES = ("onnxscript", "onnxruntime", "openvino", "nncf")
 _WORDS = (12, 25, 50, 90, 140, 200)
@@ -56,6 +66,7 @@ Engines = dict[str, nn.Module]
     on="CPU",
     model="embedding model",
     data=(CRANFIELD, STS_TEST, C4, WIKI, WIKI_TRAIN, WIKI_TEST, DOLLY, ALPACA),
+    parts=[ENGINES, TORCH, WORDS, QUALITY],
     takes=("plans", "texts"),
 )
 def run(settings: Settings) -> Iterator[Measurement]:
@@ -72,10 +83,14 @@ def run(settings: Settings) -> Iterator[Measurement]:
     samples = lines(settings, WIKI_TEST)[: settings.pick(_ROUNDED_ON, 4)]
     task = retrieval_task(settings)
     timed = task.texts[: settings.texts or settings.pick(_TEXTS, 4)]
+    parts = settings.chosen([ENGINES, TORCH, WORDS, QUALITY])
     with tempfile.TemporaryDirectory() as folder:
         engines: Engines = {}
         for layers, found in ((WHOLE, LayerDrop()), (FEWER, plan)):
-            engines |= _engines(settings, Path(folder), layers, found, model, samples)
+            if TORCH in parts:
+                engines[f"{layers}: PyTorch, int8"] = _in_int8(settings, Path(folder), layers, found, own)
+            if ENGINES in parts:
+                engines |= _engines(settings, Path(folder), layers, found, model, samples)
 
         def restored(*methods: Plan) -> None:
             model[0].model = own
@@ -106,17 +121,26 @@ def run(settings: Settings) -> Iterator[Measurement]:
             )
             for name, way in ways.items()
         }
+        static = _distilled(settings) if WORDS in parts else None
+        if static is not None:
+            cases[STATIC] = against(None, partial(encoded, static, [timed]), prepare=restored)
         yield from compare(
             settings, {**at, "texts": len(timed)}, cases, regime="wall", baseline=UNPATCHED, effort=_EFFORT
         )
+        if QUALITY not in parts:
+            restored()
+            return
         pairs, gold = read_sts(settings.data / STS_TEST)
-        tasks: dict[str, EmbeddingTask] = {"cranfield": task, "sts": PairTask("STS-B test", pairs, gold)}
+        sts = PairTask("STS-B test", pairs, gold)
+        judge = judged_alone_and_with(task, sts)
         judged = [
-            name for name in ways if name in (UNPATCHED, f"{FEWER}: PyTorch") or "Runtime, int8" in name
+            name
+            for name in ways
+            if name in (UNPATCHED, f"{FEWER}: PyTorch") or name.endswith(("Runtime, int8", "PyTorch, int8"))
         ]
         for name in judged:
             ways[name]()
-            values = {of: judge.scores(model)[0] for of, judge in tasks.items()}
+            values = judge(model)
             rounded = encoded(model, [timed])
             exact = right[FEWER if name.startswith(FEWER) else WHOLE]
             values["cosine"] = float(torch.cosine_similarity(rounded, exact).mean())
@@ -124,6 +148,11 @@ def run(settings: Settings) -> Iterator[Measurement]:
                 values["repair seconds"] = seconds
             yield Measurement({**at, "judged": "yes"}, name, values=values)
         restored()
+        if static is not None:
+            # Another space: its vectors are compared with its own alone.
+            yield Measurement(
+                {**at, "judged": "yes"}, STATIC, values=judged_alone_and_with(task, sts)(static)
+            )
 
 
 def slimformer_patched(model: Any, own: nn.Module) -> None:
@@ -151,6 +180,46 @@ class Graph(nn.Module):
         given["token_type_ids"] = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         found = self.call({name: given[name].numpy() for name in self.names})
         return BaseModelOutput(last_hidden_state=torch.from_numpy(found))
+
+
+class Words:
+    """A distilled model of vectors per word, with what evaluators call of a pipeline."""
+
+    similarity_fn_name = "cosine"
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def encode(self, texts: Sequence[str], convert_to_tensor: bool = False, **_: Any) -> Any:
+        """Vectors `[texts, 256]`."""
+        found = self.inner.encode(list(texts))
+        return torch.from_numpy(found) if convert_to_tensor else found
+
+    encode_document = encode_query = encode
+
+
+def _distilled(settings: Settings) -> Words | None:
+    """model2vec's own distillation of the model, kept beside the plans; None where the package is not installed."""
+    if find_spec("model2vec") is None or settings.smoke:
+        return None
+    package, distill = import_module("model2vec"), import_module("model2vec.distill").distill
+    folder = settings.plans / "model2vec"
+    if not folder.is_dir():
+        distill(str(settings.model), pca_dims=256, device="cpu").save_pretrained(str(folder))
+    return Words(package.StaticModel.from_pretrained(str(folder)))
+
+
+def _in_int8(settings: Settings, folder: Path, layers: str, plan: Any, own: nn.Module) -> nn.Module:
+    """PyTorch's dynamic quantisation of the linear layers, weights per output channel."""
+    exact = copy.deepcopy(own)
+    if layers == FEWER:
+        target = folder / "checkpoint"
+        slimformer.export(str(settings.model), plan, target, to="checkpoint")
+        exact = AutoModel.from_pretrained(target, dtype=torch.float32).eval()
+    quantization: Any = torch.ao.quantization
+    recipe = {nn.Linear: quantization.per_channel_dynamic_qconfig}
+    found: nn.Module = quantization.quantize_dynamic(exact, recipe, dtype=torch.qint8)
+    return found
 
 
 def _engines(
@@ -262,8 +331,9 @@ def engines(content: dict[str, Any]) -> str:
             continue
         texts, median = timed["parameters"]["texts"], timed["milliseconds"]["p50"]
         cells = [name, tables.number(1000 * texts / median), tables.gain(timed)]
-        for figure, form in (("cranfield", ".3f"), ("sts", ".1f")):
-            value, whole = tables.figure(judged, figure), tables.figure(dense, figure)
+        for figure, form in FIGURES.items():
+            of_dense = figure if figure == "sts" else "cranfield"
+            value, whole = tables.figure(judged, figure), tables.figure(dense, of_dense)
             known = value is not None and whole is not None
             cells.append(f"{value:{form}} ({tables.change(value or 0.0, whole or 0.0)})" if known else "")
         cells.append(tables.shown(tables.figure(judged, "cosine"), ".4f") if "int8" in name else "")
@@ -273,6 +343,8 @@ def engines(content: dict[str, Any]) -> str:
         "texts per second",
         "gain",
         "Cranfield, nDCG@10",
+        "with dense queries",
+        "with dense documents",
         "STS-B test, Spearman × 100",
         "cosine to float32",
     ]
