@@ -30,7 +30,7 @@ from benchmarks.frame import tables
 from benchmarks.frame.compare import against, compare
 from benchmarks.frame.inputs import C4, CRANFIELD, LOSSLESS, STS_TEST, UNPATCHED, WIKI_TEST, WIKI_TRAIN, kept
 from benchmarks.frame.registry import Settings, benchmark, table
-from benchmarks.frame.results import Measurement
+from benchmarks.frame.results import Measurement, Parameters
 from benchmarks.frame.timing import Effort, Regime
 from slimformer import LayerDrop, Plan
 from slimformer.evaluation.embedding_tasks import PairTask
@@ -41,6 +41,8 @@ from slimformer.training.loop import TrainingSettings
 
 WHOLE, FEWER = "all layers", "fewer layers"
 STATIC = "model2vec, 256 numbers"
+# A batch as texts come, and batches of neighbours in length, as `encode` makes them of a whole corpus.
+ARRIVAL, SORTED = "arrival", "sorted"
 ONNX, OPENVINO, TORCH, WORDS, QUALITY = "onnx", "openvino", "torch-int8", "model2vec", "quality"
 PARTS = [ONNX, OPENVINO, TORCH, WORDS, QUALITY]
 WIKI, DOLLY, ALPACA = (
@@ -85,7 +87,9 @@ def run(settings: Settings) -> Iterator[Measurement]:
     own = model[0].model
     samples = lines(settings, WIKI_TEST)[: settings.pick(_ROUNDED_ON, 4)]
     task = retrieval_task(settings)
-    timed = task.texts[: settings.texts or settings.pick(_TEXTS, 4)]
+    count = settings.texts or settings.pick(_TEXTS, 4)
+    orders = {ARRIVAL: [task.texts[:count]], SORTED: neighbours(task.texts, count)}
+    timed = orders[ARRIVAL][0]
     # Of one thread the processor's own time is taken: a machine that others use gives the same figures.
     regime: Regime = "processor" if torch.get_num_threads() == 1 else "wall"
     with tempfile.TemporaryDirectory() as folder:
@@ -114,25 +118,26 @@ def run(settings: Settings) -> Iterator[Measurement]:
             f"{FEWER}: PyTorch": partial(restored, plan),
         }
         ways |= {name: partial(through, engine) for name, engine in engines.items()}
-        right: dict[str, Tensor] = {}
+        right: dict[tuple[str, str], Tensor] = {}
         for layers, way in ((WHOLE, ways[UNPATCHED]), (FEWER, ways[f"{FEWER}: PyTorch"])):
             way()
-            right[layers] = encoded(model, [timed])
-        cases = {
-            name: against(
-                None if "int8" in name else right[FEWER if name.startswith(FEWER) else WHOLE],
-                partial(encoded, model, [timed]),
-                1e-4,
-                prepare=way,
-            )
-            for name, way in ways.items()
-        }
+            for order, calls in orders.items():
+                right[layers, order] = encoded(model, calls)
         static = _distilled(settings) if WORDS in parts else None
-        if static is not None:
-            cases[STATIC] = against(None, partial(encoded, static, [timed]), prepare=restored)
-        yield from compare(
-            settings, {**at, "texts": len(timed)}, cases, regime=regime, baseline=UNPATCHED, effort=_EFFORT
-        )
+        for order, calls in orders.items():
+            cases = {
+                name: against(
+                    None if "int8" in name else right[FEWER if name.startswith(FEWER) else WHOLE, order],
+                    partial(encoded, model, calls),
+                    1e-4,
+                    prepare=way,
+                )
+                for name, way in ways.items()
+            }
+            if static is not None:
+                cases[STATIC] = against(None, partial(encoded, static, calls), prepare=restored)
+            point: Parameters = {**at, "order": order, "texts": sum(map(len, calls))}
+            yield from compare(settings, point, cases, regime=regime, baseline=UNPATCHED, effort=_EFFORT)
         if QUALITY not in parts:
             restored()
             return
@@ -148,7 +153,7 @@ def run(settings: Settings) -> Iterator[Measurement]:
             ways[name]()
             values = judge(model)
             rounded = encoded(model, [timed])
-            exact = right[FEWER if name.startswith(FEWER) else WHOLE]
+            exact = right[FEWER if name.startswith(FEWER) else WHOLE, ARRIVAL]
             values["cosine"] = float(torch.cosine_similarity(rounded, exact).mean())
             if name == f"{FEWER}: PyTorch":
                 values["repair seconds"] = seconds
@@ -159,6 +164,18 @@ def run(settings: Settings) -> Iterator[Measurement]:
             yield Measurement(
                 {**at, "judged": "yes"}, STATIC, values=judged_alone_and_with(task, sts)(static)
             )
+
+
+def neighbours(texts: Sequence[str], count: int) -> list[list[str]]:
+    """Four batches of texts that are neighbours in length, from short ones to long ones, `count` texts in all.
+
+    Example:
+        >>> neighbours(["a" * n for n in range(16)], 4)[0]
+        ['aa']
+    """
+    ordered, each = sorted(texts, key=len), max(count // 4, 1)
+    starts = (int(len(ordered) * (2 * part + 1) / 8) for part in range(4))
+    return [ordered[start : start + each] for start in starts]
 
 
 def slimformer_patched(model: Any, own: nn.Module) -> None:
@@ -339,31 +356,42 @@ def other_texts(settings: Settings) -> list[str]:
 
 @table("encoder_engines")
 def engines(content: dict[str, Any]) -> str:
-    """One row per engine: texts per second, how many times those of the unpatched pipeline, and quality."""
-    rows = []
-    dense = tables.find(content, UNPATCHED, judged="yes")
+    """For every model one row per engine: its speed in two orders beside the unpatched pipeline, and quality."""
+    parts = [_of_model(content, name) for name in tables.distinct(content, "model")]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _of_model(content: dict[str, Any], model: str) -> str:
+    of_model: dict[str, Any] = {"model": model}
+    dense, rows = tables.find(content, UNPATCHED, judged="yes", **of_model), []
     for name in tables.candidates(content):
-        judged = tables.find(content, name, judged="yes")
-        timed = tables.find(content, name, regime="wall") or tables.find(content, name, regime="processor")
-        if timed is None or timed["status"] != "ok":
+        judged = tables.find(content, name, judged="yes", **of_model)
+        times = {order: tables.find(content, name, order=order, **of_model) for order in (ARRIVAL, SORTED)}
+        if any(timed is None or timed["status"] != "ok" for timed in times.values()):
             continue
-        texts, median = timed["parameters"]["texts"], timed["milliseconds"]["p50"]
-        cells = [name, tables.number(1000 * texts / median), tables.gain(timed)]
+        cells = [name]
+        for timed in times.values():
+            if timed is not None:
+                texts, median = timed["parameters"]["texts"], timed["milliseconds"]["p50"]
+                cells += [f"{tables.number(1000 * texts / median)} ({tables.gain(timed)})"]
         for figure, form in FIGURES.items():
             of_dense = figure if figure == "sts" else "cranfield"
             value, whole = tables.figure(judged, figure), tables.figure(dense, of_dense)
             known = value is not None and whole is not None
             cells.append(f"{value:{form}} ({tables.change(value or 0.0, whole or 0.0)})" if known else "")
-        cells.append(tables.shown(tables.figure(judged, "cosine"), ".4f") if "int8" in name else "")
+        cells.append(
+            tables.shown(tables.figure(judged, "cosine"), ".4f") if "int8" in name and judged else ""
+        )
         rows.append(cells)
+    dropped = tables.distinct(content, "dropped", where=lambda at: at.get("model") == model)
     head = [
-        "",
-        "texts per second",
-        "gain",
+        f"{model}, layers {', '.join(map(str, dropped))} dropped",
+        "texts per second, as they come",
+        "by length",
         "Cranfield, nDCG@10",
         "with dense queries",
         "with dense documents",
         "STS-B test, Spearman × 100",
         "cosine to float32",
     ]
-    return tables.markdown(head, rows)
+    return tables.markdown(head, rows) if rows else ""
