@@ -52,6 +52,8 @@ def small(name: str, **overrides: object) -> PreTrainedModel:
     model = tiny_model(name, **{**OWN.get(name, {}), **overrides})
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
+        for table in (m for path, m in model.named_modules() if path.endswith("relative_attention_bias")):
+            table.weight.normal_(generator=generator)
         for weight in find_anatomy(model).layers.parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if weight.dim() == 1:
@@ -129,6 +131,7 @@ LINEARS = {
     "llama": ("mlp.gate_proj", "self_attn.q_proj"),
     "phi": ("mlp.fc1", "self_attn.q_proj"),
     "bert": ("intermediate.dense", "attention.self.query"),
+    "mpnet": ("intermediate.dense", "attention.attn.q"),
     "distilbert": ("ffn.lin1", "attention.q_lin"),
     "modernbert": ("mlp.Wi", "attn.Wqkv"),
 }

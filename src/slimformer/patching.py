@@ -374,7 +374,7 @@ def _observed(anatomy: Anatomy, executors: Iterable[Executor]) -> Observed | Non
     if not by_rows:
         return None
     # A stack whose layers return tuples collects hidden states in its own loop.
-    observed = Observed(anatomy.layers, by_rows[0].returns_tuple or not hands_on(anatomy))
+    observed = Observed(anatomy.layers, not hands_on(anatomy), by_rows[0].returns_tuple)
     for executor in by_rows:
         executor.observed = observed
     return observed

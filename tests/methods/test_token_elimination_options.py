@@ -36,7 +36,7 @@ def chosen(keep: float, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kinds", [("attention", "mlp"), ("mlp",), ("attention",)], ids="+".join)
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "olmo2", "bert", "modernbert"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "olmo2", "bert", "mpnet", "modernbert"])
 def test_tokens_that_may_come_back_pass_sublayers_by(name: str, kinds: tuple[Kind, ...]) -> None:
     model = small(name)
     method = TokenElimination({1: 0.6, 3: 0.5}, scorer="random", revivable=True, kinds=kinds, **SHORT)
@@ -71,7 +71,7 @@ def test_tokens_that_come_back_are_in_every_cache_and_decode_computes_all() -> N
     torch.testing.assert_close(step.logits[:, -1], expected[:, -1], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "mpnet", "roberta"])
 def test_mean_pooling_over_everything_is_then_over_what_stayed(name: str) -> None:
     model, mask = tiny_model(name), mask_of(0, 5, 11).flip(1)
     kept = chosen(0.4, mask)

@@ -96,7 +96,7 @@ def test_any_number_of_rows_may_be_chosen(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "phi", "bert", "distilbert"])
+@pytest.mark.parametrize("name", ["llama", "phi", "bert", "mpnet", "distilbert"])
 def test_rows_that_are_not_chosen_are_not_computed(name: str, kind: Kind) -> None:
     model, given, method = small(name), batch(name, "left"), RandomKeep(0.5, seed=3)
     mask = given["attention_mask"].bool()
@@ -129,7 +129,8 @@ def test_only_the_named_layers_choose() -> None:
 @pytest.mark.full(1)
 @pytest.mark.parametrize("kinds", [("attention",), ("attention", "mlp")], ids="+".join)
 @pytest.mark.parametrize("name", [
-    "llama", "qwen2", "qwen3", "olmo2", "phi3", "phi", "gpt2", "gpt_neox", "bert", "roberta", "distilbert",
+    "llama", "qwen2", "qwen3", "olmo2", "phi3", "phi", "gpt2", "gpt_neox", "bert", "roberta", "mpnet",
+    "distilbert",
 ])  # fmt: skip
 def test_compact_keys_are_those_of_the_chosen_tokens(name: str, kinds: tuple[Kind, ...]) -> None:
     model, more = small(name), {"use_cache": False} if name in DECODERS else {}

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import slimformer
+from slimformer import TempScale
+from slimformer.methods.temperature import LogNScale
 from slimformer.model.anatomy import find_anatomy
 from slimformer.model.layer_parts import KINDS, Kind
 from slow_rows import (  # noqa: F401
@@ -76,6 +78,30 @@ def test_only_text_is_computed(name: str, kind: Kind) -> None:
         with rows_through(*linears(model, name, kind)) as rows:
             outputs(model, given)
         assert rows == [int(given["attention_mask"].sum())] * 4
+
+
+@pytest.mark.parametrize("method", [TempScale(0.6), LogNScale(6)], ids=repr)
+@pytest.mark.parametrize("name", ["bert", "mpnet"])
+def test_only_text_is_computed_where_scores_are_changed(name: str, method: Any) -> None:
+    model, given = slimformer.patch(small(name), method), batch(name, "mixed")
+    with rows_through(*linears(model, name, "attention")) as rows:
+        actual = outputs(model, given)
+    assert rows == [int(given["attention_mask"].sum())] * 4
+    for row, (begin, length) in enumerate(LAYOUTS["mixed"]):
+        alone = {key: value[row : row + 1, begin : begin + length] for key, value in given.items()}
+        if begin == 0:
+            assert error(actual[row : row + 1, :length], outputs(model, alone)) <= CLOSE
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet"])
+def test_a_loop_over_the_layers_may_be_called_by_itself(name: str) -> None:
+    model, given = small(name), batch(name, "right")
+    x = torch.randn(3, 24, 32, generator=torch.Generator().manual_seed(3))
+    hidden = torch.zeros(3, 1, 1, 24).masked_fill(given["attention_mask"][:, None, None] == 0, -1e9)
+    with torch.no_grad():
+        expected = model.encoder(x, attention_mask=hidden)[0]
+        actual = slimformer.patch(model).encoder(x, attention_mask=hidden)[0]
+    assert error(actual, expected, given["attention_mask"]) <= CLOSE
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -274,10 +300,8 @@ def test_bfloat16_stays_what_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_status_says_that_text_is_computed(name: str) -> None:
-    # MPNet's stack reads what its layers return, so no row may leave.
-    rows = "all rows" if name == "mpnet" else "text rows"
     model = slimformer.patch(small(name))
-    assert slimformer.status(model) == {index: dict.fromkeys(KINDS, rows) for index in range(4)}
+    assert slimformer.status(model) == {index: dict.fromkeys(KINDS, "text rows") for index in range(4)}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "bert", "modernbert"])

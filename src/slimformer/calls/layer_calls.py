@@ -115,6 +115,9 @@ def layer_calls(
     names = positional_names(anatomy.stack)
     if start and "position_ids" in names:
         given["position_ids"] = (text.long().cumsum(1) - 1).clamp_min(0) + start
+        if "token_type_ids" in names:
+            # Else NomicBERT reads them from a buffer by position id, and none stands that far.
+            given["token_type_ids"] = torch.zeros_like(ids)
     if "use_cache" in names or anatomy.causal:
         given["use_cache"] = cached
     if cache is not None:

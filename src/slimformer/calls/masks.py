@@ -42,7 +42,7 @@ def read_mask(
     """Read a mask whose last keys are the call's tokens, as in every cache that grows.
 
     Args:
-        mask: `[batch, keys]`, or `[batch, 1, 1 or tokens, keys]` as booleans or as additions.
+        mask: `[batch, keys]`, or `[batch, 1, 1 or tokens, keys]` as booleans, as flags or as additions.
         batch: Sequences.
         tokens: Queries.
         causal: Whether the model hides keys after a query where the mask is none of queries and keys.
@@ -58,8 +58,6 @@ def read_mask(
         return _read_keys(seen, batch, tokens, agrees=agrees.all())
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, tokens):
         return OTHER
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        return OTHER
     if mask.shape[2] < tokens:
         limited = window is not None and ANY_WINDOW != window < mask.shape[3]
         if causal or limited:
@@ -73,6 +71,9 @@ def _seen(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Which keys a mask shows, and whether it shows or hides every key and does nothing else, both bool."""
     if mask.dtype == torch.bool:
         return mask, torch.ones((), dtype=torch.bool, device=mask.device)
+    if not mask.is_floating_point():
+        # Flags, as DeBERTa's layers get them.
+        return mask == 1, ((mask == 0) | (mask == 1)).all()
     seen = mask == 0
     return seen, (seen | is_hidden(mask)).all()
 

@@ -23,6 +23,7 @@ _NOT_BETWEEN_LAYERS = frozenset({
     "use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "labels",
     "task_type_ids", "mm_token_type_ids",
 })  # fmt: skip
+_RECORDED = ("output_hidden_states", "output_attentions")
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,17 @@ class _StackCall:
         features: Whether there are arguments that the stack may put between its layers.
         positions: The position of every token, `[1 or batch, tokens]`, where the caller says it.
         keys: Which keys are text, flags `[batch, keys]`, where the caller says it.
+        records: Whether hidden states or attention weights may be asked for, which some stacks collect in their loop.
     """
 
     masks: tuple[Tensor, ...] = ()
     features: bool = False
     positions: Tensor | None = None
     keys: Tensor | None = None
+    records: bool = True
 
 
+# Also of a loop over the layers that somebody calls without the stack around it.
 _NOTHING = _StackCall()
 # Of the forward pass that runs in this thread or task.
 _current: ContextVar[_StackCall] = ContextVar("slimformer_stack_call", default=_NOTHING)
@@ -77,6 +81,11 @@ def callers_keys() -> Tensor | None:
     return _running().keys
 
 
+def may_record() -> bool:
+    """Whether the stack that runs may have been asked for what is between its layers."""
+    return _running().records
+
+
 def puts_features_between() -> bool:
     """Whether the stack that runs got arguments that it may put between its layers, at tokens of the batch."""
     return _running().features
@@ -88,10 +97,12 @@ class StackReader:
 
     Attributes:
         names: Its positional parameters.
+        config: The model's, which says what is returned where arguments do not.
         had: The stack's own.
     """
 
     names: tuple[str, ...]
+    config: Any
     had: Callable[..., Any] = field(init=False)
 
     @property
@@ -119,7 +130,12 @@ class StackReader:
         masks = tuple(mask.values()) if isinstance(mask, Mapping) else (mask,)
         own = tuple(m for m in masks if isinstance(m, Tensor) and m.dim() == 4)
         features = any(given.get(name) is not None for name in self.names if name not in _NOT_BETWEEN_LAYERS)
-        return _StackCall(own, features, _flat(given.get("position_ids")), _flat(mask))
+        asked = (given.get(name) for name in _RECORDED)
+        records = any(
+            getattr(self.config, name, False) if value is None else value
+            for name, value in zip(_RECORDED, asked, strict=True)
+        )
+        return _StackCall(own, features, _flat(given.get("position_ids")), _flat(mask), records)
 
 
 def _flat(value: Any) -> Tensor | None:
@@ -128,7 +144,7 @@ def _flat(value: Any) -> Tensor | None:
 
 def read_stack_calls(anatomy: Anatomy, ledger: Ledger) -> None:
     """Let layers know, in every forward pass, what the stack does beside calling them."""
-    reader = StackReader(positional_names(anatomy.stack))
+    reader = StackReader(positional_names(anatomy.stack), anatomy.stack.config)
     reader.had = ledger.set_forward(anatomy.stack, reader)
 
 
@@ -148,12 +164,14 @@ class Observed:
     Attributes:
         layers: The model's layers.
         by_the_stack: Whether the loop over the layers does it always.
+        in_the_loop: Whether that loop collects by itself what the caller asked for.
         foreign: Layers that had a `forward` of somebody else's before they were patched.
         forwards: The `forward` that each other layer was given, by its index.
     """
 
     layers: nn.ModuleList
     by_the_stack: bool
+    in_the_loop: bool
     foreign: frozenset[int] = field(init=False)
     forwards: dict[int, Any] = field(default_factory=dict, repr=False)
 
@@ -169,6 +187,8 @@ class Observed:
     def __call__(self) -> bool:
         """Whether hooks, wrappers, recorded outputs or the stack itself do."""
         if self.by_the_stack or self.foreign or _active_collector.get() or puts_features_between():
+            return True
+        if self.in_the_loop and may_record():
             return True
         # Equal, not the same: a copied model has its own bound methods.
         return any(

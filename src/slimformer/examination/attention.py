@@ -94,7 +94,7 @@ def examine(core: nn.Module, calls: Sequence[AttentionCall], causal: bool) -> At
         return AttentionFinding(
             reason=f"{type(core).__name__} has projections that are not known: {children}"
         )
-    unknown = _unaccounted(core, calls)
+    unknown = _unaccounted(core, projections, calls)
     if unknown:
         return AttentionFinding(
             reason=f"{type(core).__name__} has {unknown}, which nothing here accounts for"
@@ -120,7 +120,7 @@ def examine(core: nn.Module, calls: Sequence[AttentionCall], causal: bool) -> At
     return AttentionFinding(reason=reason)
 
 
-def _unaccounted(core: nn.Module, calls: Sequence[AttentionCall]) -> str:
+def _unaccounted(core: nn.Module, projections: Projections, calls: Sequence[AttentionCall]) -> str:
     """Parameters, buffers and arguments of a module that a row attention would leave out, in words."""
     own = [name for name, value in (*core._parameters.items(), *core._buffers.items()) if value is not None]
     if own:
@@ -131,7 +131,8 @@ def _unaccounted(core: nn.Module, calls: Sequence[AttentionCall]) -> str:
         for name, value in call.arguments.items()
         if value is not None and value is not False
     }
-    arguments = sorted(name for name in given if name not in _KNOWN and name in positional_names(core))
+    known = {*_KNOWN, projections.bias}
+    arguments = sorted(name for name in given if name not in known and name in positional_names(core))
     return f"the arguments {', '.join(arguments)}" if arguments else ""
 
 

@@ -33,6 +33,7 @@ class Parts:
         projection: The module that takes the residual too.
         whole: Whether the module adds to the residual itself.
         inner_norm: The norm within such a module, in front of the heads.
+        end_norm: The norm within such a module of the sum with the residual, where no output layer has it.
         multiplier: A number on the layer with which the result is multiplied.
     """
 
@@ -47,6 +48,7 @@ class Parts:
     projection: str | None = None
     whole: bool = False
     inner_norm: str | None = None
+    end_norm: str | None = None
     multiplier: str | None = None
 
     def children(self) -> set[str]:

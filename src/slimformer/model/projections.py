@@ -25,6 +25,7 @@ class Projections:
         norms: The norms of queries and keys, where there are any.
         packed: How one layer lays out all three: behind each other, or head by head.
         dropout: What follows the output layer.
+        bias: The argument with what is added to scores, `[1 or batch, heads, tokens, tokens]`, if there is one.
         other: Children that compute nothing in evaluation.
     """
 
@@ -35,6 +36,7 @@ class Projections:
     norms: tuple[str, str] | None = None
     packed: Literal["stacked", "by head"] = "stacked"
     dropout: str | None = None
+    bias: str | None = None
     other: tuple[str, ...] = ()
 
     def children(self) -> set[str]:
@@ -61,6 +63,7 @@ PROJECTIONS: tuple[Projections, ...] = (
     Projections("c_attn", output="c_proj", dropout="resid_dropout", other=("attn_dropout",)),
     Projections("query", "key", "value", other=("dropout",)),
     Projections("q_lin", "k_lin", "v_lin", "out_lin", other=("dropout",)),
+    Projections("q", "k", "v", "o", bias="position_bias", other=("dropout",)),
     Projections("Wqkv", output="Wo", dropout="out_drop"),
 )
 

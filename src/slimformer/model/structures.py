@@ -225,7 +225,7 @@ STRUCTURES: tuple[Structure, ...] = (
     ),
     Structure(
         "post-norm",
-        Parts("attention", whole=True),
+        Parts("attention", whole=True, end_norm="LayerNorm"),
         Parts("intermediate", projection="output"),
         examples="BERT, RoBERTa, MPNet",
     ),

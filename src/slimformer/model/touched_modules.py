@@ -20,6 +20,8 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+# Whose method stands in for a `forward` says so by this where calling the module's layers one by one does the same.
+RUNS_BY_PARTS = "runs_by_parts"
 _RECORDING = "transformers.utils.output_capturing"
 
 
@@ -40,11 +42,17 @@ def is_hooked(module: nn.Module) -> bool:
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling a module's layers one by one does the same as calling it: no hooks, no forward of its own."""
     own = module.__dict__
-    if "forward" in own:
+    if "forward" in own and not _runs_by_parts(own["forward"]):
         return False
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
     # In steps of decoding most modules have none, and a call more for each would be half of what they cost.
     return not (hooks or own["_backward_pre_hooks"] or "_hf_hook" in own) or not is_hooked(module)
+
+
+def _runs_by_parts(forward: object) -> bool:
+    """Whether what stands in for a class's own `forward` says that the module's layers may be called one by one."""
+    known = getattr(getattr(getattr(forward, "call", None), "__self__", None), RUNS_BY_PARTS, False)
+    return bool(known) and not getattr(forward, "own", True)
 
 
 def is_only_placed(module: nn.Module) -> bool:

@@ -26,10 +26,11 @@ from slimformer.model.anatomy import positional_names
 from slimformer.model.projections import Projections, Rotation
 from slimformer.rows.projections import RowProjections
 from slimformer.rows.rows import Rows
+from slimformer.rows.score_bias import ScoreBias
 from slimformer.rows.scores import Extension, own_eager_attention, own_implementation, scores_of
 from slimformer.rows.sdpa_backend import fastest_backend
 from slimformer.rows.shorter_cache import ShorterLayer, ShorterStaticLayer, shorter_layer
-from slimformer.rows.stream import Stream
+from slimformer.rows.stream import Stream, in_a_graph
 from slimformer_kernels.attention_blocks import WIDEST_HEAD
 from slimformer_kernels.attention_rows import attention_rows_op
 from slimformer_kernels.attention_rows_reference import attention_rows_reference
@@ -78,6 +79,8 @@ class RowAttention:
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
         if self.core.training or kwargs.get("output_attentions") or kwargs.get("cu_seq_lens_q") is not None:
             return False
+        if self.projections.bias is not None and (cache is not None or in_a_graph(stream.device)):
+            return False
         if stream.shorter:
             return True
         if getattr(cache, "is_compileable", False):
@@ -122,6 +125,12 @@ class RowAttention:
             return self.layers.output(self._attended(step, q, k, v, stream).flatten(1), wanted), None
         q = q.view(shape).transpose(1, 2)
         mask = kwargs.get("attention_mask")
+        if self.projections.bias is not None:
+            factors = self._factors(None, stream)
+            q = q if factors is None else (q * factors.view(stream.batch, 1, -1, 1)).to(q.dtype)
+            bias, wants = self._bias(stream, kwargs, factors), bool(kwargs.get("output_attentions"))
+            output, weights = bias.attend_all(q, k, v, mask, self.row_scale, wants)
+            return self.layers.output(output.reshape(h.shape[0], -1), wanted), weights
         rest = {name: value for name, value in kwargs.items() if name not in self.names}
         function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             getattr(getattr(self.core, "config", None), "_attn_implementation", None), self.eager
@@ -209,7 +218,7 @@ class RowAttention:
         key_rows = rows if compact_keys else None
         q, k, v = self.layers.queries_keys_values(h_query, h_key, rows, key_rows, stream, kwargs, kernels)
         cache, mask = self.cache_of(kwargs), kwargs.get("attention_mask")
-        q, extension = self._transformed(q, rows, stream)
+        q, factors, extension = self._transformed(q, rows, stream)
         if cache is not None and stream.shorter:
             layer = shorter_layer(cache, self.slot, mask)
             if layer.store(k, v, stream):
@@ -242,6 +251,13 @@ class RowAttention:
             stream.causal,
             self.row_scale,
         )
+        if self.projections.bias is not None:
+            bias = self._bias(stream, kwargs, factors)
+            token = None
+            if compact_keys or stream.held is not None:
+                token = stream.token_of(None if key_rows is None else key_rows.index)
+            seen = bias.attend(q, keys, values, rows, token, ranges, stream, self.row_scale)
+            return self.layers.output(seen.flatten(1))
         if extension is not None:
             return self.layers.output(extension.attend(q, keys, values, *where, self._cap).flatten(1))
         # Encoders' kernels and masks count the distance that is still seen.
@@ -251,16 +267,38 @@ class RowAttention:
         attend = attention_rows_op if fits else attention_rows_reference
         return self.layers.output(attend(q, keys, values, *where, window, self._cap).flatten(1))
 
-    def _transformed(self, q: Tensor, rows: Rows | None, stream: Stream) -> tuple[Tensor, Extension | None]:
-        """Queries `[rows, heads, head_dim]` as transforms want them, and what attends instead, if anything does."""
-        if self.transformed is None:
-            return q, None
-        texts = current_texts(stream.batch, stream.tokens, stream.device)
-        token = stream.token_of(None if rows is None else rows.index)
-        factors = self.transformed.factors(texts, token)
+    def _transformed(
+        self, q: Tensor, rows: Rows | None, stream: Stream
+    ) -> tuple[Tensor, Tensor | None, Extension | None]:
+        """Queries `[rows, heads, head_dim]` as transforms want them.
+
+        Returns:
+            Them, the factors in them, `[rows]` if there are any, and what attends instead, if anything does.
+        """
+        factors = self._factors(rows, stream)
         if factors is not None:
             q = (q * factors[:, None, None]).to(q.dtype)
-        return q, self.transformed.extended(texts)
+        if self.transformed is None:
+            return q, None, None
+        return (
+            q,
+            factors,
+            self.transformed.extended(current_texts(stream.batch, stream.tokens, stream.device)),
+        )
+
+    def _factors(self, rows: Rows | None, stream: Stream) -> Tensor | None:
+        """What transforms multiply the queries of some rows with, float32 `[rows]`; None where that is 1."""
+        if self.transformed is None:
+            return None
+        texts = current_texts(stream.batch, stream.tokens, stream.device)
+        return self.transformed.factors(texts, stream.token_of(None if rows is None else rows.index))
+
+    def _bias(self, stream: Stream, kwargs: dict[str, Any], factors: Tensor | None) -> ScoreBias:
+        """What is added to the scores of queries with these factors."""
+        values = kwargs.get(str(self.projections.bias))
+        if values is None:
+            values = torch.zeros(1, 1, stream.tokens, stream.tokens, device=stream.device)
+        return ScoreBias(values, 1.0 if self.transformed is None else self.transformed.scale, factors)
 
     def _behind_past(
         self, q: Tensor, rows: Rows | None, stream: Stream, layer: ShorterLayer | ShorterStaticLayer
@@ -305,6 +343,10 @@ class RowAttention:
         q = q.gather(2, asking)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         logits = self._capped((q @ k.mT).float() * self.row_scale)
+        if self.projections.bias is not None:
+            factors = self._factors(None, dataclasses.replace(stream, held=None, full=None))
+            bias = self._bias(stream, dict(stream.arguments), factors)
+            logits = logits + bias.at(queries.clamp_min(0)).float()
         seen = real[:, None, None, :] & (queries >= 0)[:, None, :, None]
         token = torch.arange(stream.tokens, device=h.device)
         if stream.causal:
@@ -323,7 +365,7 @@ class RowAttention:
         q, k, _ = self.layers.queries_keys_values(
             h, h, None, None, whole, dict(stream.arguments), kernels=False
         )
-        q, _ = self._transformed(q, None, whole)
+        q, _, _ = self._transformed(q, None, whole)
         shape = (stream.batch, stream.tokens, -1, self.head_dim)
         return q.view(shape).transpose(1, 2), k.view(shape).transpose(1, 2)
 

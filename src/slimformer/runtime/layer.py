@@ -156,7 +156,7 @@ class LayerExecutor:
     def _check_shortens(self) -> None:
         """Refuse a layer whose attention cannot do without the tokens that leave."""
         attention = None if self.by_rows is None else self.by_rows.attention
-        if attention is None or self.returns_tuple:
+        if attention is None:
             raise PlanError(
                 f"Tokens cannot leave the model: the attention of {type(self.layer).__name__} has projections that "
                 "are not known."
@@ -238,8 +238,7 @@ class LayerExecutor:
             ratio = self.keep_ratio(kind)
             return "chosen rows" if ratio is None else f"chosen rows, {ratio:.1%} in the last call"
         attends = self.by_rows is not None and self.by_rows.attention is not None
-        by_text = not self.returns_tuple and not self.pads
-        return "text rows" if by_text and (kind == "mlp" or attends) else "all rows"
+        return "text rows" if not self.pads and (kind == "mlp" or attends) else "all rows"
 
     def keep_ratio(self, kind: Kind) -> float | None:
         """The part of the rows that policies named in the last call; None before the first, and where none chooses."""

@@ -40,7 +40,7 @@ class Sublayer:
         norms: The norms among the layer's children, for kernels; None where modules alone compute.
         parts: The names of its parts.
         name: That of the module that does the work.
-        output_norms: The norm of an output module as BERT has it, likewise.
+        output_norms: The norm of an output module as BERT has it, or that within the module, likewise.
         called: The modules that it consists of, which may have been touched.
         ends_in_module: Whether nothing comes behind the module but the residual addition.
         replaces: Whether it computes the new residual, as in post-norm layers, not an addition to it.
@@ -68,6 +68,8 @@ class Sublayer:
         children = set() if output is None else {name for name, _ in output.named_children()}
         if self.norms is not None and output is not None and children == _BERT_OUTPUT:
             self.output_norms = RowNorms(output, ("LayerNorm",))
+        elif self.norms is not None and output is None and self.parts.end_norm is not None:
+            self.output_norms = RowNorms(self.parts.of(self.layer), (self.parts.end_norm,))
 
     def normed(self, x: Tensor) -> Tensor:
         """The module's input for the residual of all tokens `[batch, tokens, hidden]`."""
@@ -145,6 +147,8 @@ class Sublayer:
         parts, layer = self.parts, self.layer
         if parts.projection is not None or (heads and parts.whole):
             output = self._output_module()
+            if output is None and parts.end_norm is not None:
+                return self._ended(y, x, parts.end_norm, kernels)
             if kernels and self.output_norms is not None and output is not None and is_untouched(output):
                 y = self.output_norms.after_addition("LayerNorm", output.get_submodule("dense")(y), x)[1]
             elif output is not None:
@@ -168,6 +172,13 @@ class Sublayer:
         if self.norms is None or self.parts.norm_before is None:
             return x + y, None
         return self.norms.after_addition(self.parts.norm_before, x, y)
+
+    def _ended(self, y: Tensor, x: Tensor, norm: str, kernels: bool) -> Tensor:
+        """The norm within a module of the sum of its heads' output `y` and the residual `x`."""
+        if kernels and self.output_norms is not None:
+            return self.output_norms.after_addition(norm, y, x)[1]
+        h: Tensor = self.parts.of(self.layer).get_submodule(norm)(y + x)
+        return h
 
     def _output_module(self) -> nn.Module | None:
         """The output layer of a post-norm sublayer, which gets the residual too; within the module or beside it."""

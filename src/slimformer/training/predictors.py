@@ -264,6 +264,11 @@ class _Teacher:
                     f"The attention of layer {index}, {type(anatomy.layers[index]).__name__}, has projections that are "
                     "not known, so that its scores cannot be learned."
                 )
+            if sublayers.attention.projections.bias is not None:
+                raise UnsupportedModelError(
+                    f"The attention of layer {index}, {type(anatomy.layers[index]).__name__}, adds a bias to its "
+                    "scores, which predictors do not learn. Use TokenElimination with scorer='attention' or 'norm'."
+                )
         return cls(anatomy, layers, found)
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,12 @@ class ScoredAttention:
     Attributes:
         core: The module, with projections `q`, `k`, `v`, `o` and an additive score bias.
         scores: What is changed.
+        runs_by_parts: That row attention, which reads the same scores, may call the module's layers one by one.
     """
 
     core: nn.Module
     scores: Scores
+    runs_by_parts: ClassVar[bool] = True
 
     def forward(
         self,
