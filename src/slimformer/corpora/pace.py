@@ -21,9 +21,9 @@ class Pace:
         clock: Tells the time in seconds.
 
     Example:
-        >>> times = iter([0.0, 10.0, 20.0])
+        >>> times = iter([30.0, 40.0])
         >>> pace = Pace(1000, 400, lambda: next(times))
-        >>> pace.count(100); pace.count(100)
+        >>> pace.count(100, seconds=10); pace.count(100, seconds=10)
         >>> pace.per_second, pace.seconds_left, str(pace)
         (10.0, 40.0, '600 of 1,000 texts, 10.0 texts/s, 40 s left')
     """
@@ -33,19 +33,21 @@ class Pace:
     clock: Callable[[], float] = time.monotonic
     _marks: deque[tuple[float, int]] = field(default_factory=deque)
 
-    def __post_init__(self) -> None:
-        self._marks.append((self.clock(), self.done))
-
-    def count(self, texts: int) -> None:
-        """So many more are done."""
+    def count(self, texts: int, seconds: float) -> None:
+        """So many more are done, and took so long; time is counted from when the first of them were begun."""
+        now = self.clock()
+        if not self._marks:
+            self._marks.append((now - seconds, self.done))
         self.done += texts
-        self._marks.append((self.clock(), self.done))
+        self._marks.append((now, self.done))
         while len(self._marks) > 2 and self._marks[-1][0] - self._marks[1][0] > _WINDOW:
             self._marks.popleft()
 
     @property
     def per_second(self) -> float | None:
         """Texts per second of late; None before any was done."""
+        if not self._marks:
+            return None
         (begin, before), (end, now) = self._marks[0], self._marks[-1]
         return (now - before) / (end - begin) if end > begin and now > before else None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+import pickle
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import pyarrow
@@ -48,6 +49,28 @@ def read_part(corpus: Corpus, part: Part, wanted: Collection[int]) -> Iterator[R
         ) from error
 
 
+def shard_tables(
+    corpus: Corpus, parts: Sequence[Part], wanted: Collection[int], numbers: Any
+) -> Iterator[Any]:
+    """The same of the parts of some numbers, each shard as a table of one row: pipelines hand tables on.
+
+    Args:
+        corpus: Of which they are parts.
+        parts: Parts.
+        wanted: Numbers of shards.
+        numbers: A table whose column `id` says which of the parts to read.
+
+    Returns:
+        Tables of `rows`, pickled, and `error`: what went wrong, else nothing.
+    """
+    for number in numbers["id"].to_pylist():
+        try:
+            for rows in read_part(corpus, parts[number], wanted):
+                yield pyarrow.table({"rows": [pickle.dumps(rows)], "error": [""]})
+        except DataError as error:
+            yield pyarrow.table({"rows": [b""], "error": [str(error)]})
+
+
 def _parquet_rows(corpus: Corpus, part: Part, file: Any) -> Iterator[tuple[Any, Any, str]]:
     columns = [corpus.text_column] + ([] if corpus.id_column is None else [corpus.id_column])
     passed = part.start
@@ -59,9 +82,24 @@ def _parquet_rows(corpus: Corpus, part: Part, file: Any) -> Iterator[tuple[Any, 
         batch = batch.slice(passed)
         passed = 0
         texts = as_bytes(batch.column(corpus.text_column)).to_pylist()
-        ids = [None] * len(texts) if corpus.id_column is None else batch.column(corpus.id_column).to_pylist()
-        for text, id in zip(texts, ids, strict=True):
-            yield text, id, ""
+        if corpus.id_column is None:
+            yield from ((text, None, "") for text in texts)
+            continue
+        for text, (id, why) in zip(texts, _ids(batch.column(corpus.id_column)), strict=True):
+            yield text, id, why
+
+
+def _ids(column: Any) -> list[tuple[Any, str]]:
+    """Ids, and what is wrong with them."""
+    try:
+        return [(id, "") for id in column.to_pylist()]
+    except UnicodeDecodeError:
+        contents = as_bytes(column).to_pylist()
+        found = [None if content is None else content.decode("utf-8", "replace") for content in contents]
+        return [
+            (id, "" if id is None or id.encode() == content else "its id is broken UTF-8")
+            for id, content in zip(found, contents, strict=True)
+        ]
 
 
 def as_bytes(column: Any) -> Any:

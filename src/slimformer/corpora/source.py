@@ -190,7 +190,14 @@ def _look_at_parquet(path: str, names: Sequence[str]) -> tuple[int, str, list[in
             f"The column {names[0]!r} of {path} holds {text}, and texts are wanted. Name another with --text-column."
         )
     groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-    return size, digest, groups, schema.field(names[1]).type if len(names) > 1 else None
+    return size, digest, groups, _id_type(schema.field(names[1]).type) if len(names) > 1 else None
+
+
+def _id_type(of: Any) -> Any:
+    """What ids of a type are written as: those that all readers of Parquet know."""
+    if pyarrow.types.is_dictionary(of):
+        of = of.value_type
+    return pyarrow.string() if pyarrow.types.is_string_view(of) else of
 
 
 _TEXTS = (

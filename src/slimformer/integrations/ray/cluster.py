@@ -64,14 +64,14 @@ def workers_on(cpus: int, gpus: int, count: int | None, threads: int | None, dev
     """One worker per GPU or, without any, per group of cores.
 
     Args:
-        cpus: Cores that there are.
+        cpus: Cores that there are for them.
         gpus: GPUs that there are.
         count: Workers that are wanted; None for as many as fit.
         threads: Threads of each on a CPU; None for four, or half of the cores if these are fewer.
         device: "cpu", "cuda", or "auto" for GPUs where there are any.
 
     Raises:
-        DataError: If a number is below 1, or GPUs are wanted and there are not as many.
+        DataError: If a number is below 1, or there are not as many cores or GPUs.
 
     Example:
         >>> workers_on(64, 0, None, None, "auto"), workers_on(64, 8, None, None, "auto")
@@ -84,7 +84,13 @@ def workers_on(cpus: int, gpus: int, count: int | None, threads: int | None, dev
         )
     each = threads if threads is not None else max(1, min(4, cpus // 2))
     fitting = gpus if on_gpus else max(1, cpus // max(each, 1))
-    return Workers(fitting if count is None else count, each, int(on_gpus))
+    workers = Workers(fitting if count is None else count, each, int(on_gpus))
+    if not on_gpus and workers.count * each > cpus:
+        raise DataError(
+            f"{workers.count} workers of {each} threads take {workers.count * each} cores, and there is room for "
+            f"{cpus}. Ask for fewer --workers or --threads."
+        )
+    return workers
 
 
 @contextlib.contextmanager
@@ -105,6 +111,8 @@ def running_ray(address: str | None, cpus: int) -> Iterator[Any]:
     options: dict[str, Any] = {"address": address}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Workers that die are started again, which its core calls an error on standard error.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # One more than workers take, for those that read.
         options = {"address": "local", "num_cpus": cpus + 1, "include_dashboard": False}
         options["object_store_memory"] = _STORE

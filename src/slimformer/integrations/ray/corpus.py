@@ -6,6 +6,7 @@ import functools
 import os
 import pickle
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,12 +114,11 @@ def embed_corpus(
         pace = Pace(corpus.rows, folder.rows)
         _check_bad(folder, run)
         if len(folder.finished) < corpus.shards:
-            cpus = _cores()
-            wished = (workers or 1) * (threads or 1)
-            with running_ray(address, max(cpus, wished)) as ray, quiet_blocks_of_one_row(ray):
+            cpus = max(_cores(), (workers or 1) * (threads or 1))
+            with running_ray(address, cpus) as ray, quiet_blocks_of_one_row(ray):
                 there = ray.cluster_resources()
-                # One is for those that read.
-                known = cpus if address is None else max(1, int(there.get("CPU", 1)) - 1)
+                # One core is for those that read.
+                known = max(1, int(there.get("CPU", 1)) - 1)
                 group = workers_on(known, int(there.get("GPU", 0)), workers, threads, device)
                 pipeline = _Pipeline(ray, run, corpus, group, load, plan)
                 pipeline.write_into(folder, pace, progress)
@@ -182,7 +182,7 @@ class _Pipeline:
             folder.same_model(done["model"], done["host"])
             bad = pickle.loads(done["bad"])
             folder.write(done["shard"], done["file"], done["rows"], bad)
-            pace.count(done["rows"] + len(bad))
+            pace.count(done["rows"] + len(bad), done["seconds"])
             if progress is not None:
                 progress(pace)
             _check_bad(folder, self.run)
@@ -207,6 +207,9 @@ class _Pipeline:
 
     def _results(self, wanted: frozenset[int], made: Callable[[], Any]) -> Iterator[dict[str, Any]]:
         """What the workers make of the shards, as they are done."""
+        # Of a module without torch, which processes that read need not import.
+        from slimformer.corpora.reading import shard_tables  # noqa: PLC0415
+
         data, corpus = self.ray.data, self.corpus
         parts = [part for part in corpus.parts if any(shard.number in wanted for shard in part.shards)]
         device = "cuda" if self.workers.gpus else "cpu"
@@ -217,8 +220,8 @@ class _Pipeline:
         dataset = (
             data.range(len(parts), override_num_blocks=len(parts))
             .map_batches(
-                functools.partial(_read, corpus, parts, wanted), batch_size=1, batch_format="pyarrow",
-                num_cpus=READER_CPUS,
+                functools.partial(shard_tables, corpus, parts, wanted), batch_size=1, batch_format="pyarrow",
+                num_cpus=READER_CPUS, compute=data.TaskPoolStrategy(size=max(2, self.workers.count // 4)),
             )
             .map_batches(
                 _Worker, fn_constructor_kwargs={"make": make, "made": made}, batch_size=1, batch_format="pyarrow",
@@ -236,20 +239,6 @@ class _Pipeline:
                 yield done
 
 
-def _read(corpus: Any, parts: list[Any], wanted: frozenset[int], numbers: Any) -> Iterator[Any]:
-    """Shards of the parts of those numbers, each as one row."""
-    import pyarrow  # noqa: PLC0415
-
-    from slimformer.corpora.reading import read_part  # noqa: PLC0415
-
-    for number in numbers["id"].to_pylist():
-        try:
-            for rows in read_part(corpus, parts[number], wanted):
-                yield pyarrow.table({"rows": [pickle.dumps(rows)], "error": [""]})
-        except SlimformerError as error:
-            yield pyarrow.table({"rows": [b""], "error": [str(error)]})
-
-
 class _Worker:
     """A process that embeds shards; what goes wrong on purpose goes back as a value, so that it is said in one line."""
 
@@ -264,6 +253,7 @@ class _Worker:
         import pyarrow  # noqa: PLC0415
 
         shard, file, rows, bad, model = -1, b"", 0, pickle.dumps([]), ""
+        begun = time.monotonic()
         error = self.error or table["error"][0].as_py()
         if not error:
             given: Rows = pickle.loads(table["rows"][0].as_py())
@@ -272,7 +262,7 @@ class _Worker:
             model = self.embedder.fingerprint
         done = {
             "shard": shard, "file": pyarrow.array([file], pyarrow.large_binary()), "rows": rows, "bad": bad,
-            "model": model, "host": self.host, "error": error,
+            "model": model, "host": self.host, "error": error, "seconds": time.monotonic() - begun,
         }  # fmt: skip
         return pyarrow.table({name: v if isinstance(v, pyarrow.Array) else [v] for name, v in done.items()})
 

@@ -68,7 +68,10 @@ def embed_dataset(
     if not ray.is_initialized():
         ray.init()
     there = ray.cluster_resources()
-    group = workers_on(int(there.get("CPU", 1)), int(there.get("GPU", 0)), workers, threads, device)
+    # One core is for those that read.
+    group = workers_on(
+        max(1, int(there.get("CPU", 1)) - 1), int(there.get("GPU", 0)), workers, threads, device
+    )
     return dataset.map_batches(
         EmbedBatches,
         fn_constructor_kwargs={
