@@ -29,8 +29,8 @@ def import_ray() -> Any:
         importlib.import_module("ray.data")
     except ImportError as error:
         raise SlimformerError(
-            f"Corpora are embedded on Ray Data, and {error.name or 'a part of it'} is not installed: "
-            'pip install "slimformer[ray]"'
+            "Corpora are embedded on Ray Data, which is not installed or lacks a package "
+            f'({error.name or error}): pip install "slimformer[ray]"'
         ) from error
     return importlib.import_module("ray")
 

@@ -221,7 +221,7 @@ class _Pipeline:
             data.range(len(parts), override_num_blocks=len(parts))
             .map_batches(
                 functools.partial(shard_tables, corpus, parts, wanted), batch_size=1, batch_format="pyarrow",
-                num_cpus=READER_CPUS, compute=data.TaskPoolStrategy(size=max(2, self.workers.count // 4)),
+                num_cpus=READER_CPUS, compute=data.TaskPoolStrategy(size=min(len(parts), max(2, self.workers.count // 4))),
             )
             .map_batches(
                 _Worker, fn_constructor_kwargs={"make": make, "made": made}, batch_size=1, batch_format="pyarrow",
