@@ -229,21 +229,22 @@ def _killed(
     run = _Run(settings, corpus, output, rows)
     counted = {"workers killed": 0.0, "drivers killed": 0.0}
     shards = -(-_rows_of(corpus) // rows)
-    for number in range(kills):
-        # Half of all kills come before half of all shards.
+    victims = [*counted] * (kills // 2)
+    drawn.shuffle(victims)
+    for number, victim in enumerate(victims):
+        # They are spread over all of the corpus, and fall anywhere between two shards.
         _wait(run, drawn.uniform(number, number + 0.9) / kills * shards)
+        time.sleep(drawn.uniform(0, 0.5))
+        while not (workers := run.workers()) and run.process.poll() is None:
+            time.sleep(0.05)
         if run.process.poll() is not None:
             break
-        # Anywhere between two shards.
-        time.sleep(drawn.uniform(0, 0.5))
-        workers = run.workers()
-        if workers and number % 2:
+        counted[victim] += 1
+        if victim == "workers killed":
             drawn.choice(workers).kill()
-            counted["workers killed"] += 1
             continue
         run.process.kill()
         run.process.wait()
-        counted["drivers killed"] += 1
         # What it started ends by itself, and takes time from the next run until then.
         _wait_for_end(workers)
         run = _Run(settings, corpus, output, rows)

@@ -212,6 +212,8 @@ class _Pipeline:
 
         data, corpus = self.ray.data, self.corpus
         parts = [part for part in corpus.parts if any(shard.number in wanted for shard in part.shards)]
+        # One reads as many texts as several embed.
+        readers = min(len(parts), max(2, self.workers.count // 4))
         device = "cuda" if self.workers.gpus else "cpu"
         threads = None if self.workers.gpus else self.workers.threads
         make = functools.partial(
@@ -221,7 +223,7 @@ class _Pipeline:
             data.range(len(parts), override_num_blocks=len(parts))
             .map_batches(
                 functools.partial(shard_tables, corpus, parts, wanted), batch_size=1, batch_format="pyarrow",
-                num_cpus=READER_CPUS, compute=data.TaskPoolStrategy(size=min(len(parts), max(2, self.workers.count // 4))),
+                num_cpus=READER_CPUS, compute=data.TaskPoolStrategy(size=readers),
             )
             .map_batches(
                 _Worker, fn_constructor_kwargs={"make": make, "made": made}, batch_size=1, batch_format="pyarrow",
