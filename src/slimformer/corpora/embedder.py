@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -42,6 +43,28 @@ class Encoding:
     truncate_dim: int | None = None
     normalize: bool = False
     batch_tokens: int | None = None
+
+
+def loader_of(model: str | Callable[[str], Any]) -> Callable[[str], Any]:
+    """What makes a SentenceTransformer on a device that it is given, as every worker calls it.
+
+    Args:
+        model: Such a function, or a folder or Hub id that every worker can load.
+    """
+    return functools.partial(_load, model) if isinstance(model, str) else model
+
+
+def _load(name: str, device: str) -> Any:
+    # Slow to import, and only workers need it.
+    from sentence_transformers import SentenceTransformer  # noqa: PLC0415
+
+    try:
+        return SentenceTransformer(name, device=device)
+    # transformers, the Hub's client and safetensors share no class of errors.
+    except Exception as error:
+        raise DataError(
+            f"Cannot load {name} as an embedding model: {type(error).__name__}: {error}. Every worker must be able to."
+        ) from error
 
 
 class Embedder:

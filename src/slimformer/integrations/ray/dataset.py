@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
-from slimformer.corpora.embedder import Embedder, Encoding
+from slimformer.corpora.embedder import Embedder, Encoding, loader_of
 from slimformer.corpora.precision import Precision, kept
 from slimformer.errors import DataError
 from slimformer.integrations.ray.cluster import import_ray, workers_on
@@ -18,7 +19,7 @@ _ROWS = 2048
 
 def embed_dataset(
     dataset: Any,
-    model: str | Callable[[], Any],
+    model: str | Callable[[str], Any],
     plan: Plan | str | os.PathLike[str] | None = None,
     *,
     text_column: str = "text",
@@ -36,7 +37,8 @@ def embed_dataset(
 
     Args:
         dataset: A `ray.data.Dataset`.
-        model: A folder or Hub id that every worker can load, or a function that makes a SentenceTransformer there.
+        model: A folder or Hub id that every worker can load, or a function that makes a SentenceTransformer on the
+            device that it is given, "cpu" or "cuda".
         plan: A plan, or where one is; without one only what loses nothing is applied.
         text_column: The column with the text.
         into: The column for the vectors, lists of fixed length. Where a row has no text that can be embedded (null,
@@ -89,7 +91,7 @@ class EmbedBatches:
 
     def __init__(
         self,
-        model: str | Callable[[], Any],
+        model: str | Callable[[str], Any],
         plan: Plan | str | os.PathLike[str] | None,
         text_column: str,
         into: str,
@@ -98,7 +100,7 @@ class EmbedBatches:
         threads: int | None,
         device: str,
     ) -> None:
-        load = model if callable(model) else Load(model, device)
+        load = functools.partial(loader_of(model), device)
         self.embedder = Embedder(load, plan, encoding, threads=threads)
         self.text_column, self.into, self.precision = text_column, into, precision
 
@@ -130,21 +132,3 @@ class EmbedBatches:
         return table.append_column(self.into, column).append_column(
             f"{self.into}_error", pyarrow.array(why, pyarrow.string())
         )
-
-
-class Load:
-    """Loads a SentenceTransformer by folder or Hub id.
-
-    Args:
-        name: The folder or Hub id.
-        device: Where it computes.
-    """
-
-    def __init__(self, name: str, device: str) -> None:
-        self.name, self.device = name, device
-
-    def __call__(self) -> Any:
-        """The model."""
-        from sentence_transformers import SentenceTransformer  # noqa: PLC0415
-
-        return SentenceTransformer(self.name, device=self.device)
