@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from benchmarks.frame.results import Measurement
 
 # Of a million texts, shards are as large as they are by themselves; of fewer, there are as many as can be killed in.
 _TEXTS, _SHARDS, _WORKERS, _KILLS = 1_000_000, 50, 2, 10
-_ALONE, _UNDISTURBED, _KILLED = "workers alone", "undisturbed", "killed"
+_SPEED, _KILLED, _ROUNDS = "undisturbed", "killed", 3
 _PACKAGES = ("ray", "pyarrow", "psutil", "sentence_transformers")
 # What a worker does, without Ray: rates of texts that are in memory already.
 _PROGRAM = """
@@ -49,6 +50,7 @@ print(len(texts) / (time.monotonic() - start), flush=True)
     on="CPU",
     model="embedding model",
     data=(STS_TRAIN,),
+    parts=(_SPEED, _KILLED),
     takes=("texts",),
 )
 def run(settings: Settings) -> Iterator[Measurement]:
@@ -59,25 +61,46 @@ def run(settings: Settings) -> Iterator[Measurement]:
         return
     count = settings.texts or settings.pick(_TEXTS, 400)
     rows = max(16, min(8192, count // _SHARDS))
+    at = {"texts": count, "rows of a shard": rows, "workers": _WORKERS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         corpus = folder / "corpus.parquet"
         _write_corpus(corpus, sentences(settings), count)
-        at = {"texts": count, "rows of a shard": rows, "workers": _WORKERS}
-        # As much of the corpus as says how fast they are.
-        alone = _alone(settings, corpus, rows, max(1, min(10, count // rows // _WORKERS)))
-        yield Measurement(at, _ALONE, values={"texts per second": alone})
-        first, second = folder / "undisturbed", folder / "killed"
-        undisturbed = _Run(settings, corpus, first, rows)
-        memory = undisturbed.to_end()
-        speed = undisturbed.speed(rows, count)
-        values = {"texts per second": speed, "of the workers alone": speed / alone, **memory}
-        yield Measurement(at, _UNDISTURBED, values=values)
-        kills, seconds = _killed(settings, corpus, second, rows, settings.pick(_KILLS, 2))
-        different = _different(first, second)
-        values = {"seconds": seconds, **kills, "rows": count, "files that differ": len(different)}
-        status = "wrong" if different else "ok"
-        yield Measurement(at, _KILLED, status, values=values, note=", ".join(different[:3]))
+        if _SPEED in settings.chosen((_SPEED, _KILLED)):
+            rounds = settings.pick(_ROUNDS, 1)
+            yield Measurement(at, _SPEED, values=_speeds(settings, corpus, folder, rows, count, rounds))
+        if _KILLED in settings.chosen((_SPEED, _KILLED)):
+            first, second = folder / "undisturbed", folder / "killed"
+            memory = _Run(settings, corpus, first, rows).to_end()
+            kills, seconds = _killed(settings, corpus, second, rows, settings.pick(_KILLS, 2))
+            different = _different(first, second)
+            values = {**memory, **kills, "seconds": seconds, "files that differ": len(different)}
+            status = "wrong" if different else "ok"
+            yield Measurement(at, _KILLED, status, values=values, note=", ".join(different[:3]))
+
+
+def _speeds(
+    settings: Settings, corpus: Path, folder: Path, rows: int, count: int, rounds: int
+) -> dict[str, float]:
+    """Texts per second of the command and of its workers alone, by turns, as others use the machine too: medians."""
+    # As much of the corpus as says how fast they are.
+    shards = max(1, min(12, count // rows // _WORKERS))
+    alone, whole = [], []
+    for number in range(rounds):
+        alone.append(_alone(settings, corpus, rows, shards))
+        one = _Run(settings, corpus, folder / f"round-{number}", rows)
+        one.to_end()
+        whole.append(one.speed(rows, count))
+    alone.append(_alone(settings, corpus, rows, shards))
+    # Each beside what was measured before and behind it.
+    parts = [2 * speed / (alone[n] + alone[n + 1]) for n, speed in enumerate(whole)]
+    return {
+        "texts per second": statistics.median(whole),
+        "alone": statistics.median(alone),
+        "of the workers alone": statistics.median(parts),
+        "least": min(parts),
+        "most": max(parts),
+    }
 
 
 def _write_corpus(path: Path, texts: list[str], count: int) -> None:
@@ -292,14 +315,20 @@ def runs(content: dict[str, Any]) -> str:
     """Texts per second, memory, and what was killed."""
     columns = {
         "Two workers of one thread": tables.candidate,
+        "texts": lambda found: f"{found['parameters']['texts']:,}",
         "texts per second": tables.value("texts per second", ".0f"),
-        "of the workers alone": tables.value("of the workers alone"),
+        "of the workers alone": _part_of,
         "a worker, early and late": _memory_of("worker"),
         "the driver, early and late": _memory_of("driver"),
         "workers and drivers killed": _killed_of,
         "files that differ": tables.value("files that differ", ".0f"),
     }
     return tables.by_measurement(content, columns)
+
+
+def _part_of(found: Any) -> str:
+    low, mid, high = (tables.figure(found, name) for name in ("least", "of the workers alone", "most"))
+    return "–" if mid is None else f"{mid:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _memory_of(name: str) -> tables.Cell:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,12 +27,14 @@ from embedding_data import TEXTS, pipeline
 from slimformer import LayerDrop, Plan
 from slimformer.corpora.shards import vectors_of
 
-ray = pytest.importorskip("ray.data", reason="Ray is not installed: make test-ray").read_api.ray
-psutil = pytest.importorskip("psutil")
+ray: Any = pytest.importorskip("ray", reason="Ray is not installed: make test-ray")
+pytest.importorskip("ray.data")
+psutil: Any = pytest.importorskip("psutil")
 
 import slimformer.integrations.ray.cluster as cluster  # noqa: E402
 from slimformer.integrations.ray import embed_dataset  # noqa: E402
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 BAD = {7: None, 19: " ", 40: ""}
 
 
@@ -180,16 +183,28 @@ def test_a_dataset_gets_a_column_of_vectors_and_one_of_reasons(
             assert np.abs(np.asarray(vector) - right[number]).max() < 1e-5
 
 
+def test_an_address_without_a_cluster_is_said_at_once(models: Path, corpus: Path, tmp_path: Path) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-m", "slimformer", "embed", models / "bert", "--input", corpus, "-o", tmp_path / "out",
+             "--ray", address],
+            env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert f"error: No Ray could be reached at {address}: [Errno 111] Connection refused." in done.stderr
+
+
 class Started:
     """The command in a process of its own, on a corpus that takes it some seconds."""
 
     def __init__(self, models: Path, corpus: Path, output: Path) -> None:
         command = [sys.executable, "-m", "slimformer", "embed", models / "bert", "--input", corpus, "-o", output,
                    "--shard-rows", 100, "--workers", 2, "--threads", 1, "--device", "cpu"]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.output = output
         self.process = subprocess.Popen(
-            list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True
+            list(map(str, command)), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
         )
 
     def workers(self) -> list[Any]:

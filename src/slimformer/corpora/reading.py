@@ -42,8 +42,10 @@ def read_part(corpus: Corpus, part: Part, wanted: Collection[int]) -> Iterator[R
                     rows.add(number, text, id, why)
                 if shard.number in wanted:
                     yield rows
-    except (OSError, pyarrow.ArrowException, StopIteration) as error:
-        what = "it is shorter than it was" if isinstance(error, StopIteration) else str(error)
+    # Disks, networks and Parquet share no class of errors.
+    except Exception as error:
+        ended = isinstance(error, StopIteration)
+        what = "it is shorter than it was" if ended else f"{type(error).__name__}: {error}"
         raise DataError(
             f"Cannot read {part.path}: {what}. Every worker must see the same file at that place."
         ) from error

@@ -113,9 +113,12 @@ def open_corpus(source: str, text_column: str, id_column: str | None, shard_rows
                 size, digest, starts, lines = _count_lines(path, shard_rows)
                 found = _look_at_lines(path, names)
                 cut = _cut_lines(path, starts, lines, shard_rows, shards, row)
-        except (OSError, pyarrow.ArrowException) as error:
+        except DataError:
+            raise
+        # Disks, networks and Parquet share no class of errors.
+        except Exception as error:
             raise DataError(
-                f"Cannot read {path}: {error}. Check that the file is there and complete."
+                f"Cannot read {path}: {type(error).__name__}: {error}. Check that the file is there and complete."
             ) from error
         if id_type is not None and found is not None and found != id_type:
             raise DataError(
@@ -147,8 +150,10 @@ def _files(source: str) -> list[str]:
             raise DataError(f"There is no {source}. {_EXPECTED}.")
         found = sorted({path for pattern in patterns for path in system.glob(pattern)} or {place})
         found = [path for path in found if system.isfile(path)]
+    except DataError:
+        raise
     # A protocol that is not known or installed, the Hub's clients, and operating systems share no class of errors.
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:
         raise DataError(f"Cannot look at {source}: {type(error).__name__}: {error}. {_EXPECTED}.") from error
     kinds = {_KINDS.get(os.path.splitext(path)[1].lower()) for path in found}
     if not found or kinds == {None}:

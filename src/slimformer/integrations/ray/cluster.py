@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,7 @@ def running_ray(address: str | None, cpus: int) -> Iterator[Any]:
         options = {"address": "local", "num_cpus": cpus + 1, "include_dashboard": False}
         options["object_store_memory"] = _STORE
     try:
+        _answers(address)
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     # Addresses of several kinds fail in several ways.
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -128,6 +130,13 @@ def running_ray(address: str | None, cpus: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _answers(address: str | None) -> None:
+    """Raise OSError at once where nothing listens at an address; Ray itself asks for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 @contextlib.contextmanager
