@@ -81,6 +81,25 @@ def test_texts_without_a_token_or_a_finite_vector_are_named(tmp_path: Path) -> N
     assert embedder.embed([])[0].shape == (0, 32)
 
 
+def test_a_batch_that_fits_no_memory_is_said_with_what_to_do(tmp_path: Path) -> None:
+    class Full(SentenceTransformer):
+        """As a GPU whose memory holds three texts."""
+
+        def encode(self, inputs: Any, **options: Any) -> Any:
+            if len(inputs) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().encode(inputs, **options)
+
+    def load() -> SentenceTransformer:
+        model = pipeline(tmp_path)
+        model.__class__ = Full
+        return model
+
+    with pytest.raises(DataError, match=r"at most 4096 tokens does not fit .* \(--batch-tokens\)"):
+        Embedder(load).embed(TEXTS)
+    assert Embedder(load, encoding=Encoding(batch_tokens=3)).embed(TEXTS)[1] == {}
+
+
 def test_whatever_changes_vectors_changes_the_fingerprint(tmp_path: Path) -> None:
     def of(model: Any, *plans: Plan) -> str:
         return Embedder(lambda: model, *plans).fingerprint

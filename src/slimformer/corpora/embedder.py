@@ -123,6 +123,9 @@ class Embedder:
 
         Returns:
             Vectors `[texts, dimension]` in float32, and why some have none, by their places; those are zero.
+
+        Raises:
+            DataError: If a batch does not fit into a GPU's memory.
         """
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         lengths = self._lengths(texts)
@@ -152,15 +155,21 @@ class Embedder:
         return [len(ids) for ids in encoded["input_ids"]]
 
     def _encoded(self, texts: list[str]) -> Vectors:
-        found = self.model.encode(
-            texts,
-            prompt_name=self.encoding.prompt_name,
-            batch_size=len(texts),
-            show_progress_bar=False,
-            convert_to_numpy=True,
-            normalize_embeddings=self.encoding.normalize,
-            truncate_dim=self.encoding.truncate_dim,
-        )
+        try:
+            found = self.model.encode(
+                texts,
+                prompt_name=self.encoding.prompt_name,
+                batch_size=len(texts),
+                show_progress_bar=False,
+                convert_to_numpy=True,
+                normalize_embeddings=self.encoding.normalize,
+                truncate_dim=self.encoding.truncate_dim,
+            )
+        except torch.OutOfMemoryError as error:
+            raise DataError(
+                f"A batch of {len(texts)} texts of at most {self._budget} tokens does not fit into the GPU's memory. "
+                "Give fewer tokens (--batch-tokens): what is finished stays."
+            ) from error
         return np.asarray(found, dtype=np.float32)
 
 

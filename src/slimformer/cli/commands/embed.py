@@ -89,7 +89,12 @@ def embed(
         str | None,
         typer.Option(metavar="ADDRESS", show_default=False, help="Of a cluster; else this machine alone."),
     ] = None,
-    device: options.Device = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", show_default=False, help="cpu or cuda. Left out, GPUs where there are any."
+        ),
+    ] = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
 ) -> None:
     """Embed a corpus into FOLDER; the same command goes on where it ended, however it ended."""

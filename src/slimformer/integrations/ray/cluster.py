@@ -72,13 +72,18 @@ def workers_on(cpus: int, gpus: int, count: int | None, threads: int | None, dev
         device: "cpu", "cuda", or "auto" for GPUs where there are any.
 
     Raises:
-        DataError: If a number is below 1, or there are not as many cores or GPUs.
+        DataError: If a number is below 1, there are not as many cores or GPUs, or the device is another.
 
     Example:
         >>> workers_on(64, 0, None, None, "auto"), workers_on(64, 8, None, None, "auto")
         (Workers(count=16, threads=4, gpus=0), Workers(count=8, threads=4, gpus=1))
     """
-    on_gpus = gpus > 0 if device == "auto" else device.startswith("cuda")
+    if device not in ("auto", "cpu", "cuda"):
+        raise DataError(
+            f"A worker computes on cpu or cuda, got {device!r}. Ray gives each a GPU of its own; CUDA_VISIBLE_DEVICES "
+            "says which there are."
+        )
+    on_gpus = gpus > 0 if device == "auto" else device == "cuda"
     if on_gpus and (gpus < 1 or (count or 1) > gpus):
         raise DataError(
             f"Workers have a GPU each, and Ray knows {gpus}. Ask for fewer --workers, or for --device cpu."

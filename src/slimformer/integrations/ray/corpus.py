@@ -265,9 +265,13 @@ class _Worker:
         error = self.error or table["error"][0].as_py()
         if not error:
             given: Rows = pickle.loads(table["rows"][0].as_py())
-            file, left = self.made(self.embedder, given)
-            shard, rows, bad = given.shard, len(left.numbers), pickle.dumps(left.bad)
-            model = self.embedder.fingerprint
+            try:
+                file, left = self.made(self.embedder, given)
+            except SlimformerError as raised:
+                error = str(raised)
+            else:
+                shard, rows, bad = given.shard, len(left.numbers), pickle.dumps(left.bad)
+                model = self.embedder.fingerprint
         done = {
             "shard": shard, "file": pyarrow.array([file], pyarrow.large_binary()), "rows": rows, "bad": bad,
             "model": model, "host": self.host, "error": error, "seconds": time.monotonic() - begun,
