@@ -22,7 +22,7 @@ from slimformer.plans.given import method_of
 from slimformer.plans.plan import Plan
 
 Vectors = npt.NDArray[np.float32]
-# Of all-MiniLM-L6-v2 on an AVX2 core, batches of 1024 to 8192 tokens are equally fast, to 3%; a GPU is kept busy by more.
+# Of all-MiniLM-L6-v2 on an AVX2 core, batches of 1024 to 8192 tokens are equally fast, to 3%; a GPU is busy with more.
 CPU_TOKENS, GPU_TOKENS = 4096, 65536
 # Of a configuration, what says nothing of the values that a model computes.
 _OF_NO_VALUE = ("_name_or_path", "name_or_path", "transformers_version")
