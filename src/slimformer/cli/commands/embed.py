@@ -98,7 +98,7 @@ def embed(
     dtype: options.DtypeOption = options.Dtype.auto,
 ) -> None:
     """Embed a corpus into FOLDER; the same command goes on where it ended, however it ended."""
-    from slimformer.integrations.ray.cluster import import_ray
+    from slimformer.integrations.ray.cluster import from_anywhere, import_ray
 
     import_ray()
     from slimformer.corpora.embedder import Encoding
@@ -110,7 +110,7 @@ def embed(
         done = embed_corpus(
             run,
             output,
-            functools.partial(_loaded, model, dtype.value),
+            functools.partial(_loaded, from_anywhere(model), dtype.value),
             plan,
             address=ray,
             workers=workers,

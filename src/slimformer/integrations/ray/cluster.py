@@ -36,6 +36,17 @@ def import_ray() -> Any:
     return importlib.import_module("ray")
 
 
+def from_anywhere(name: Any) -> Any:
+    """A folder or file by its whole path, since workers have folders of their own; anything else as it is.
+
+    Example:
+        >>> from_anywhere("owner/name"), from_anywhere(".") == os.getcwd()
+        ('owner/name', True)
+    """
+    there = isinstance(name, (str, os.PathLike)) and os.path.exists(name)
+    return os.path.abspath(name) if there else name
+
+
 @dataclass(frozen=True)
 class Workers:
     """How many processes embed at the same time, and on what.

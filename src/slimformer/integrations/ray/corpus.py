@@ -22,6 +22,7 @@ from slimformer.errors import DataError, SlimformerError
 from slimformer.integrations.ray.cluster import (
     READER_CPUS,
     Workers,
+    from_anywhere,
     import_ray,
     quiet_blocks_of_one_row,
     running_ray,
@@ -126,7 +127,8 @@ def embed_corpus(
                 # One core is for those that read.
                 known = max(1, int(there.get("CPU", 1)) - 1)
                 group = workers_on(known, int(there.get("GPU", 0)), workers, threads, device)
-                pipeline = _Pipeline(ray, run, corpus, group, loader_of(model), plan)
+                load = loader_of(from_anywhere(model))
+                pipeline = _Pipeline(ray, run, corpus, group, load, from_anywhere(plan))
                 pipeline.write_into(folder, pace, progress)
         if len(folder.finished) < corpus.shards:
             raise SlimformerError("Ray ended before all shards were there. The same call goes on.")

@@ -10,7 +10,7 @@ from typing import Any
 from slimformer.corpora.embedder import Embedder, Encoding, loader_of
 from slimformer.corpora.precision import Precision, kept
 from slimformer.errors import DataError
-from slimformer.integrations.ray.cluster import import_ray, workers_on
+from slimformer.integrations.ray.cluster import from_anywhere, import_ray, workers_on
 from slimformer.plans.plan import Plan
 
 # Enough texts of every length to fill batches that are even.
@@ -77,7 +77,7 @@ def embed_dataset(
     return dataset.map_batches(
         EmbedBatches,
         fn_constructor_kwargs={
-            "model": model, "plan": plan, "text_column": text_column, "into": into, "encoding": encoding,
+            "model": from_anywhere(model), "plan": from_anywhere(plan), "text_column": text_column, "into": into, "encoding": encoding,
             "precision": Precision(precision), "threads": None if group.gpus else group.threads,
             "device": "cuda" if group.gpus else "cpu",
         },
