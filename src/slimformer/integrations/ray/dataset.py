@@ -77,9 +77,9 @@ def embed_dataset(
     return dataset.map_batches(
         EmbedBatches,
         fn_constructor_kwargs={
-            "model": from_anywhere(model), "plan": from_anywhere(plan), "text_column": text_column, "into": into, "encoding": encoding,
-            "precision": Precision(precision), "threads": None if group.gpus else group.threads,
-            "device": "cuda" if group.gpus else "cpu",
+            "model": from_anywhere(model), "plan": from_anywhere(plan), "text_column": text_column, "into": into,
+            "encoding": encoding, "precision": Precision(precision),
+            "threads": None if group.gpus else group.threads, "device": "cuda" if group.gpus else "cpu",
         },
         batch_size=rows, batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=group.count), **group.options,
