@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 
 from slimformer.corpora.output import OutputFolder
-from slimformer.corpora.shards import vectors_of
+from slimformer.corpora.shards import EMBEDDING, vectors_of
 from slimformer.errors import DataError
 
 MATRIX, KEYS = "vectors.npy", "keys.parquet"
@@ -36,22 +36,20 @@ def write_matrix(output: OutputFolder) -> tuple[Path, Path]:
     places = output.folder / MATRIX, output.folder / KEYS
     beside = [path.with_name(f".writing-{path.name}") for path in places]
     try:
-        first = parquet.read_table(output.shard(numbers[0]))
-        dimension = first.schema.field("embedding").type.list_size
-        dtype = first.schema.field("embedding").type.value_type.to_pandas_dtype()
-        matrix = np.lib.format.open_memmap(beside[0], "w+", dtype=dtype, shape=(count, dimension))
-        # A hole in the file would be found only when the disk is full and a page of it is written.
-        os.posix_fallocate(matrix_file := os.open(beside[0], os.O_RDWR), 0, beside[0].stat().st_size)
-        os.close(matrix_file)
-        keys = first.schema.remove(first.schema.get_field_index("embedding")).remove_metadata()
-        done = 0
-        with parquet.ParquetWriter(beside[1], keys) as writer:
+        schema = parquet.read_schema(output.shard(numbers[0]))
+        kind = schema.field(EMBEDDING).type
+        head = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(kind.value_type.to_pandas_dtype())),
+            "fortran_order": False,
+            "shape": (count, kind.list_size),
+        }
+        keys = schema.remove(schema.get_field_index(EMBEDDING)).remove_metadata()
+        with beside[0].open("wb") as matrix, parquet.ParquetWriter(beside[1], keys) as writer:
+            np.lib.format.write_array_header_1_0(matrix, head)
             for number in numbers:
                 table = parquet.read_table(output.shard(number))
-                matrix[done : done + len(table)] = vectors_of(table)
+                matrix.write(vectors_of(table).tobytes())
                 writer.write_table(table.select(keys.names).replace_schema_metadata())
-                done += len(table)
-        matrix.flush()
         for written, path in zip(beside, places, strict=True):
             os.replace(written, path)
     except OSError as error:
