@@ -129,6 +129,8 @@ def _alone(settings: Settings, corpus: Path, rows: int, shards: int) -> float:
         "stdout": subprocess.PIPE,
         "stderr": subprocess.DEVNULL,
     }
+    # As Ray starts its own: a busy machine divides its time among sessions first.
+    pipes["start_new_session"] = True
     command = [sys.executable, "-c", _PROGRAM, str(settings.model), str(corpus)]
     running: list[Any] = [
         subprocess.Popen([*command, *map(str, (n * rows * shards, rows, shards))], text=True, **pipes)
