@@ -33,9 +33,14 @@ def shard_bytes(rows: Rows, vectors: npt.NDArray[Any], id_type: Any, run: str) -
     table = pyarrow.table(columns)
     table = table.replace_schema_metadata({_RUN: run.encode(), _BAD: str(len(rows.bad)).encode()})
     content = io.BytesIO()
-    # Numbers of vectors are all different: a dictionary of them, and statistics, are of no use.
+    # Numbers of vectors are all different: no dictionary holds them, and zstd saves 7% in twice the time.
+    compression = {name: "zstd" for name in columns if name != EMBEDDING}
     parquet.write_table(
-        table, content, compression="zstd", use_dictionary=False, write_statistics=["row"], store_schema=True
+        table,
+        content,
+        compression={**compression, f"{EMBEDDING}.list.element": "none"},
+        use_dictionary=False,
+        write_statistics=["row"],
     )
     return content.getvalue()
 
