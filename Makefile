@@ -9,6 +9,7 @@
 # cores that others used too (12 min of one core's time).
 # `make test-onnx`, which it ends with, runs encoders in ONNX Runtime and OpenVINO, and in the backends of
 # sentence-transformers, whose packages need an older transformers and so a second environment. From nothing it took 9 min.
+# `make test-ray` embeds corpora on Ray, and kills what does, in an environment of its own.
 # `make demo` sets up .venv and shows what is gained on real models; MODEL=folder-or-Hub-id takes another one.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.10
@@ -29,7 +30,7 @@ CORE = $(addprefix tests/, $(addsuffix .py, examination/test_anatomy plans/test_
 	$(addprefix methods/test_, layer_drop replacements early_exit mixture_of_depths token_elimination) \
 	transforms/test_temperature transforms/test_self_extend patching/test_integration evaluation/test_embeddings))
 
-.PHONY: setup test test-serving test-onnx test-gpu test-kernels test-repository test-oldest test-newest lint docs demo
+.PHONY: setup test test-serving test-onnx test-ray test-gpu test-kernels test-repository test-oldest test-newest lint docs demo
 setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -87,6 +88,18 @@ $(VENV)-backends/ready: Makefile
 test-onnx: $(VENV)-onnx/ready $(VENV)-backends/ready
 	PYTHONPATH=src:kernels:tests OMP_NUM_THREADS=2 BACKENDS_PYTHON=$(abspath $(VENV)-backends/bin/python) \
 		$(VENV)-onnx/bin/python -m pytest tests/backends
+
+$(VENV)-ray/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/pip install -q --upgrade "pip>=25.1"
+	$(VENV)-ray/bin/pip install -q -c constraints.txt -e ".[data,ray]" hypothesis psutil pytest pytest-timeout
+	touch $@
+
+# Workers import what this process does, from wherever Ray starts them.
+test-ray: $(VENV)-ray/ready
+	PYTHONPATH=$(abspath src):$(abspath kernels):$(abspath tests):$(CURDIR) OMP_NUM_THREADS=1 \
+		$(VENV)-ray/bin/python -m pytest tests/integrations tests/corpora tests/cli/test_embed.py \
+		"tests/test_documents.py::test_every_block_of_a_page_runs[docs/guides/corpora.md]"
 
 test-gpu:
 	$(ON_GPU) tests/gpu

@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from docs.drawings.__main__ import drawings
@@ -35,6 +37,8 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _SMALLER = {"steps=250": "steps=2", "length=1024": "length=32", "max_new_tokens=20": "max_new_tokens=2"}
 # Blocks with these words in them need a package that not every supported Python has.
 _NEEDS = {"--to onnx": "onnxscript", "mteb_task": "mteb"}
+# Whole pages do, whose blocks read what one of them wrote.
+_PAGE_NEEDS = {"corpora.md": "ray"}
 # What is added to a command of which these words are a part; the first that are count.
 _ADDED = {
     "--task ": "",
@@ -100,6 +104,8 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my-texts.txt").write_text("\n\n".join(" ".join(TEXTS[i:] + TEXTS[:i]) for i in range(12)))
     beir(folder / "my-beir")
     tsv(folder / "my-pairs.tsv")
+    corpus = pyarrow.table({"id": [f"d{number}" for number in range(len(TEXTS))], "text": TEXTS})
+    parquet.write_table(corpus, folder / "my-corpus.parquet")
     return folder
 
 
@@ -114,6 +120,8 @@ def reader(named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.mark.parametrize("page", pages_with_code(), ids=name)
 def test_every_block_of_a_page_runs(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.name in _PAGE_NEEDS and not find_spec(_PAGE_NEEDS[page.name]):
+        pytest.skip(f"{_PAGE_NEEDS[page.name]} is not installed: make test-ray")
     torch.manual_seed(0)
     module = ModuleType(page.stem)
     # Where dataclasses look their class up.

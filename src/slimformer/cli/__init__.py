@@ -21,6 +21,7 @@ from slimformer.cli.commands.bench import bench
 from slimformer.cli.commands.calibrate import calibrate
 from slimformer.cli.commands.demo import demo
 from slimformer.cli.commands.deprecated import train_predictor, train_router
+from slimformer.cli.commands.embed import embed
 from slimformer.cli.commands.eval import eval_plan
 from slimformer.cli.commands.export import export
 from slimformer.cli.commands.generate import generate
@@ -121,6 +122,7 @@ Then look at the plan and use it:
   slimformer bench MODEL --plan plans/mine       what it saves in time and memory
   slimformer repair MODEL --plan plans/mine -o plans/repaired        win quality back
   slimformer export MODEL --plan plans/mine --to vllm -o slim            a folder for other engines
+  slimformer embed MODEL --plan plans/mine --input corpus.parquet -o vectors
   slimformer generate MODEL "A prompt" --plan plans/mine
   in Python: slimformer.patch(model, "plans/mine")
 
@@ -139,6 +141,7 @@ for _command, _name, _example in (
     (bench, "bench", "MODEL --plan plans/mine --prompt-tokens 2048"),
     (generate, "generate", 'MODEL "A prompt" --plan plans/mine'),
     (export, "export", "MODEL --plan plans/mine --to vllm -o slim"),
+    (embed, "embed", "MODEL --input corpus.parquet -o vectors"),
     (show, "show", "plans/mine --html plan.html"),
     (demo, "demo", "MODEL -o demo-output"),
 ):
