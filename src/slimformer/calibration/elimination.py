@@ -152,9 +152,7 @@ def choose_elimination(
     }
     partial = PartialResults(checkpoint, identity)
     with evaluating(inner), Stages(progress) as stages:
-        trials = [
-            Trial.of(inner, row, answer, recall and number % 2 == 1) for number, row in enumerate(rows)
-        ]
+        trials = [Trial.of(inner, row, answer, recall and number % 2 == 1) for number, row in enumerate(rows)]
         curve = [Point(**point) for point in partial.kept("curve") or []]
         for layer in stages.track(candidates, "layers"):
             for part in fractions:

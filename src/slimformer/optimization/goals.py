@@ -22,6 +22,7 @@ GOALS: tuple[str, ...] = get_args(Goal)
 # A capability may lose so many times what the mean may.
 WORST = 2.0
 _PROMPTS = {"cuda": {"generate": 512}, "cpu": {"generate": 128, "prefill": 1024, "memory": 1024}}
+_WRITTEN = {"cuda": 64, "cpu": 32}
 _LONG, _BATCH = 8192, 32
 
 
@@ -77,7 +78,13 @@ class Conditions:
 
     @classmethod
     def of(
-        cls, goal: Goal, device: str, longest: int, prompt: int | None, new_tokens: int, batch: int | None
+        cls,
+        goal: Goal,
+        device: str,
+        longest: int,
+        prompt: int | None,
+        new_tokens: int | None,
+        batch: int | None,
     ) -> Conditions:
         """Those given, and what is usual on a kind of device for those that are not.
 
@@ -87,7 +94,7 @@ class Conditions:
         for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("batch", batch)):
             if value is not None and (isinstance(value, bool) or value < 1):
                 raise CalibrationError(f"{name} must be at least 1, got {value!r}.")
-        written = new_tokens if goal == "generate" else 0
+        written = (new_tokens or _WRITTEN.get(device, _WRITTEN["cpu"])) if goal == "generate" else 0
         usual = _PROMPTS.get(device, _PROMPTS["cpu"]).get(goal, _LONG)
         tokens = min(usual, longest - written) if prompt is None else prompt
         if not 1 <= tokens + written <= longest:

@@ -64,7 +64,7 @@ def optimize(
     prompts: str | os.PathLike[str] | Iterable[Prompt] | None = None,
     prompts_by: Judging = "likelihood",
     prompt: int | None = None,
-    new_tokens: int = 64,
+    new_tokens: int | None = None,
     batch: int | None = None,
     minutes: float = 15.0,
     repair: bool = True,
@@ -99,7 +99,7 @@ def optimize(
             alone.
         prompts_by: How those are judged: by `"likelihood"`, or by exact `"match"` of what is written.
         prompt: Tokens of a prompt; None for 8192 on a GPU and 1024 on a CPU, for `"generate"` 512 and 128.
-        new_tokens: Tokens that are generated behind it, for `"generate"`.
+        new_tokens: Tokens that are generated behind it, for `"generate"`: 64 on a GPU and 32 on a CPU if not given.
         batch: Prompts at once, 1 if not given; for `"encode"` texts at once, 32 if not given.
         minutes: How long it may take.
         repair: Whether candidates are repaired where there is time.
@@ -200,10 +200,10 @@ def _searched(asked: Asked, stages: Stages, repair: bool) -> Plan:
         **_provenance(asked),
         "tokens": search.losses.text.tokens,
         "data": search.losses.text.source,
-        "costs": search.costs.to_dict(),
-        "alone": {
-            "name": search.losses.name,
-            "units": [
+        "optimize": {
+            "costs": search.costs.to_dict(),
+            "losses_are": search.losses.name,
+            "alone": [
                 {"kind": kind, "layer": layer, "losses": dict(of)}
                 for (kind, layer), of in search.single.items()
             ],
