@@ -41,8 +41,10 @@ from slimformer.training.attempts.minutes import Minutes
 _logger = logging.getLogger("slimformer")
 # Parts of the minutes: for timing all units, for timing a base, and after which no round can follow any more.
 _TIMING, _BASE, _TOO_LATE = 0.06, 0.01, 0.85
+# After which part no more layers are judged as a whole.
+_BLOCKS = 0.35
 # Units that are judged between two writes of partial results.
-_AT_ONCE = 24
+_AT_ONCE = 12
 # Texts that heads and narrow MLPs are fitted on, per minute.
 _FITTED = 200
 
@@ -216,9 +218,12 @@ def _alone(
         asked.check_time("judging every part alone", done / len(left))
 
     for start in range(0, len(left), _AT_ONCE):
+        if left[start][0] == "block" and asked.clock.used > _BLOCKS * asked.clock.seconds / 60:
+            # What both of a layer cost beyond their sum is then learnt like that of any pair.
+            break
         known = losses.alone(left[start : start + _AT_ONCE], known, advance)
         partial.keep_singles(known)
-    return {unit: known[unit] for unit in wanted}
+    return {unit: known[unit] for unit in wanted if unit in known}
 
 
 def _bases(

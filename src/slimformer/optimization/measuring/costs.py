@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 from torch import nn
@@ -102,9 +101,9 @@ class Meter:
         times = self.in_turns(variants, allowance)
         saved: dict[Unit, float] = {}
         for of, out, own in zip(alike.values(), gone, times[2:], strict=True):
-            each = median([plain - without for plain, without in zip(times[1], own, strict=True)]) / len(out)
-            saved |= dict.fromkeys(of, max(each, 0.0))
-        return Costs(median(times[0]), median(times[1]), {unit: saved[unit] for unit in units})
+            # The fastest of each: whatever else a machine does can only add to a run.
+            saved |= dict.fromkeys(of, max(min(times[1]) - min(own), 0.0) / len(out))
+        return Costs(min(times[0]), min(times[1]), {unit: saved[unit] for unit in units})
 
     def in_turns(self, variants: Sequence[tuple[Any, ...]], allowance: float) -> list[list[float]]:
         """Seconds of every variant, round by round, so that whatever slows the machine down meets all of them.
@@ -128,9 +127,7 @@ class Meter:
         if self.counts_bytes:
             return float(sum(self.dense_bytes[:2])), self._bytes_with(methods)
         dense, slim = self.in_turns([(), methods], allowance)
-        # The ratio of each round, since a machine that slows down does so for both.
-        ratio = median([b / a for a, b in zip(dense, slim, strict=True)])
-        return median(dense), median(dense) * ratio
+        return min(dense), min(slim)
 
     def base(self, costs: Costs, name: str, methods: tuple[Any, ...], touched: Sequence[Unit], allowance: float,
              whole: frozenset[Unit] = frozenset()) -> Base:  # fmt: skip

@@ -34,7 +34,7 @@ _LONG_SHARE = 0.25
 # such devices do. Sizes are computed and not measured, so that the same call reads the same text.
 _SHARE, _PER_SECOND = 0.25, {"cuda": 2.0e13, "cpu": 4.0e10}
 _LENGTHS = {"cuda": 512, "cpu": 128}
-_ROWS = (2, 16)
+_ROWS, _SHORTEST = (2, 16), 64
 
 
 def sizes_for(model: Any, units: int, sources: int, minutes: float, longest: int) -> Budget:
@@ -51,7 +51,7 @@ def sizes_for(model: Any, units: int, sources: int, minutes: float, longest: int
     weights = sum(parameter.numel() for parameter in model.parameters())
     # Half of the layers run again for a unit, on average, and all of the head.
     tokens = _SHARE * 60 * minutes * _PER_SECOND[device] / (0.6 * weights * max(units, 1))
-    length = min(_LENGTHS[device], longest)
+    length = min(max(int(tokens / sources / _ROWS[0]), _SHORTEST), _LENGTHS[device], longest)
     rows = min(max(int(tokens / length / sources), _ROWS[0]), _ROWS[1])
     # Of one source, a quarter of the rows is judged by.
     return Budget(length, similarity=0, judged=rows if sources == 1 else 2 * rows, fitted=0, final=3 * rows,

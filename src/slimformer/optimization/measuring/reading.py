@@ -138,11 +138,12 @@ def prompt_rows(
     Raises:
         DataError: If the text is shorter than one.
     """
-    rows = token_blocks(reading.texts, tokenizer, sequence_length=tokens, count=count, seed=seed)
-    if not len(rows):
+    try:
+        rows = token_blocks(reading.texts, tokenizer, sequence_length=tokens, count=count, seed=seed)
+    except DataError as error:
         raise DataError(
-            f"A prompt has {tokens} tokens, and {reading.source} gives fewer. Give more text, or a shorter prompt."
-        )
+            f"A prompt has {tokens} tokens, and {reading.source} is shorter ({error}) Or ask for a shorter prompt."
+        ) from error
     return rows.repeat(-(-count // len(rows)), 1)[:count] if exactly else rows
 
 
