@@ -18,7 +18,7 @@ from slimformer.calibration.drafts.draft import choose_draft
 from slimformer.calibration.drops.drop import tokenizer_of, versions
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.embedding_tasks import EmbeddingTask
-from slimformer.evaluation.panel import Judgement, PanelBudget, Prompt
+from slimformer.evaluation.panel import Judgement, Panel, PanelBudget, Prompt
 from slimformer.evaluation.panel.capabilities.yours import Judging
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.evaluation.readable import longest, predicts_tokens
@@ -193,7 +193,7 @@ def _searched(asked: Asked, stages: Stages, repair: bool) -> Plan:
             cache=asked.cache,
             advance=stages.advance("repairs"),
         )
-    chosen, judgement = _chosen(asked, search, end)
+    chosen, judgement = _chosen(asked, search, notes)
     why = "" if chosen else nothing_fits(search.candidates, asked.wish, asked.conditions.goal)
     measured = _measured(asked, search.candidates, chosen, judgement, why, notes)
     provenance = {
@@ -212,7 +212,19 @@ def _searched(asked: Asked, stages: Stages, repair: bool) -> Plan:
     return plan_of(chosen, fingerprint(asked.inner), provenance, measured)
 
 
-def _chosen(asked: Asked, search: Search, end: float) -> tuple[Candidate | None, Judgement | None]:
+def _last_panel(asked: Asked, search: Search, notes: list[str]) -> Panel:
+    """Other rows than those that were searched on; the same where others cannot tell what was asked for."""
+    panel = asked.panel(last=True)
+    decides = {"yours"} & {capability.name for capability in search.panel.capabilities}
+    if decides <= {capability.name for capability in panel.capabilities}:
+        return panel
+    notes.append(
+        f"What is lost was measured on what was chosen by, since of the rest of the task {panel.left_out['yours']}"
+    )
+    return search.panel
+
+
+def _chosen(asked: Asked, search: Search, notes: list[str]) -> tuple[Candidate | None, Judgement | None]:
     """The best candidate that is faster than dense and fits on rows that were not searched on, too."""
     ordered = best(search.candidates, asked.wish)
     panel, judged = None, 0
@@ -227,7 +239,7 @@ def _chosen(asked: Asked, search: Search, end: float) -> tuple[Candidate | None,
             return again, None
         if judged == _VERDICTS:
             continue
-        panel = asked.panel(last=True) if panel is None else panel
+        panel = _last_panel(asked, search, notes) if panel is None else panel
         with patched(asked.model, *candidate.methods):
             judgement = panel.judged(asked.model)
         judged += 1

@@ -166,6 +166,9 @@ def prepared(asked: Asked, stages: Stages) -> tuple[Search, float]:
         long_prompts=bool(options),
         stages=stages,
     )
+    rows = losses.fit_into(len(units), asked.clock.seconds / 60)
+    if asked.decoder and rows < sizes.judged // 2:
+        _logger.info("This machine is slow at the moment: %d rows of every source are judged by.", rows)
     asked.check_time("reading the text")
     partial = PartialResults(asked.checkpoint, _identity(asked, losses))
     meter = Meter(asked.model, asked.support, work, conditions)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +34,9 @@ LONG_PROMPTS = "long prompts"
 _LONG_SHARE = 0.25
 # The part of the minutes in which all units are judged once, and multiplications per second in it, well below what
 # such devices do. Sizes are computed and not measured, so that the same call reads the same text.
-_SHARE, _PER_SECOND = 0.25, {"cuda": 2.0e13, "cpu": 4.0e10}
+_SHARE, _PER_SECOND = 0.25, {"cuda": 2.0e13, "cpu": 2.0e10}
+# A machine that is so much slower than that, since others use it too, reads less text: the minutes are kept.
+_PATIENCE = 1.5
 _LENGTHS = {"cuda": 512, "cpu": 128}
 _ROWS, _SHORTEST = (2, 16), 64
 
@@ -75,6 +79,7 @@ class Losses:
     shares: dict[str, float]
     _batches: list[dict[str, Tensor]] = field(default_factory=list, init=False)
     _dense: Any = field(default=None, init=False)
+    _took: float = field(default=0.0, init=False)
 
     @classmethod
     def read(
@@ -120,6 +125,31 @@ class Losses:
         if isinstance(self._dense, DenseReference):
             return "KL to dense, nats per token"
         return "1 - cosine to the dense embedding"
+
+    def fit_into(self, units: int, minutes: float) -> int:
+        """Read less where judging every unit would take far longer than it should, by what the dense model took.
+
+        Args:
+            units: How many there are.
+            minutes: In all.
+
+        Returns:
+            How many rows of each source are left.
+        """
+        rows = self.text.sources
+        each = min((list(rows).count(source) for source in set(rows)), default=0)
+        allowed, expected = _PATIENCE * _SHARE * 60 * minutes, 0.6 * units * self._took
+        if each < 2 or expected <= allowed:
+            return each
+        kept = max(int(each * allowed / expected), 1)
+        places = [place for place, source in enumerate(rows) if list(rows[:place]).count(source) < kept]
+        self.text = dataclasses.replace(
+            self.text,
+            rows={name: tensor[places] for name, tensor in self.text.rows.items()},
+            sources=[rows[place] for place in places],
+        )
+        self._record()
+        return kept
 
     def alone(
         self,
@@ -176,11 +206,13 @@ class Losses:
         self._batches = [
             {name: tensor.to(device) for name, tensor in zip(rows, part, strict=True)} for part in parts
         ]
+        begun = time.monotonic()
         with evaluating(self.model):
             if predicts_tokens(self.model, self.support.anatomy):
                 self._dense = DenseReference.record(self.model, rows["input_ids"], device=device)
             else:
                 self._dense = self._embedded()
+        self._took = time.monotonic() - begun
 
     def _predictions(self) -> dict[str, float]:
         found: dict[str, list[Tensor]] = {}
