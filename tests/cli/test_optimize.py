@@ -73,8 +73,7 @@ def test_another_loss_is_wrong_usage(llama: str, tmp_path: Path, typed: str) -> 
     [
         (("--for", "speed"), "prefill"),
         (("--for", "memory", "--max-loss", "2%", "--speedup", 2), "not both"),
-        (("--for", "memory", "--new-tokens", 8), "--new-tokens goes with --for generate"),
-        (("--for", "encode", "--prompts", "mine.txt"), "--prompts goes with models that predict tokens"),
+        (("--for", "memory", "--set", "seed=many"), "--set seed=... takes a whole number"),
         (("--for", "memory", "--set", "taps=3"), "taps does not apply to optimize"),
     ],
 )

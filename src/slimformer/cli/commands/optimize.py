@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from slimformer.cli import options
-from slimformer.cli.applicable import refuse, refuse_settings_without_data
+from slimformer.cli.applicable import refuse_settings_without_data
 from slimformer.cli.output import (
     check_output,
     leave_where_nothing_was_won,
@@ -24,6 +23,7 @@ from slimformer.cli.partial import partial_results
 from slimformer.cli.settings import Settings
 
 _PAGE = "plan.html"
+_SET = ("prompts", "prompts_by", "new_tokens", "repair", "hold_out", "text_field", "seed")
 
 
 class Goal(str, Enum):
@@ -37,7 +37,6 @@ class Goal(str, Enum):
 
 
 def optimize(
-    ctx: typer.Context,
     model: options.Model,
     output: options.Output,
     goal: Annotated[
@@ -54,7 +53,7 @@ def optimize(
         typer.Option(
             metavar="X",
             show_default="2%",
-            help="The most that may be lost of what the panel measures, on average, and twice that of each: 2%, 0.02.",
+            help="The most that may be lost on average, and half of what may be of each: 2% or 0.02.",
         ),
     ] = None,
     speedup: Annotated[
@@ -66,16 +65,7 @@ def optimize(
         typer.Option(
             metavar="SOURCE",
             show_default=False,
-            help="Text like yours, several as SOURCE=WEIGHT; for embeddings also a BEIR folder or a .tsv file of "
-            "pairs, which then decides.",
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="Your own prompts (.jsonl with prompt and answer, or .txt), which then decide.",
+            help="Text, several as SOURCE=WEIGHT; for embeddings also a BEIR folder or a .tsv file of pairs.",
         ),
     ] = None,
     prompt: Annotated[
@@ -87,12 +77,6 @@ def optimize(
             help="Tokens of a prompt. Left out, what suits the device.",
         ),
     ] = None,
-    new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, show_default="64, or 32", help="Tokens behind it, with --for generate."
-        ),
-    ] = None,
     batch: Annotated[
         int | None,
         typer.Option(
@@ -100,7 +84,6 @@ def optimize(
         ),
     ] = None,
     minutes: Annotated[float, typer.Option(metavar="N", help="How long it may take.")] = 15.0,
-    seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     force: options.Force = False,
@@ -109,14 +92,11 @@ def optimize(
     """Find the fastest plan for MODEL within a loss, of all that can be left out together, and write it and its page.
 
     Where nothing is faster within the loss, the plan changes nothing, and the exit code is 4; the page shows what was
-    tried. After Ctrl-C the same command goes on. --set takes text_field, hold_out, prompts_by and repair.
+    tried. After Ctrl-C the same command goes on. --set takes prompts (a file of your own, which then decide),
+    prompts_by, new_tokens, repair, hold_out, text_field and seed.
     """
     if max_loss is not None and speedup is not None:
         raise typer.BadParameter("Give either --max-loss or --speedup, not both.")
-    if goal is not Goal.generate:
-        refuse(ctx, {"new_tokens": "--for generate"})
-    if goal is Goal.encoding:
-        refuse(ctx, {"prompts": "models that predict tokens"})
     loss = None if max_loss is None else fraction(max_loss)
     settings = Settings(more)
     refuse_settings_without_data(settings, data[0] if data else None)
@@ -128,7 +108,7 @@ def optimize(
     from slimformer.evaluation.embedding_tasks import is_labelled, read_task
     from slimformer.report import optimize_table, plan_page
 
-    own = settings.take(slimformer.optimize, ("text_field", "hold_out", "prompts_by", "repair"))
+    own = settings.take(slimformer.optimize, _SET)
     settings.check_none_left("optimize")
     read = weighted(data or [])
     if goal is Goal.encoding and is_labelled(read):
@@ -143,12 +123,9 @@ def optimize(
             max_loss=loss,
             speedup=speedup,
             data=read,
-            prompts=prompts,
             prompt=prompt,
-            new_tokens=new_tokens,
             batch=batch,
             minutes=minutes,
-            seed=seed,
             checkpoint=partial,
             progress=True,
             **own,

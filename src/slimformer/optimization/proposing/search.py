@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slimformer.calibration.drops.partial_results import PartialResults
 from slimformer.evaluation.panel import Panel
-from slimformer.optimization.candidates import Candidate, Verdict
+from slimformer.optimization.candidates import Candidate, Verdict, best
 from slimformer.optimization.goals import Wish
 from slimformer.optimization.measuring.costs import Costs, Meter
 from slimformer.optimization.measuring.losses import LONG_PROMPTS, Losses
@@ -32,6 +32,8 @@ _logger = logging.getLogger("slimformer")
 _AIMS = (1.0, 2.0, 0.5, 1.0, 4.0, 0.75, 1.5, 1.0, 0.9)
 _SPEEDS = (1.0, 1.0, 1.1, 1.0, 0.93, 1.0, 1.2)
 _HALVINGS, _MOST = 7, 40
+# Rounds without a better candidate that end the search.
+_PATIENCE = 12
 # A wish of no loss is aimed at like this one.
 _LEAST_AIM = 0.005
 
@@ -73,6 +75,7 @@ class Search:
         self._add_plain()
         # Without the whole model, which is not proposed.
         begun = sum(not one.repaired for one in self.candidates) - 1
+        since, leading = 0, best(self.candidates, self.wish)[:1]
         for number in range(begun, _MOST):
             if time.monotonic() + max(self.took, default=0.0) > until and self.took:
                 return
@@ -81,6 +84,10 @@ class Search:
                 return
             self.add(self.judged(proposal))
             advance(_MOST)
+            now = best(self.candidates, self.wish)[:1]
+            since, leading = (since + 1 if now == leading else 0), now
+            if since == _PATIENCE:
+                return
 
     def add(self, candidate: Candidate) -> None:
         """Keep a candidate."""
@@ -138,21 +145,21 @@ class Search:
     def _cheaper_than(self, cost: float) -> tuple[float, Proposal] | None:
         """The proposal of least predicted loss that costs so much at most, and that loss."""
         usual, needs = self._growth(), self._needs()
-        learnt, best = self._pairs(), None
+        learnt, least = self._pairs(), None
         for base in self.bases:
             units = self._free(base)
             problem = self._problem(base, units, learnt)
-            if best is not None and problem.loss(()) >= best[0]:
+            if least is not None and problem.loss(()) >= least[0]:
                 continue
             choice = self._solved(problem, units, base.cost - cost)
             if choice is None:
                 continue
             loss = problem.loss(choice)
-            if best is None or loss < best[0]:
-                best = loss, Proposal(base.name, units_in(choice, units))
-        if best is None:
+            if least is None or loss < least[0]:
+                least = loss, Proposal(base.name, units_in(choice, units))
+        if least is None:
             return None
-        return needs(grown(usual, best[0])), best[1]
+        return needs(grown(usual, least[0])), least[1]
 
     def _solved(self, problem: Problem, units: Sequence[Unit], least: float) -> frozenset[int] | None:
         """As `solve`, without what leaves a decoder no attention to count positions by."""
