@@ -183,8 +183,8 @@ class Trial:
             whole = cache_bytes(prefill(self.model, ids))
             weights = sum(weight.nbytes for weight in self.model.parameters())
             with slimformer.patched(self.model, plan):
-                slim = cache_bytes(prefill(self.model, ids))
-            return {"speedup": (weights + whole) / (weights * weights_left(self.model, plan) + slim)}
+                left = cache_bytes(prefill(self.model, ids))
+            return {"speedup": (weights + whole) / (weights * weights_left(self.model, plan) + left)}
         runs = {"prefill": lambda: prefill(self.model, ids), "generate": lambda: self._generate(ids)}
         dense, slim = in_turns(self.settings, self.model, runs[goal], plan)
         return {"dense_ms": dense, "slim_ms": slim, "speedup": dense / slim}

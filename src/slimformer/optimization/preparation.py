@@ -188,7 +188,9 @@ def prepared(asked: Asked, stages: Stages) -> tuple[Search, float]:
         for kind, layer in single
         if kind == "block" and ("attention", layer) in units and ("mlp", layer) in units
     }
-    search = Search(units, bases, single, blocks, costs, losses, meter, panel, asked.wish, partial)
+    search = Search(
+        units, bases, single, blocks, costs, losses, meter, panel, asked.wish, partial, asked.clock
+    )
     names = {base.name: base for base in bases}
     for entry in partial.kept("candidates") or ():
         kept = Candidate.from_dict(entry)

@@ -26,6 +26,7 @@ from slimformer.optimization.proposing.pairs import Curve, beyond, grown, growth
 from slimformer.optimization.proposing.programme import Problem, solve, units_in
 from slimformer.optimization.units import Base, Proposal, Unit, allowed, methods_of
 from slimformer.patching import patched
+from slimformer.training.attempts.minutes import Minutes
 
 _logger = logging.getLogger("slimformer")
 # What is aimed at, round by round: parts of the loss that is allowed. What lies around it is what the curve shows.
@@ -53,8 +54,9 @@ class Search:
         panel: Judges.
         wish: What is asked for.
         partial: Where candidates are kept.
+        clock: The minutes.
         candidates: Those judged so far.
-        took: Seconds that each judgement took.
+        took: Seconds that each round took.
     """
 
     units: Sequence[Unit]
@@ -67,6 +69,7 @@ class Search:
     panel: Panel
     wish: Wish
     partial: PartialResults
+    clock: Minutes
     candidates: list[Candidate] = field(default_factory=list)
     took: list[float] = field(default_factory=list)
 
@@ -74,15 +77,17 @@ class Search:
         """Propose and judge until then (by `time.monotonic`), or until nothing new is proposed."""
         self._add_plain()
         # Without the whole model, which is not proposed.
-        begun = sum(not one.repaired for one in self.candidates) - 1
+        first = sum(not one.repaired for one in self.candidates) - 1
         since, leading = 0, best(self.candidates, self.wish)[:1]
-        for number in range(begun, _MOST):
+        for number in range(first, _MOST):
             if time.monotonic() + max(self.took, default=0.0) > until and self.took:
                 return
+            begun = time.monotonic()
             proposal = self.propose(number)
             if proposal is None:
                 return
             self.add(self.judged(proposal))
+            self.took.append(time.monotonic() - begun)
             advance(_MOST)
             now = best(self.candidates, self.wish)[:1]
             since, leading = (since + 1 if now == leading else 0), now
@@ -94,7 +99,7 @@ class Search:
         self.candidates.append(candidate)
         self.partial.keep("candidates", [one.to_dict() for one in self.candidates])
         _logger.info(
-            "Candidate %d%s: %s: %.2f times dense, loses %.1f%% on average and %.1f%% of %s.",
+            "Candidate %d%s: %s: %.2f times dense, loses %.1f%% on average and %.1f%% of %s; %.1f minutes left.",
             len(self.candidates) - 1,
             " (repaired)" * candidate.repaired,
             candidate.proposal.words,
@@ -102,6 +107,7 @@ class Search:
             100 * candidate.verdict.mean,
             100 * candidate.verdict.lost[candidate.verdict.worst],
             candidate.verdict.worst,
+            max(self.clock.seconds / 60 - self.clock.used, 0.0),
         )
 
     def judged(self, proposal: Proposal) -> Candidate:
@@ -116,7 +122,6 @@ class Search:
             verdict = Verdict.of(self.panel.judged(self.meter.model))
         allowance = (time.monotonic() - begun) / 2
         dense, cost = self.meter.compared(methods, allowance)
-        self.took.append(time.monotonic() - begun)
         return Candidate(proposal, dense, cost, verdict, lost, methods=methods)
 
     def propose(self, number: int) -> Proposal | None:
