@@ -45,6 +45,9 @@ _logger = logging.getLogger("slimformer")
 DEFAULT_LOSS = 0.02
 # The part of the time, after everything is measured, in which is proposed and judged where repair follows.
 _PROPOSING = 0.5
+# What times differ by from one minute to the next: a wish that is met so nearly is met, and the patch alone is worth
+# having from here on.
+_AS_FAST, _WON = 0.97, 1.02
 # So many of the best are judged on other rows before it is said that none fits.
 _VERDICTS = 3
 # From so many minutes on, a GPU's panel reads more.
@@ -231,10 +234,14 @@ def _chosen(asked: Asked, search: Search, notes: list[str]) -> tuple[Candidate |
     for candidate in ordered:
         timed = search.meter.compared(candidate.methods, max(search.took, default=2.0))
         again = _with(candidate, timed, None)
-        if again.speedup <= 1.0:
+        nothing = not (candidate.proposal.units or candidate.proposal.base or candidate.repaired)
+        if again.speedup <= max(_WON if nothing else 1.0, (asked.wish.speedup or 0.0) * _AS_FAST):
             continue
-        if not (candidate.proposal.units or candidate.proposal.base or candidate.repaired):
+        if nothing:
             # What loses nothing needs no verdict.
+            others = [one for one in search.candidates if one.proposal.units or one.proposal.base]
+            said = nothing_fits(others, asked.wish, asked.conditions.goal)
+            notes.append(f"Nothing is left out, as by slimformer.patch(model) alone: {said}")
             search.candidates[search.candidates.index(candidate)] = again
             return again, None
         if judged == _VERDICTS:

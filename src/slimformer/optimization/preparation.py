@@ -170,7 +170,7 @@ def prepared(asked: Asked, stages: Stages) -> tuple[Search, float]:
     if asked.decoder and rows < sizes.judged // 2:
         _logger.info("This machine is slow at the moment: %d rows of every source are judged by.", rows)
     asked.check_time("reading the text")
-    partial = PartialResults(asked.checkpoint, _identity(asked, losses))
+    partial = PartialResults(asked.checkpoint, _identity(asked, losses.text.source, sizes.judged))
     meter = Meter(asked.model, asked.support, work, conditions)
     found = partial.kept("costs")
     costs = Costs.from_dict(found) if found else meter.costs(units, asked.clock.part(_TIMING))
@@ -280,13 +280,13 @@ def _bases(
     return made
 
 
-def _identity(asked: Asked, losses: Losses) -> dict[str, Any]:
+def _identity(asked: Asked, source: str, rows: int) -> dict[str, Any]:
     """What must be equal for partial results to be taken over."""
     conditions = asked.conditions
     return {
         "model": fingerprint(asked.inner),
-        "data": losses.text.source,
-        "read": [losses.text.judged, losses.text.rows["input_ids"].shape[1], asked.text_field],
+        "data": source,
+        "read": [rows, asked.text_field],
         "conditions": dataclasses.asdict(conditions),
         "device": asked.inner.device.type,
         "seed": asked.seed,
