@@ -41,12 +41,12 @@ from slimformer.training.attempts.minutes import Minutes
 _logger = logging.getLogger("slimformer")
 # Parts of the minutes: for timing all units, for timing a base, and after which no round can follow any more.
 _TIMING, _BASE, _TOO_LATE = 0.06, 0.01, 0.85
-# After which part no more layers are judged as a whole.
-_BLOCKS = 0.35
+# After which part no more layers are judged as a whole, and after which no more bases are made.
+_BLOCKS, _BASES = 0.35, 0.5
 # Units that are judged between two writes of partial results.
 _AT_ONCE = 12
 # Texts that heads and narrow MLPs are fitted on, per minute.
-_FITTED = 200
+_FITTED = 60
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,13 @@ class Asked:
             self.reading, self.model, self.tokenizer, self.conditions, prompts=self.prompts, prompts_by=self.prompts_by,
             budget=self.budget, cache=self.cache, seed=self.seed, last=last,
         )  # fmt: skip
+
+    def is_late(self) -> bool:
+        """Whether what is left is wanted for proposing, so that what has been tried so far has to do."""
+        if self.clock.used <= _BASES * self.clock.seconds / 60:
+            return False
+        _logger.info("The time is short: not everything that might go is tried.")
+        return True
 
     def check_time(self, what: str, part: float = 1.0) -> None:
         """Refuse to go on where no round can follow any more.
@@ -255,7 +262,8 @@ def _bases(
         found = []
         for base in measured_eliminations(options, losses, meter, costs, rows, allowance):
             found.append(base)
-            asked.check_time("judging which tokens may leave")
+            if asked.is_late():
+                break
         partial.keep(
             "bases",
             {
@@ -276,7 +284,8 @@ def _bases(
         lost = losses.of(option.methods)
         base = meter.base(costs, option.name, option.methods, option.touched, allowance, option.whole)
         made.append(dataclasses.replace(base, losses=lost))
-        asked.check_time("fitting narrow MLPs and exits")
+        if asked.is_late():
+            break
     return made
 
 
