@@ -34,7 +34,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # What a page says in the size that a reader wants, and what it becomes where only its working is of interest.
-_SMALLER = {"steps=250": "steps=2", "length=1024": "length=32", "max_new_tokens=20": "max_new_tokens=2"}
+_SMALLER = {"steps=250": "steps=2", "length=1024": "length=32", "max_new_tokens=20": "max_new_tokens=2",
+            "minutes=15": "minutes=2, prompt=64, repair=False"}  # fmt: skip
 # Blocks with these words in them need a package that not every supported Python has.
 _NEEDS = {"--to onnx": "onnxscript", "mteb_task": "mteb"}
 # Whole pages do, whose blocks read what one of them wrote.
@@ -49,6 +50,7 @@ _ADDED = {
     "eval ": "--blocks 2 --sequence-length 32 --panel quick",
     "generate ": "--max-new-tokens 2",
     "repair ": "--steps 2 --length 32 --set panel=null",
+    "optimize ": "--prompt 64 --minutes 2 --set repair=false",
 }
 
 
@@ -107,6 +109,11 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = pyarrow.table({"id": [f"d{number}" for number in range(len(TEXTS))], "text": TEXTS})
     parquet.write_table(corpus, folder / "my-corpus.parquet")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimformer.optimization.proposing.search._MOST", 2)
 
 
 @pytest.fixture
@@ -177,8 +184,8 @@ def run_command(arguments: list[str], shown: str) -> None:
     line = " ".join(arguments) + " "
     added = next((more for words, more in _ADDED.items() if words in line), "")
     result = CliRunner().invoke(app, [*arguments, *added.split()])
-    # Two steps may win nothing back, which is no error.
-    fine = (0, 4) if arguments[0] == "repair" else (0,)
+    # Two steps may win nothing back, and of a tiny model nothing may fit: no errors.
+    fine = (0, 4) if arguments[0] in ("optimize", "repair") else (0,)
     assert result.exit_code in fine, f"{shown}\n{result.output}"
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slimformer.methods.self_extend import SelfExtend
     from slimformer.methods.speculation.self_speculation import SelfSpeculation
     from slimformer.methods.temperature import TempScale
+    from slimformer.optimization.optimize import optimize
     from slimformer.patching import patch, patched, status, unpatch
     from slimformer.plans.plan import Plan
     from slimformer.training.repair import repair
@@ -35,6 +36,7 @@ __all__ = [
     "TokenElimination",
     "calibrate",
     "export",
+    "optimize",
     "patch",
     "patched",
     "register",
@@ -57,6 +59,7 @@ _HOMES = {
     "Plan": "slimformer.plans.plan",
     "calibrate": "slimformer.choosing",
     "export": "slimformer.exporting.export",
+    "optimize": "slimformer.optimization.optimize",
     "register": "slimformer.decisions.registry",
     "repair": "slimformer.training.repair",
     "support": "slimformer.examination.tiers",

@@ -16,7 +16,9 @@ from slimformer.cli import app
 COLUMNS, LINES = 100, 40
 GROUP: Any = typer.main.get_command(app)
 CHOICES = ("drop", "narrow", "exit", "eliminate", "temperature", "route", "draft")
-COMMANDS = ("calibrate", "repair", "eval", "bench", "generate", "export", "embed", "show", "demo")
+COMMANDS = (
+    "calibrate", "optimize", "repair", "eval", "bench", "generate", "export", "embed", "show", "demo",
+)  # fmt: skip
 EVERY = [(), *((name,) for name in COMMANDS), *(("calibrate", name) for name in CHOICES)]
 
 

@@ -28,7 +28,7 @@ from slimformer.text.progress import Stages
 from slimformer.text.sources import characters_for, check_token_ids, load_texts, token_blocks
 
 # Tokens of a passage that stand before the answer when it is to be recalled.
-_CUE = 32
+CUE = 32
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,7 @@ def choose_elimination(
     }
     partial = PartialResults(checkpoint, identity)
     with evaluating(inner), Stages(progress) as stages:
-        trials = [
-            _Trial.of(inner, row, answer, recall and number % 2 == 1) for number, row in enumerate(rows)
-        ]
+        trials = [Trial.of(inner, row, answer, recall and number % 2 == 1) for number, row in enumerate(rows)]
         curve = [Point(**point) for point in partial.kept("curve") or []]
         for layer in stages.track(candidates, "layers"):
             for part in fractions:
@@ -202,7 +200,7 @@ def prefill_flops(anatomy: Anatomy, tokens: int, layer: int, keep: float) -> flo
 
 
 @dataclass
-class _Trial:
+class Trial:
     """One prompt, the answer behind it, and what the dense model makes of that.
 
     Attributes:
@@ -218,18 +216,20 @@ class _Trial:
     expected: Tensor
 
     @classmethod
-    def of(cls, model: PreTrainedModel, row: Tensor, answer: int, recalled: bool) -> _Trial:
+    def of(cls, model: PreTrainedModel, row: Tensor, answer: int, recalled: bool) -> Trial:
+        """A row `[tokens]` cut into prompt and answer, or made one that asks for what stands further up."""
         row = row[None].to(model.device)
         prompt, wanted = row[:, :-answer], row[:, -answer:]
         if recalled:
             # A passage from the first third, whose first words stand at the end again.
             start = prompt.shape[1] // 6
-            passage = prompt[:, start : start + _CUE + answer]
-            prompt = torch.cat([prompt[:, : prompt.shape[1] - _CUE], passage[:, :_CUE]], dim=1)
-            wanted = passage[:, _CUE:]
+            passage = prompt[:, start : start + CUE + answer]
+            prompt = torch.cat([prompt[:, : prompt.shape[1] - CUE], passage[:, :CUE]], dim=1)
+            wanted = passage[:, CUE:]
         return cls(prompt, wanted, recalled, _answer(model, prompt, wanted))
 
     def divergence(self, model: PreTrainedModel) -> float:
+        """Mean KL(dense || model) over the answer, in nats."""
         actual = _answer(model, self.prompt, self.answer)
         return float(F.kl_div(actual, self.expected, log_target=True, reduction="sum")) / len(actual)
 
@@ -249,7 +249,7 @@ def _measure(
     method: TokenElimination,
     layer: int,
     keep: float,
-    trials: Sequence[_Trial],
+    trials: Sequence[Trial],
 ) -> Point:
     with patched(model, method):
         found = [trial.divergence(model) for trial in trials]
@@ -306,7 +306,7 @@ def _check(
     for name, value, least in (
         ("answer", answer, 2),
         ("texts", texts, 1),
-        ("length", length, 6 * (answer + _CUE)),
+        ("length", length, 6 * (answer + CUE)),
     ):
         if value < least:
             raise CalibrationError(f"{name} must be at least {least}, got {value!r}.")

@@ -1,7 +1,7 @@
 """The command `slimformer`: calibrate a plan, measure it, generate with it, show it.
 
-Exit codes: 0 done, 1 an error with its reason on standard error, 2 wrong usage, 4 a training that won nothing, 130
-interrupted.
+Exit codes: 0 done, 1 an error with its reason on standard error, 2 wrong usage, 4 a training or an optimisation that
+won nothing, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from slimformer.cli.commands.embed import embed
 from slimformer.cli.commands.eval import eval_plan
 from slimformer.cli.commands.export import export
 from slimformer.cli.commands.generate import generate
+from slimformer.cli.commands.optimize import optimize
 from slimformer.cli.commands.repair import repair
 from slimformer.cli.commands.show import show
 from slimformer.cli.options import help_of
@@ -103,6 +104,7 @@ def _version(wanted: bool) -> None:
 
 # Which command serves which wish.
 _WISHES = (
+    ("any of these", "slimformer optimize MODEL --for generate --max-loss 2% -o plans/mine"),
     ("faster generation", "slimformer calibrate drop MODEL -o plans/mine --drop 4"),
     ("long prompts", "slimformer calibrate eliminate MODEL -o plans/mine --length 4096"),
     ("faster embeddings", "slimformer calibrate narrow MODEL -o plans/mine --data my-beir --max-loss 0.01"),
@@ -136,6 +138,7 @@ app = typer.Typer(
 )
 app.add_typer(calibrate, name="calibrate")
 for _command, _name, _example in (
+    (optimize, "optimize", "MODEL --for prefill --max-loss 2% -o plans/mine"),
     (repair, "repair", "MODEL --plan plans/mine -o plans/repaired --data text.jsonl"),
     (eval_plan, "eval", "MODEL --plan plans/mine --save"),
     (bench, "bench", "MODEL --plan plans/mine --prompt-tokens 2048"),

@@ -3,6 +3,7 @@
 from slimformer.report.elastic import grid_picture, grid_table
 from slimformer.report.elimination import curve_table, predictor_table
 from slimformer.report.narrow import narrow_table
+from slimformer.report.optimization.table import optimize_table
 from slimformer.report.page import plan_page
 from slimformer.report.panel import panel_table
 from slimformer.report.repair import repair_table
@@ -17,6 +18,7 @@ __all__ = [
     "grid_table",
     "methods_table",
     "narrow_table",
+    "optimize_table",
     "panel_table",
     "plan_page",
     "plan_table",

@@ -15,6 +15,8 @@ from slimformer.report.charts import SHORT_STEPS, divergence_chart, marker, simi
 from slimformer.report.elastic import elastic_section
 from slimformer.report.elimination import curve_section
 from slimformer.report.narrow import narrow_rows
+from slimformer.report.optimization.points import found_in
+from slimformer.report.optimization.section import optimize_section
 from slimformer.report.panel import panel_section
 from slimformer.report.repair import repair_section
 from slimformer.report.routing import arank_section
@@ -23,7 +25,16 @@ from slimformer.report.tables import caption, method_rows, words
 from slimformer.report.temperature import temperature_section
 
 # Provenance that has a section of its own.
-_SHOWN_ELSEWHERE = {"similarity", "steps", "divergence_name", "elastic", "repair", "temperature", "narrow"}
+_SHOWN_ELSEWHERE = {
+    "similarity",
+    "steps",
+    "divergence_name",
+    "elastic",
+    "repair",
+    "temperature",
+    "narrow",
+    "optimize",
+}
 
 
 def plan_page(plan: Plan) -> str:
@@ -50,6 +61,7 @@ def plan_page(plan: Plan) -> str:
     heading = f"{summary.count} of {2 * summary.layers} sublayers dropped" if summary.count else names
     body = (
         _tiles(plan),
+        optimize_section(plan),
         panel_section(plan),
         elastic_section(plan),
         curve_section(plan),
@@ -157,6 +169,8 @@ def _narrow_section(plan: Plan) -> str:
 
 def _measured_section(plan: Plan) -> str:
     rows = comparison(plan.measured)
+    if not rows and found_in(plan):
+        return ""
     if not rows:
         return (
             "<section><h2>Measured</h2><p>Nothing yet. <code>slimformer eval</code> and <code>slimformer bench</code> "

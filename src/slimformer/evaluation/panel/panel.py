@@ -18,7 +18,7 @@ from slimformer.evaluation.panel.decoders import NAMES, DecoderCapabilities
 from slimformer.evaluation.panel.judgement import Judgement
 from slimformer.evaluation.panel.sizes import SIZES, PanelBudget
 from slimformer.evaluation.readable import predicts_tokens
-from slimformer.model.anatomy import find_anatomy
+from slimformer.examination.tiers import support
 from slimformer.patching import patched, status
 
 
@@ -95,7 +95,8 @@ class Panel:
             raise CalibrationError(
                 "The model is patched; a panel is recorded with the dense model. Call unpatch first."
             )
-        if not predicts_tokens(model, find_anatomy(model)):
+        # Whether layers that no row of the table describes keep a cache is seen when they are called.
+        if not predicts_tokens(model, support(model).anatomy):
             raise CalibrationError(
                 f"{type(model).__name__} makes embeddings and predicts no tokens. Give a decoder with a language-model "
                 "head, or call embedding_panel."

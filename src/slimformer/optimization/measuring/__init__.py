@@ -1,0 +1,1 @@
+"""What is read, what parts cost on this machine, and what is lost without them."""
