@@ -177,7 +177,7 @@ class RowAttention:
 
     def _attended(self, step: Step, q: Tensor, keys: Tensor, values: Tensor, stream: Stream) -> Tensor:
         """Attention of a step's queries `[rows, heads, head_dim]` over all of a room."""
-        q, extension = self._transformed(q, None, stream)
+        q, _, extension = self._transformed(q, None, stream)
         if extension is None:
             return step.attend(self.slot, q, keys, values, self.row_scale, self.window, self._cap)
         where = (*current_texts(stream.batch, stream.tokens, stream.device).layout, stream.tokens, True)
