@@ -41,6 +41,10 @@ class Candidates(CandidateGenerator):
         config: Of this call.
         model_kwargs: Of the model's first forward pass, its cache among them.
         process: Changes scores as `generate` was asked to.
+
+    Attributes:
+        tokens: Written behind the first.
+        seconds: In which time.
     """
 
     def __init__(
@@ -65,7 +69,8 @@ class Candidates(CandidateGenerator):
         ends = getattr(config, "_eos_token_tensor", None)
         self.ends = set() if ends is None else set(ends.reshape(-1).tolist())
         self._copied, self._confidences, self._drafted = 0, list[float](), 0.0
-        self._held, self._begun = 0, 0.0
+        self._held, self._begun, self._first = 0, 0.0, 0.0
+        self.tokens, self.seconds = 0, 0.0
         pace.begin()
 
     def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -92,9 +97,12 @@ class Candidates(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """Count what was accepted."""
-        accepted = int(num_matches)
-        if self.rounds > 1:
-            checking = time.perf_counter() - self._begun
+        accepted, now = int(num_matches), time.perf_counter()
+        if self.rounds == 1:
+            self._first = now
+        else:
+            self.tokens, self.seconds = self.tokens + accepted + 1, now - self._first
+            checking = now - self._begun
             self.pace.checked(self._confidences, self._copied, accepted, self._drafted, checking)
         self.tally.count(len(self._confidences), self._copied, accepted)
         if self.own is not None:

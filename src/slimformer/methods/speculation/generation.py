@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 from transformers.generation import logits_process
 from transformers.generation.configuration_utils import GenerationMode
@@ -21,9 +21,10 @@ from slimformer.methods.speculation.draft_cache import can_borrow, grows_by_repl
 from slimformer.methods.speculation.draft_model import DraftModel, MakesDraft
 from slimformer.methods.speculation.pace import Pace
 from slimformer.methods.speculation.tally import Tally
+from slimformer.methods.speculation.worth import Clock, Worth
 
-# Whether the call of `generate` that runs asks the draft.
-_asks: ContextVar[bool] = ContextVar("slimformer_asks_a_draft", default=False)
+# What the call of `generate` that runs is to ask for candidates: empty until it does, and None where it asks no draft.
+_asks: ContextVar[list[Candidates] | None] = ContextVar("slimformer_asks_a_draft", default=None)
 # Those that `generate` takes itself, beside what the model and its configuration take.
 _ASSISTS = ("assistant_model", "assistant_tokenizer", "custom_generate")
 # What remembers what it saw, and would see candidates that are taken back.
@@ -43,6 +44,7 @@ class Speculating:
         replays: Whether its steps are replayed from graphs.
         draft: The draft; None where it is to be made.
         pace: What drafts cost and how often they are right, measured in all calls.
+        worth: Whether calls with drafts are faster than calls without.
         tally: Counts for `status`.
         had: The model's own `generate`.
         had_candidates: What it asks for candidates by itself.
@@ -53,6 +55,7 @@ class Speculating:
     replays: Callable[[], bool]
     draft: DraftModel | None = None
     pace: Pace = field(default_factory=Pace)
+    worth: Worth = field(default_factory=Worth)
     tally: Tally = field(default_factory=Tally)
     had: Callable[..., Any] = field(init=False)
     had_candidates: Callable[..., Any] = field(init=False)
@@ -68,27 +71,40 @@ class Speculating:
         self.tally.without = self._without_drafts(inputs, generation_config, args, kwargs)
         if self.tally.without:
             return self.had(inputs, generation_config, *args, **kwargs)
+        if self.worth.sits_out():
+            self.tally.without = "they did not pay in the calls before"
+            clock, own = Clock(), self._own(args, kwargs)
+            found = self.had(
+                inputs, generation_config, **{**own, "stopping_criteria": StoppingCriteriaList([clock])}
+            )
+            self.worth.count_without(clock)
+            return found
         # What makes `generate` ask for candidates; how many is said by those.
         if generation_config is None:
             kwargs["prompt_lookup_num_tokens"] = 1
         else:
             generation_config = copy.deepcopy(generation_config)
             generation_config.prompt_lookup_num_tokens = 1
-        token = _asks.set(True)
+        asked: list[Candidates] = []
+        token = _asks.set(asked)
         try:
-            return self.had(inputs, generation_config, *args, **kwargs)
+            found = self.had(inputs, generation_config, *args, **kwargs)
         finally:
             _asks.reset(token)
+        for candidates in asked:
+            self.worth.count(candidates.tokens, candidates.seconds, self.pace.resting > 0)
+        return found
 
     def candidates(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the model's `_get_candidate_generator`."""
-        if not _asks.get():
+        asked = _asks.get()
+        if asked is None or asked:
             return self.had_candidates(*args, **kwargs)
-        _asks.set(False)
         config, model_kwargs = kwargs["generation_config"], kwargs["model_kwargs"]
-        return Candidates(
-            self._draft(), self.pace, self.tally, config, model_kwargs, kwargs["logits_processor"]
+        asked.append(
+            Candidates(self._draft(), self.pace, self.tally, config, model_kwargs, kwargs["logits_processor"])
         )
+        return asked[0]
 
     def _draft(self) -> DraftModel:
         """The draft, made anew if need be."""
@@ -101,13 +117,15 @@ class Speculating:
         draft = self._draft()
         return draft.replays() and can_borrow(draft.layout, draft.of_model)
 
+    def _own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a call gives beside the inputs and the configuration, by name."""
+        return {**dict(zip(_names(type(self.model))[2:], args, strict=False)), **kwargs}
+
     def _without_drafts(
         self, inputs: Any, config: GenerationConfig | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> str:
         """Why a call is the model's own alone; empty where drafts change nothing about its result."""
-        kind: Any = type(self.model)
-        names = _names(kind)
-        own = {**dict(zip(names[2:], args, strict=False)), **kwargs}
+        own, names = self._own(args, kwargs), _names(type(self.model))
         if any(own.get(name) is not None for name in _ASSISTS):
             return "the call brings its own way to generate"
         if own.get("synced_gpus"):
