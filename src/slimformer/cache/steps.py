@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -128,20 +129,22 @@ class Step:
         )
 
 
-_current: ContextVar[Step | None] = ContextVar("slimformer_step", default=None)
+class _Prepared(threading.local):
+    """The step that is being prepared in a thread, if there is one."""
+
+    step: Step | None = None
 
 
-def current_step() -> Step | None:
-    """The step that is being prepared in this thread, if there is one."""
-    # Nothing is prepared while torch.compile traces, and it cannot follow a context variable.
-    return None if torch.compiler.is_compiling() else _current.get()
+_prepared = _Prepared()
+# Every layer asks in every call: no call of Python's, and nothing that torch.compile cannot follow.
+current_step: Callable[[], Step | None] = functools.partial(getattr, _prepared, "step")
 
 
 @contextlib.contextmanager
 def preparing(step: Step) -> Iterator[None]:
     """A block whose forward passes are those of a step."""
-    token = _current.set(step)
+    before, _prepared.step = _prepared.step, step
     try:
         yield
     finally:
-        _current.reset(token)
+        _prepared.step = before

@@ -59,7 +59,7 @@ class Proposal:
 
         Example:
             >>> Proposal("", (("attention", 3), ("mlp", 3), ("mlp", 7))).words
-            'blocks 3, MLPs 7'
+            'MLPs 7, blocks 3'
         """
         gone = {kind: [layer for k, layer in self.units if k == kind] for kind in _SHORT}
         both = sorted({*gone["block"], *(set(gone["attention"]) & set(gone["mlp"]))})

@@ -84,8 +84,8 @@ def learnt_pairs(
 
     Example:
         >>> found = learnt_pairs([({0, 1}, torch.tensor([0.5])), ({0, 2}, torch.tensor([0.0]))], [])
-        >>> round(float(found[0, 1]), 1), round(float(found[0, 2]), 1)
-        (0.5, 0.0)
+        >>> {pair: round(float(more), 1) for pair, more in found.items()}
+        {(0, 1): 0.5}
     """
     taken = set(known)
     columns = sorted({pair for units, _ in judged for pair in combinations(sorted(units), 2)} - taken)
