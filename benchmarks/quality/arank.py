@@ -17,7 +17,7 @@ from benchmarks.frame.registry import Settings, benchmark, table
 from benchmarks.frame.results import Measurement, Parameters
 from slimformer.model.anatomy import find_anatomy
 from slimformer.text.sources import load_texts, token_blocks
-from slimformer.training.arank import QUERIES, layer_ranks
+from slimformer.training.routing.arank import QUERIES, layer_ranks
 
 SAMPLED, FULL = f"{QUERIES} rows of every map", "all rows"
 METRICS = ("effective_rank", "rank")

@@ -27,9 +27,9 @@ from slimformer.model.anatomy import find_anatomy
 from slimformer.model.layer_parts import KINDS, Kind
 from slimformer.patching import keep_ratios
 from slimformer.text.sources import load_texts
-from slimformer.training.arank import LayerOrder, calibrate_arank
 from slimformer.training.loop import TrainingSettings
-from slimformer.training.routers import train_routers
+from slimformer.training.routing.arank import LayerOrder, calibrate_arank
+from slimformer.training.routing.routers import train_routers
 
 KEEP = 0.5
 SETTINGS = TrainingSettings(steps=600, rows=4, learning_rate=5e-3)

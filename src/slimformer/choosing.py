@@ -30,7 +30,7 @@ from slimformer.methods.speculation.self_speculation import SelfSpeculation
 from slimformer.methods.temperature import TempScale
 from slimformer.plans.plan import Plan
 from slimformer.training.predictors import learn_predictors
-from slimformer.training.routers import learn_routing
+from slimformer.training.routing.routers import learn_routing
 
 Data: TypeAlias = (
     EmbeddingTask

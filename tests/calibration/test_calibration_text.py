@@ -18,8 +18,8 @@ from slimformer.errors import DataError, SlimformerWarning
 from slimformer.evaluation.quality import measure_quality
 from slimformer.evaluation.readable import longest
 from slimformer.model.anatomy import find_anatomy
-from slimformer.training.arank import calibrate_arank
 from slimformer.training.loop import TrainingSettings
+from slimformer.training.routing.arank import calibrate_arank
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import COMMON, tiny_model
 

@@ -20,7 +20,7 @@ from slimformer import (
 from slimformer.choosing import options_of
 from slimformer.errors import CalibrationError
 from slimformer.training.loop import TrainingSettings
-from slimformer.training.routers import train_routers
+from slimformer.training.routing.routers import train_routers
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import tiny_model
 

@@ -21,9 +21,9 @@ from slimformer import MixtureOfDepths, Plan
 from slimformer.errors import DataError, PlanError
 from slimformer.model.anatomy import find_anatomy
 from slimformer.patching import keep_ratios
-from slimformer.training.arank import layer_ranks
 from slimformer.training.loop import TrainingSettings
-from slimformer.training.routers import learn_routers
+from slimformer.training.routing.arank import layer_ranks
+from slimformer.training.routing.routers import learn_routers
 from slow_rows import one_thread, rows_through, slowly  # noqa: F401
 from tiny_models import COMMON, tiny_model
 

@@ -22,7 +22,7 @@ from slimformer.training.attempts.minutes import Minutes
 from slimformer.training.attempts.range_test import CAUTIOUS, RangeTest, range_test
 from slimformer.training.loop import TrainingSettings
 from slimformer.training.predictors import learn_predictors
-from slimformer.training.routers import learn_routers
+from slimformer.training.routing.routers import learn_routers
 
 ROWS = torch.arange(32).view(8, 4)
 WANTED = 0.05

@@ -16,10 +16,10 @@ from slimformer import MixtureOfDepths, Plan
 from slimformer.errors import CalibrationError, PlanError
 from slimformer.model.anatomy import find_anatomy
 from slimformer.patching import keep_ratios
-from slimformer.training.arank import attention_ranks, calibrate_arank, layer_ranks, lowest
 from slimformer.training.loop import TrainingSettings
-from slimformer.training.routed_model import Routed
-from slimformer.training.routers import learn_routers
+from slimformer.training.routing.arank import attention_ranks, calibrate_arank, layer_ranks, lowest
+from slimformer.training.routing.routed_model import Routed
+from slimformer.training.routing.routers import learn_routers
 from slow_rows import small
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import tiny_model

@@ -30,7 +30,7 @@ from slimformer.text.progress import Stages
 from slimformer.text.rows import examples
 from slimformer.text.sources import characters_for, check_token_ids, load_texts, token_blocks
 from slimformer.training.loop import frozen
-from slimformer.training.routed_model import Routed
+from slimformer.training.routing.routed_model import Routed
 
 Metric = Literal["effective_rank", "rank"]
 LayerOrder = Literal["effective_rank", "rank", "skip_cost"]

@@ -27,10 +27,10 @@ from slimformer.plans.plan import Plan, fingerprint
 from slimformer.text.progress import Stages
 from slimformer.text.rows import examples, rows_of_examples, training_rows
 from slimformer.text.sources import check_token_ids
-from slimformer.training.arank import LayerOrder, calibrate_arank
 from slimformer.training.attempts.attempts import Watched, attempted
 from slimformer.training.loop import TrainingSettings, frozen, seeded
-from slimformer.training.routed_model import Batch, Routed
+from slimformer.training.routing.arank import LayerOrder, calibrate_arank
+from slimformer.training.routing.routed_model import Batch, Routed
 
 _HELD_OUT_ROWS = 8
 # What routers read is standardised, so that one rate suits every model.
