@@ -119,13 +119,18 @@ class Speculating:
 
     def _own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """What a call gives beside the inputs and the configuration, by name."""
-        return {**dict(zip(_names(type(self.model))[2:], args, strict=False)), **kwargs}
+        return {**dict(zip(self._names[2:], args, strict=False)), **kwargs}
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        kind: Any = type(self.model)
+        return _names(kind)
 
     def _without_drafts(
         self, inputs: Any, config: GenerationConfig | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> str:
         """Why a call is the model's own alone; empty where drafts change nothing about its result."""
-        own, names = self._own(args, kwargs), _names(type(self.model))
+        own, names = self._own(args, kwargs), self._names
         if any(own.get(name) is not None for name in _ASSISTS):
             return "the call brings its own way to generate"
         if own.get("synced_gpus"):
