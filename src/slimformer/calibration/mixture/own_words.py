@@ -26,6 +26,7 @@ from slimformer.errors import CalibrationError, DataError
 from slimformer.evaluation.panel.capabilities.own_words import model_digest
 from slimformer.evaluation.panel.capabilities.prompts import prompt_ids
 from slimformer.evaluation.perplexity import evaluating
+from slimformer.methods.layer_drop import LayerDrop
 from slimformer.patching import patched
 from slimformer.text.progress import Stages
 
@@ -153,8 +154,8 @@ class Writer:
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
         ends = _ends(self.model)
-        # Patched without a method it writes the same, and faster.
-        with evaluating(self.model), patched(self.model):
+        # Patched with nothing dropped it writes the same, and faster.
+        with evaluating(self.model), patched(self.model, LayerDrop()):
             found = self.model.generate(
                 ids,
                 attention_mask=mask,
