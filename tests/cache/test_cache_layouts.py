@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 import slimformer
 from slimformer import EarlyExit, LayerDrop, TempScale, TokenElimination
@@ -153,10 +153,31 @@ def test_a_changed_cache_still_knows_whose_it_is(change: str) -> None:
         step(model, cache, start + 1, start + 2)
 
 
+def _empties() -> bool:
+    """Whether a dynamic cache that is reset holds no tokens."""
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
+    cache.reset()
+    return cache.get_seq_length() == 0
+
+
+def _crops_nothing() -> bool:
+    """Whether tokens can be taken back from a slot that was never filled."""
+    try:
+        DynamicLayer().crop(-1)
+    except TypeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("after", ["dense", "plain", "first dropped", "longer filter"])
 @pytest.mark.parametrize("before", ["dense", "first dropped", "two dropped", "filter"])
 @pytest.mark.parametrize("make", [dynamic, static])
 def test_a_reset_cache_is_anybodys(make: Callable[..., Cache], before: str, after: str) -> None:
+    if make is dynamic and not _empties():
+        pytest.skip(
+            "this transformers zeroes the keys of a dynamic cache that is reset, and counts them still"
+        )
     model = small("llama")
     cache = make(model)
     as_planned(model, before)
@@ -238,6 +259,9 @@ def test_a_compiled_model_fills_a_cache_that_steps_outside_the_graph_read() -> N
     torch.testing.assert_close(found, whole[:, PROMPT:], atol=1e-4, rtol=0)
 
 
+@pytest.mark.skipif(
+    not _crops_nothing(), reason="this transformers takes no tokens back from slots that hold none"
+)
 def test_a_draft_that_exits_early_runs_beside_dropped_attentions() -> None:
     options: dict[str, Any] = {
         "do_sample": False,

@@ -71,7 +71,9 @@ def test_what_is_done_between_steps_is_no_part_of_a_steps_time(monkeypatch: pyte
 def test_a_range_test_finds_a_rate_and_leaves_the_module_as_it_was() -> None:
     module = point()
     before = copy.deepcopy(module.state_dict())
-    found = range_test(module, apart, ROWS, TrainingSettings(), lambda: float(apart(module).detach()), count=9)
+    found = range_test(
+        module, apart, ROWS, TrainingSettings(), lambda: float(apart(module).detach()), count=9
+    )
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
     assert found.rates[:2] == pytest.approx([1e-5, 10**-4.5])
     assert found.start == pytest.approx(2 * WANTED**2)
