@@ -135,7 +135,8 @@ def optimize(
     note(f"The plan is in {output}, its page in {output / _PAGE}.")
     print_tables(optimize_table(plan))
     leave_where_nothing_was_won(plan.measured, "optimize")
-    note(f'Use it: slimformer.patch(model, "{output}"). Serve it: slimformer export {model} --plan {output} --to vllm '
+    engine = "onnx" if goal is Goal.encoding else "vllm"
+    note(f'Use it: slimformer.patch(model, "{output}"). Serve it: slimformer export {model} --plan {output} --to {engine} '
          "-o slim. Undo it: slimformer.unpatch(model).")  # fmt: skip
 
 
