@@ -136,8 +136,8 @@ def optimize(
     print_tables(optimize_table(plan))
     leave_where_nothing_was_won(plan.measured, "optimize")
     engine = "onnx" if goal is Goal.encoding else "vllm"
-    note(f'Use it: slimformer.patch(model, "{output}"). Serve it: slimformer export {model} --plan {output} --to {engine} '
-         "-o slim. Undo it: slimformer.unpatch(model).")  # fmt: skip
+    note(f'Use it: slimformer.patch(model, "{output}"). Undo it: slimformer.unpatch(model).')
+    note(f"Serve it: slimformer export {model} --plan {output} --to {engine} -o slim")
 
 
 def fraction(text: str) -> float:
