@@ -241,7 +241,9 @@ def _chosen(asked: Asked, search: Search, notes: list[str]) -> tuple[Candidate |
             # What loses nothing needs no verdict.
             others = [one for one in search.candidates if one.proposal.units or one.proposal.base]
             said = nothing_fits(others, asked.wish, asked.conditions.goal)
-            notes.append(f"The plan is slimformer.patch(model) alone, and leaves nothing out: beside that, {said}")
+            notes.append(
+                f"The plan is slimformer.patch(model) alone, and leaves nothing out: beside that, {said}"
+            )
             search.candidates[search.candidates.index(candidate)] = again
             return again, None
         if judged == _VERDICTS:
