@@ -27,7 +27,7 @@ from slimformer.training.loop import TrainingSettings
 from slimformer.training.trained_weights import WHAT, What
 
 # Files and folders of `--data`.
-C4, WIKI_TEST = "c4_calib/c4_demo.jsonl", "wikitext2/wiki.test.raw"
+C4, WIKI_DEMO, WIKI_TEST = "c4_calib/c4_demo.jsonl", "c4_calib/wiki_demo.txt", "wikitext2/wiki.test.raw"
 WIKI_TRAIN, STS_TRAIN, STS_TEST = "wikitext2/wiki.train.raw.slice5k.txt", "stsb/train.tsv", "stsb/test.tsv"
 CRANFIELD, QMSUM, BOOKS = "cranfield/", "qmsum_retrieval/", "books/"
 # Candidates of many tables.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from benchmarks.frame.compare import release
-from benchmarks.frame.inputs import BOOKS, C4, DENSE, QMSUM, WIKI_TEST, decoder
+from benchmarks.frame.inputs import BOOKS, C4, DENSE, QMSUM, WIKI_DEMO, WIKI_TEST, decoder
 from benchmarks.frame.registry import Settings, benchmark
 from benchmarks.frame.results import Measurement, reason
 from benchmarks.quality.accuracy import TASK_FILES
@@ -38,7 +38,7 @@ _TRIED_OUT = (
     "real_quality",
     "tasks, panel, perplexity, speed and memory of plans for a real model, repaired, routed and with tokens eliminated",
     model="instruction-tuned decoder",
-    data=(C4, ALPACA, DOLLY, WIKI_TEST, BOOKS, QMSUM, GSM8K, *TASK_FILES),
+    data=(C4, WIKI_DEMO, ALPACA, DOLLY, WIKI_TEST, BOOKS, QMSUM, GSM8K, *TASK_FILES),
     parts=PARTS,
     takes=("texts", "plans", "training"),
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import slimformer
-from benchmarks.frame.inputs import C4, kept
+from benchmarks.frame.inputs import BOOKS, C4, WIKI_DEMO, kept
 from benchmarks.frame.registry import Settings
 from benchmarks.quality.mixture_of_depths import instructions
 from slimformer import LayerDrop, MixtureOfDepths, Plan
@@ -30,6 +31,8 @@ _UNITS = {"attention": "attentions", "block": "blocks", "mlp": "MLPs", "joint": 
 _KINDS = {"joint": ("attention", "mlp")}
 _ROUTERS = TrainingSettings(steps=600, rows=4, learning_rate=5e-3)
 OWN_WORDS = "own-words"
+_LONG_TEXTS = (WIKI_DEMO, f"{BOOKS}Moby-Dick--Or-The-Whale.txt", f"{BOOKS}Great-Expectations.txt")
+_PIECE = 4000
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Case:
         chosen: How.
         repaired: Whether it is repaired.
         seed: Of the repair.
+        texts: Whether texts of several kinds stand in for what is built in, to choose by and to repair with.
     """
 
     unit: str
@@ -49,17 +53,19 @@ class Case:
     chosen: Chosen
     repaired: bool = False
     seed: int = 0
+    texts: bool = False
 
     @property
     def key(self) -> str:
         """For `--only`, and for the folder of the plan."""
         seed = f"-seed{self.seed}" if self.seed else ""
-        return f"{self.unit}-{self.number}-{self.chosen}{'-repaired' if self.repaired else ''}{seed}"
+        texts = "-texts" if self.texts else ""
+        return f"{self.unit}-{self.number}-{self.chosen}{texts}{'-repaired' if self.repaired else ''}{seed}"
 
     @property
     def name(self) -> str:
         """In words, the same for all seeds."""
-        ending = ", repaired" if self.repaired else ""
+        ending = (", several texts" if self.texts else "") + (", repaired" if self.repaired else "")
         return f"{self.number} {_UNITS[self.unit]}, {CHOSEN[self.chosen]}{ending}"
 
     def as_chosen(self) -> Case:
@@ -74,6 +80,9 @@ _AS_CHOSEN = (
     Case("block", 4, "panel"),
     Case("mlp", 4, "panel"),
     Case("joint", 8, "panel"),
+    Case("attention", 7, "panel-filter", texts=True),
+    Case("attention", 14, "panel-filter", texts=True),
+    Case("block", 4, "panel", texts=True),
     # As much as 7 attentions that are gone.
     Case("attention", 14, "routed"),
 )
@@ -86,9 +95,17 @@ _REPAIRED = (
     Case("attention", 7, "cosine", repaired=True),
     Case("joint", 8, "panel", repaired=True),
     Case("attention", 14, "routed", repaired=True),
+    Case("attention", 7, "panel", repaired=True, texts=True),
+    Case("attention", 7, "panel-filter", repaired=True, texts=True),
+    Case("attention", 14, "panel-filter", repaired=True, texts=True),
+    Case("block", 4, "panel", repaired=True, texts=True),
 )
 # The rows that are promised, with further seeds.
-_PROMISED = ("attention-7-panel-repaired", "attention-14-panel-repaired", "block-4-panel-repaired")
+_PROMISED = (
+    "attention-7-panel-filter-texts-repaired",
+    "attention-14-panel-filter-texts-repaired",
+    "block-4-panel-texts-repaired",
+)
 _AGAIN = tuple(replace(case, seed=seed) for case in _REPAIRED if case.key in _PROMISED for seed in (1, 2))
 CASES = {case.key: case for case in (*_AS_CHOSEN, *_REPAIRED, *_AGAIN)}
 
@@ -136,7 +153,7 @@ def made(settings: Settings, model: Any, tokenizer: Any, case: Case) -> Made:
     if not case.repaired:
         return Made(plan, choosing)
     better, repairing = kept(
-        settings.plans / case.key, lambda: _repaired(settings, model, tokenizer, plan, case.seed)
+        settings.plans / case.key, lambda: _repaired(settings, model, tokenizer, plan, case)
     )
     return Made(better, choosing, repairing)
 
@@ -151,7 +168,8 @@ def _chosen(settings: Settings, model: Any, tokenizer: Any, case: Case) -> Plan:
     filters = LayerDrop(replace="filter", taps=4)
     if case.chosen in ("panel", "panel-filter"):
         method = LayerDrop() if case.chosen == "panel" else filters
-        return slimformer.calibrate(model, tokenizer, method, selection="panel", **common)
+        data = _texts(settings) if case.texts else None
+        return slimformer.calibrate(model, tokenizer, method, selection="panel", data=data, **common)
     common |= {"data": settings.data / C4, "hold_out": False, "budget": settings.pick("standard", "quick")}
     if case.chosen == "cosine":
         return slimformer.calibrate(model, tokenizer, LayerDrop(), selection="cosine", **common)
@@ -174,22 +192,32 @@ def _routed(settings: Settings, model: Any, tokenizer: Any, number: int) -> Plan
     )
 
 
-def _repaired(settings: Settings, model: Any, tokenizer: Any, plan: Plan, seed: int) -> Plan:
+def _repaired(settings: Settings, model: Any, tokenizer: Any, plan: Plan, case: Case) -> Plan:
     """`slimformer.repair` as it comes, for so many minutes."""
     if settings.smoke:
         tiny: dict[str, Any] = {"data": {"built-in": 1.0}, "panel": None, "length": 64, "every": 2, "rank": 2}
         return slimformer.repair(
             model, plan, tokenizer, settings=TrainingSettings(steps=2, rows=2, learning_rate=1e-3), **tiny
         )
-    again = replace(usual_settings(settings.device.type), seed=seed)
+    again = replace(usual_settings(settings.device.type), seed=case.seed)
     return slimformer.repair(
         model,
         plan,
         tokenizer,
+        data=_texts(settings) if case.texts else None,
         minutes=settings.training or 10.0,
-        settings=again if seed else None,
+        settings=again if case.seed else None,
         cache=_own_words(settings.plans),
     )
+
+
+def _texts(settings: Settings) -> list[str]:
+    """Web pages, encyclopedia and novels, in pieces; nothing of them is in a task."""
+    found = [str(json.loads(line)["text"]) for line in (settings.data / C4).read_text("utf-8").splitlines()]
+    for file in _LONG_TEXTS:
+        whole = (settings.data / file).read_text(encoding="utf-8")
+        found += [whole[begin : begin + _PIECE] for begin in range(0, len(whole), _PIECE)]
+    return found
 
 
 def _own_words(plans: Path) -> Path:

@@ -37,7 +37,7 @@ class Budget:
 BUDGETS: dict[BudgetName, Budget] = {
     # A minute on two CPU cores for a model of 135M parameters.
     "quick": Budget(256, similarity=12, judged=4, fitted=16, final=32, pool=2),
-    "standard": Budget(1024, similarity=32, judged=16, fitted=48, final=160, pool=None),
+    "standard": Budget(1024, similarity=32, judged=16, fitted=48, final=640, pool=None),
     # 256 samples of 2048 tokens are LLM-Drop's own calibration.
     "thorough": Budget(2048, similarity=256, judged=32, fitted=64, final=512, pool=None),
 }
