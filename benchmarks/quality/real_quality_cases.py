@@ -199,7 +199,7 @@ def _repaired(settings: Settings, model: Any, tokenizer: Any, plan: Plan, case: 
         return slimformer.repair(
             model, plan, tokenizer, settings=TrainingSettings(steps=2, rows=2, learning_rate=1e-3), **tiny
         )
-    again = replace(usual_settings(settings.device.type), seed=case.seed)
+    again = replace(usual_settings(model), seed=case.seed)
     return slimformer.repair(
         model,
         plan,

@@ -21,7 +21,7 @@ from slimformer.calibration.mixture.sources import sources_of
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.panel.sizes import PanelBudget
 from slimformer.evaluation.perplexity import evaluating
-from slimformer.evaluation.readable import longest
+from slimformer.evaluation.readable import longest, predicts_tokens
 from slimformer.model.anatomy import find_anatomy, transformer_of
 from slimformer.model.layer_parts import KINDS
 from slimformer.patching import patched, status
@@ -40,8 +40,10 @@ _logger = logging.getLogger("slimformer")
 _HELD_OUT_ROWS, _HELD_OUT_TEXTS, _TEXTS_AT_ONCE = 12, 128, 32
 # Where the time given does not end it before.
 _STEPS = 2000
-# Rows of a step, by device: fewer leave a GPU waiting for the CPU.
-_ROWS = {"cuda": 8}
+# Rows of a step, by device: fewer leave a GPU waiting for the CPU. Texts that are embedded are short, and are also
+# compared with each other.
+_ROWS, _ROWS_ELSE = {"cuda": 8}, 4
+_TEXTS, _TEXTS_ELSE = {"cuda": 64}, 32
 # What is trained, by device: what is read in minutes.
 _NEAR: dict[str, int | None] = {"cuda": None}
 _RANK = {"cuda": 64}
@@ -136,7 +138,7 @@ def repair(
     time_left = Minutes(minutes)
     given = plan if isinstance(plan, Plan) else Plan.from_pretrained(plan)
     device = transformer_of(model).device.type
-    settings = usual_settings(device) if settings is None else settings
+    settings = usual_settings(model) if settings is None else settings
     near = _NEAR.get(device, 2) if near == "auto" else near
     rank = _RANK.get(device, 16) if rank == "auto" else rank
     _check(what, rank, near, hidden)
@@ -254,14 +256,21 @@ def repair(
     return dataclasses.replace(repaired, provenance=provenance, measured={**measured, **outcome.to_dict()})
 
 
-def usual_settings(device: str) -> TrainingSettings:
-    """Of a repair on a kind of device.
+def usual_settings(model: Any) -> TrainingSettings:
+    """Of a repair of a model, where it is.
 
     Example:
-        >>> usual_settings("cpu").rows
+        >>> from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+        >>> small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+        >>> usual_settings(LlamaForCausalLM(LlamaConfig(**small))).rows
         4
+        >>> usual_settings(BertModel(BertConfig(**small))).rows
+        32
     """
-    return TrainingSettings(rows=_ROWS.get(device, 4), steps=_STEPS)
+    inner = transformer_of(model)
+    decoder = predicts_tokens(inner, find_anatomy(inner)) and not isinstance(model, nn.Sequential)
+    rows, usual = (_ROWS, _ROWS_ELSE) if decoder else (_TEXTS, _TEXTS_ELSE)
+    return TrainingSettings(rows=rows.get(inner.device.type, usual), steps=_STEPS)
 
 
 def _count(plan: Plan) -> int:

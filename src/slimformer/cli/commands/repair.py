@@ -99,7 +99,7 @@ def repair(
             rounds=rounds,
             length=length,
             minutes=minutes or None,
-            settings=dataclasses.replace(usual_settings(loaded.device.type), **training),
+            settings=dataclasses.replace(usual_settings(loaded), **training),
             checkpoint=partial,
             progress=True,
             **given,
