@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import slimformer
+from embedding_data import TEXTS, pipeline
 from slimformer import EarlyExit, LayerDrop, TempScale, TokenElimination
 from slimformer.changes.running_calls import PATCH
 from slimformer.decoding import batching as batching_module
@@ -314,3 +316,27 @@ def test_a_wrong_replay_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for given, right in zip(ALIKE, expected, strict=True):
         assert near(states(model, given), right)
     assert "gives something else" in slimformer.status(model).generation["batches"]
+
+
+def test_a_pipeline_embeds_from_graphs_what_it_embeds_alone(tmp_path: Path) -> None:
+    embedder = pipeline(tmp_path)
+    servers = [TEXTS[start : start + 4] for start in range(0, 24, 4)]
+    expected = [embedder.encode(texts) for texts in servers]
+    slimformer.patch(embedder)
+    for _ in range(2):
+        for texts, right in zip(servers, expected, strict=True):
+            assert near(torch.from_numpy(embedder.encode(texts)), torch.from_numpy(right))
+    report = batching(embedder)
+    assert report.batches > 0, str(report)
+    slimformer.unpatch(embedder)
+    assert not report.graphs
+
+
+def test_a_compiled_model_has_graphs_of_the_compilers() -> None:
+    model = slimformer.patch(tiny_model("bert"))
+    expected = states(model, ALIKE[0])
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for _ in range(3):
+        assert near(states(compiled, ALIKE[0]), expected)
+    assert batching(model).captured == 0
