@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.embeddings.encode_account import Rates, Work
 from benchmarks.embeddings.inputs import embedder
 from benchmarks.frame import tiny
+from benchmarks.frame.encode_account import Rates, Work
 from benchmarks.frame.flash_attention import flash_attention
 from benchmarks.frame.registry import Settings
 from transformers import modeling_flash_attention_utils as flash

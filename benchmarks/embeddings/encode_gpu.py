@@ -15,10 +15,10 @@ from torch import Tensor
 
 import slimformer
 from benchmarks.embeddings.encode import BATCH, in_batches
-from benchmarks.embeddings.encode_account import Rates, Work, account, rest
 from benchmarks.embeddings.inputs import embedder, retrieval_task
 from benchmarks.frame import tables
 from benchmarks.frame.compare import Case, Unsupported, compare, relative_error, release
+from benchmarks.frame.encode_account import Rates, Work, account, rest
 from benchmarks.frame.flash_attention import flash_attention
 from benchmarks.frame.inputs import CRANFIELD, LOSSLESS, QMSUM
 from benchmarks.frame.registry import Settings, benchmark, table
