@@ -28,7 +28,6 @@ Ways = Mapping[str, Callable[[], object]]
 _BATCHES = 4
 _EFFORT = Effort(milliseconds=60_000.0, least=7, most=15)
 _CORPUS_EFFORT = Effort(milliseconds=0.0, least=3, most=3, warm_ups=1)
-_GPU_EFFORT = Effort(milliseconds=5000.0, least=5, most=15, warm_ups=2)
 
 
 @benchmark(
@@ -66,39 +65,23 @@ def some_lines(settings: Settings) -> Iterator[Measurement]:
 )
 def corpora_on_cpu(settings: Settings) -> Iterator[Measurement]:
     """Whole corpora in one call, which sorts them by length, and in a server's batches; float32."""
-    yield from _corpora(settings, {"float32": torch.float32}, _CORPUS_EFFORT)
-
-
-@benchmark(
-    "encode_gpu",
-    "the same on a GPU, in float16 and bfloat16",
-    on="GPU",
-    model="embedding model",
-    data=(CRANFIELD, QMSUM, WIKI_TEST),
-)
-def corpora_on_gpu(settings: Settings) -> Iterator[Measurement]:
-    """Errors are against the same weights in float32; the patched model may have a quarter more than the unpatched."""
-    yield from _corpora(settings, {"float16": torch.float16, "bfloat16": torch.bfloat16}, _GPU_EFFORT)
-
-
-def _corpora(settings: Settings, dtypes: Mapping[str, torch.dtype], effort: Effort) -> Iterator[Measurement]:
     queries = (settings.data / QMSUM / "queries.jsonl").read_text(encoding="utf-8").splitlines()
     corpora = {
         "Cranfield, documents": retrieval_task(settings).texts,
         "QMSum, queries": [str(json.loads(line)["text"]) for line in queries],
         "WikiText-2, lines": lines(settings, WIKI_TEST),
     }
-    exact = embedder(settings)
-    expected = {name: encoded(exact, [texts]) for name, texts in corpora.items()}
-    for dtype_name, dtype in dtypes.items():
-        model = embedder(settings).to(dtype)
-        ways = plain_ways(model)
-        for name, texts in corpora.items():
-            kinds = {"one call": [texts], f"batches of {BATCH} in arrival order": in_batches(texts)}
-            for kind, calls in kinds.items():
-                at: Parameters = {"corpus": name, "texts": len(texts), "calls": kind, "dtype": dtype_name}
-                right = dict.fromkeys(ways, expected[name])
-                yield from compared(settings, at, model, calls, ways, right, effort)
+    model = embedder(settings)
+    ways = plain_ways(model)
+    for name, texts in corpora.items():
+        right = dict.fromkeys(ways, encoded(model, [texts]))
+        for kind, calls in (
+            ("one call", [texts]),
+            (f"batches of {BATCH} in arrival order", in_batches(texts)),
+        ):
+            at: Parameters = {"corpus": name, "texts": len(texts), "calls": kind, "dtype": "float32"}
+            yield from compared(settings, at, model, calls, ways, right, _CORPUS_EFFORT)
+            slimformer.unpatch(model)
 
 
 def plain_ways(model: Any) -> dict[str, Callable[[], object]]:
@@ -182,7 +165,6 @@ def throughput_of_lines(content: dict[str, Any]) -> str:
 
 
 @table("encode_corpora")
-@table("encode_gpu")
 def throughput_of_corpora(content: dict[str, Any]) -> str:
     """One row per corpus, kind of call and dtype: texts per second of all candidates, and their gain."""
 

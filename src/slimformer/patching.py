@@ -22,7 +22,7 @@ from slimformer.calls.stack_calls import Observed, hands_on, read_stack_calls
 from slimformer.changes.ledger import Ledger
 from slimformer.changes.running_calls import PATCH, Block, Calls, calls_of
 from slimformer.decisions.policy import TokenPolicy
-from slimformer.decoding.installing import replay_steps
+from slimformer.decoding.installing import replay_calls
 from slimformer.errors import PlanError
 from slimformer.examination.tiers import Support, examine_support
 from slimformer.methods.unpadding import Unpadding
@@ -53,7 +53,7 @@ class Patch:
         methods: What was applied.
         layout: What the slots of its caches hold; None where it makes no cache.
         bounds: Lengths of texts behind which a method does something once.
-        reports: What `status` says of how text is generated, by name.
+        reports: What `status` says of how text is generated and how batches are launched, by name.
     """
 
     executors: dict[int, Executor]
@@ -83,7 +83,8 @@ class Patch:
 
 
 class Status(dict[int, dict[Kind, str]]):
-    """What every layer computes, and under `generation` how text is generated, by name; empty where as ever."""
+    """What every layer computes, and under `generation` how calls run, by name: those of `generate`, and the small
+    batches of an encoder on a GPU; empty where as ever."""
 
     def __init__(self, layers: dict[int, dict[Kind, str]], generation: dict[str, str]) -> None:
         super().__init__(layers)
@@ -201,7 +202,7 @@ def status(model: Any) -> Status:
     of all they were in the last forward pass. `"text rows"`: all but padding. `"all rows"`: padding too, by the
     model's own code, where the sublayer is none that can do without or the layer has a forward of its own. Behind that
     stands how transforms change the scores of an attention, with the text length that it reaches then. Its attribute
-    `generation` says what became of drafts.
+    `generation` says what became of drafts, and what is replayed from CUDA graphs.
     """
     stack = _patched_stack(transformer_of(model))
     current = None if stack is None else _patch_on(stack)
@@ -305,9 +306,7 @@ def _apply(model: Any, methods: tuple[Method, ...], pipeline: object, calls: Cal
         for prepare in dict.fromkeys(prepare for plan in plans for prepare in plan.prepares):
             prepare(model, ledger)
         refuse_continuous_batching(model, executors.values(), attentions.reads_texts, ledger)
-        stepping = replay_steps(model, anatomy, executors, patch.bounds, ledger)
-        if stepping is not None:
-            patch.reports["steps"] = stepping
+        patch.reports.update(replay_calls(model, anatomy, executors, patch.bounds, ledger))
         if observed is not None:
             observed.note()
             read_stack_calls(anatomy, ledger)

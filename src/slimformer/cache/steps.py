@@ -1,4 +1,4 @@
-"""A decode step that is prepared to be replayed: what differs from step to step lies in tensors that stay."""
+"""What is prepared to be replayed, such as a decode step: what differs from step to step lies in tensors that stay."""
 
 from __future__ import annotations
 
@@ -130,9 +130,10 @@ class Step:
 
 
 class _Prepared(threading.local):
-    """The step that is being prepared in a thread, if there is one."""
+    """What is being prepared to be replayed in a thread: a step, or a whole batch."""
 
     step: Step | None = None
+    batch: bool = False
 
 
 _prepared = _Prepared()
@@ -148,3 +149,18 @@ def preparing(step: Step) -> Iterator[None]:
         yield
     finally:
         _prepared.step = before
+
+
+@contextlib.contextmanager
+def preparing_a_batch() -> Iterator[None]:
+    """A block whose forward passes launch what a graph of them will, whatever texts it is replayed on."""
+    before, _prepared.batch = _prepared.batch, True
+    try:
+        yield
+    finally:
+        _prepared.batch = before
+
+
+def is_prepared() -> bool:
+    """Whether a step or a batch is being prepared, in which no value can be read from the device."""
+    return _prepared.batch or _prepared.step is not None

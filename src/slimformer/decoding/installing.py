@@ -1,8 +1,8 @@
-"""Which patched models have steps that can be replayed, and putting in place what replays them."""
+"""Which patched models have steps or batches that can be replayed, and putting in place what replays them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from slimformer.changes.ledger import Ledger
 from slimformer.decisions.selection import compares_tokens
+from slimformer.decoding.batching import Batching
 from slimformer.decoding.capture import may_capture
 from slimformer.decoding.stepping import Stepping
 from slimformer.model.anatomy import Anatomy
@@ -19,10 +20,10 @@ from slimformer.runtime.layer import LayerExecutor
 _ENTRY = "_prepare_cache_for_generation"
 
 
-def replay_steps(
+def replay_calls(
     model: Any, anatomy: Anatomy, executors: Mapping[int, Any], bounds: frozenset[int], ledger: Ledger
-) -> Stepping | None:
-    """Let `generate` replay decode steps from graphs, where there is a device that has them.
+) -> dict[str, object]:
+    """Let calls be replayed from graphs, where there is a device that has them: decode steps, or encoders' batches.
 
     Args:
         model: The model.
@@ -32,22 +33,47 @@ def replay_steps(
         ledger: Where changes are written down.
 
     Returns:
-        What says to `status` how steps ran; None where nothing was put in place.
+        What says to `status` how they ran, by name; empty where nothing was put in place.
     """
-    if not anatomy.causal or not callable(getattr(model, _ENTRY, None)):
-        return None
     if not may_capture():
-        return None
+        return {}
+    if not anatomy.causal:
+        return {"batches": _replay_batches(anatomy, executors, bounds, ledger)}
+    if not callable(getattr(model, _ENTRY, None)):
+        return {}
+    return {"steps": _replay_steps(model, anatomy, executors, bounds, ledger)}
+
+
+def _replay_steps(
+    model: Any, anatomy: Anatomy, executors: Mapping[int, Any], bounds: frozenset[int], ledger: Ledger
+) -> Stepping:
+    """Of `generate`."""
     never = _why_never(model, anatomy, executors)
-    layers = [e for e in executors.values() if isinstance(e, LayerExecutor)]
-    stepping = Stepping(model, Untouched(model, layers), never, bounds)
+    stepping = Stepping(model, Untouched(model, _by_rows(executors)), never, bounds)
     if never:
         return stepping
     stepping.had = ledger.set_forward(model, stepping)
     stepping.had_cache = ledger.set_method(model, _ENTRY, stepping.caches)
     stepping.had_generate = ledger.set_method(model, "generate", stepping.generates)
-    ledger.changes.append(_Memory(stepping))
+    ledger.changes.append(_Memory(stepping.rooms.clear))
     return stepping
+
+
+def _replay_batches(
+    anatomy: Anatomy, executors: Mapping[int, Any], bounds: frozenset[int], ledger: Ledger
+) -> Batching:
+    """Of an encoder's stack."""
+    never = _why_never(anatomy.stack, anatomy, executors) or _why_no_batch(anatomy, executors, bounds)
+    batching = Batching(anatomy.stack, Untouched(anatomy.stack, _by_rows(executors)), never)
+    if never:
+        return batching
+    batching.had = ledger.set_forward(anatomy.stack, batching)
+    ledger.changes.append(_Memory(batching.forget))
+    return batching
+
+
+def _by_rows(executors: Mapping[int, Any]) -> list[LayerExecutor]:
+    return [executor for executor in executors.values() if isinstance(executor, LayerExecutor)]
 
 
 @dataclass
@@ -72,10 +98,10 @@ class Untouched:
 class _Memory:
     """The change that undone gives memory back."""
 
-    stepping: Stepping
+    forget: Callable[[], None]
 
     def undo(self) -> None:
-        self.stepping.rooms.clear()
+        self.forget()
 
     def redo(self) -> None:
         """It is taken again as need be."""
@@ -96,4 +122,20 @@ def _why_never(model: Any, anatomy: Anatomy, executors: Mapping[int, Any]) -> st
             return "tokens are chosen among those of a whole text"
         if executor.sublayers["attention"].compute and executor.by_rows.attention is None:
             return f"the attention of layer {index} is not known"
+    return ""
+
+
+def _why_no_batch(anatomy: Anatomy, executors: Mapping[int, Any], bounds: frozenset[int]) -> str:
+    """Why no batch of an encoder can be replayed beside what forbids that of steps; empty where some may be."""
+    if anatomy.reads_padding:
+        return "what it gives for a text depends on the padding behind it"
+    if bounds:
+        return "a method does something once for texts of some length"
+    for index, executor in sorted(executors.items()):
+        # A graph is replayed on texts of other lengths, and what is decided by values keeps to those that it had.
+        if executor.chooses or executor.compares:
+            return f"tokens are chosen in layer {index}"
+        attention = executor.by_rows.attention
+        if attention is not None and attention.transformed is not None:
+            return f"the scores of layer {index} depend on how long texts are"
     return ""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.cache.slots import has_foreign_cache, layer_cache
-from slimformer.cache.steps import current_step
+from slimformer.cache.steps import is_prepared
 from slimformer.calls.masks import ANY_WINDOW, MaskReading, keys_seen, own_key, read_mask
 from slimformer.calls.stack_calls import callers_keys, callers_masks, callers_positions
 from slimformer.changes.call_context import call_variable
@@ -395,6 +395,6 @@ def leaving_under_gradients() -> bool:
 
 def in_a_graph(device: torch.device) -> bool:
     """Whether a graph is being compiled or captured, in which no value can be read from the device."""
-    if torch.compiler.is_compiling() or current_step() is not None:
+    if torch.compiler.is_compiling() or is_prepared():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
