@@ -1,4 +1,4 @@
-"""An embedding model without a part of its layers, repaired on what it is to embed: what is kept, and how fast it is."""
+"""An embedding model without a part of its layers, repaired on what it is to embed: what is kept, how fast it is."""
 
 from __future__ import annotations
 
