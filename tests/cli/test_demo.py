@@ -33,7 +33,7 @@ def test_demo_patches_and_optimizes_a_given_model(llama: str, tmp_path: Path) ->
         "First tokens",
         "Difference of logits",
         "kept of dense, on average",
-        "Optimized for memory of 128 tokens",
+        "Optimized for memory of 96 tokens",
     ):
         assert expected in result.stdout
     for expected in (f"optimize {llama} --for memory --max-loss 60%", "Chosen: ", "slimformer.unpatch(model)",
