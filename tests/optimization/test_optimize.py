@@ -16,7 +16,7 @@ from slimformer.errors import CalibrationError, DataError
 from slimformer.optimization import preparation
 from slimformer.optimization.candidates import Candidate, Verdict, best, front, nearest
 from slimformer.optimization.goals import Wish
-from slimformer.optimization.proposing.search import Search
+from slimformer.optimization.judging import Here, Judge
 from slimformer.optimization.units import Proposal
 from slimformer.patching import patched
 
@@ -64,20 +64,26 @@ def test_the_same_seed_gives_the_same_plan_and_the_same_candidates(model: Any, t
     assert told(plans[0])["candidates"] == told(plans[1])["candidates"]
 
 
+def test_proposals_of_one_round_differ_and_are_all_judged(model: Any, tokenizer: Any) -> None:
+    plan = slimformer.optimize(model, tokenizer, max_loss=0.9, judges=Here(2), **QUICK)
+    tried = [str(entry["units"]) for entry in told(plan)["candidates"]]
+    assert len(set(tried)) == len(tried) == 1 + ROUNDS
+
+
 def test_what_was_interrupted_goes_on_where_it_stopped(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = slimformer.optimize(model, tokenizer, max_loss=0.9, **QUICK)
-    judged = Search.judged
+    judged = Judge.judged
     count = []
 
-    def interrupted(self: Search, proposal: Proposal) -> Candidate:
+    def interrupted(self: Judge, proposal: Proposal) -> Candidate:
         count.append(proposal)
         if len(count) == 2:
             raise KeyboardInterrupt
         return judged(self, proposal)
 
-    monkeypatch.setattr(Search, "judged", interrupted)
+    monkeypatch.setattr(Judge, "judged", interrupted)
     with pytest.raises(KeyboardInterrupt):
         slimformer.optimize(model, tokenizer, max_loss=0.9, checkpoint=tmp_path, **QUICK)
     assert not slimformer.status(model)
@@ -191,7 +197,7 @@ def test_a_wish_that_is_none_is_refused(model: Any, tokenizer: Any, wrong: dict[
 
 
 def test_text_shorter_than_the_prompt_is_refused(model: Any, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"A prompt has 120 tokens, and list, 2 texts.* is shorter"):
+    with pytest.raises(DataError, match=r"A prompt has 120 tokens, and a Python list, 2 texts.* is shorter"):
         slimformer.optimize(
             model,
             tokenizer,
