@@ -54,6 +54,14 @@ def test_where_nothing_fits_the_exit_code_says_so_and_the_page_shows_what_was_tr
     assert "Nothing was chosen" in (tmp_path / "plan" / "plan.html").read_text(encoding="utf-8")
 
 
+def test_text_shorter_than_the_prompt_is_said_in_one_line(llama: str, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("A few words only.\n\nAnd a few more.")
+    said = refused("optimize", llama, "-o", tmp_path / "plan", *QUICK, "--data", short)
+    assert "A prompt has 48 tokens, and file short.txt" in said
+    assert "ask for a shorter prompt" in said
+
+
 def test_too_few_minutes_keep_what_was_measured(llama: str, tmp_path: Path) -> None:
     said = refused("optimize", llama, "-o", tmp_path / "plan", "--for", "memory", "--minutes", 0.0001)
     assert "too few for one round" in said

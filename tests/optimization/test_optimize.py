@@ -139,6 +139,7 @@ def test_no_plan_slower_than_dense_is_returned(
         return 1.0, 1.02
 
     monkeypatch.setattr(preparation.Meter, "compared", slower)
+    monkeypatch.setattr(preparation.Meter, "estimated", slower)
     plan = slimformer.optimize(
         model, tokenizer, goal="prefill", max_loss=0.9, data=TEXTS, prompt=32, minutes=3, repair=False
     )
@@ -208,6 +209,30 @@ def test_text_shorter_than_the_prompt_is_refused(model: Any, tokenizer: Any) -> 
 def test_too_few_minutes_for_one_round_are_said_to_be(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"too few for one round.*is kept: the same call goes on"):
         slimformer.optimize(model, tokenizer, checkpoint=tmp_path, **{**QUICK, "minutes": 1e-5})
+
+
+def test_a_device_that_fills_up_is_said_and_what_was_judged_is_kept(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = slimformer.optimize(model, tokenizer, max_loss=0.9, **QUICK)
+    judged = Judge.judged
+    count: list[Proposal] = []
+
+    def full(self: Judge, proposal: Proposal) -> Candidate:
+        count.append(proposal)
+        if len(count) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return judged(self, proposal)
+
+    monkeypatch.setattr(Judge, "judged", full)
+    with pytest.raises(
+        CalibrationError, match=r"full, with 1 prompts of up to 32 tokens.*smaller batch.*is kept in"
+    ):
+        slimformer.optimize(model, tokenizer, max_loss=0.9, checkpoint=tmp_path, **QUICK)
+    assert not slimformer.status(model)
+    plan = slimformer.optimize(model, tokenizer, max_loss=0.9, checkpoint=tmp_path, **QUICK)
+    assert len(count) == 1 + ROUNDS
+    assert plan.methods == whole.methods
 
 
 def test_a_patched_model_is_refused(model: Any, tokenizer: Any) -> None:

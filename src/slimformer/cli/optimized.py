@@ -12,23 +12,24 @@ from slimformer.report.optimization.points import chosen_words, found_in
 _PAGE = "plan.html"
 
 
-def show_optimized(plan: Plan, folder: Path) -> Path:
+def show_optimized(plan: Plan, folder: Path, front: bool = False) -> None:
     """Write the plan's page beside it, and print the curve and every candidate.
 
-    Returns:
-        The page.
+    Args:
+        plan: The plan.
+        folder: Where it is.
+        front: Print only the candidates of which none is faster at no more loss.
     """
     page = folder / _PAGE
     write_text(page, plan_page(plan))
     curve = optimize_curve(plan)
     if curve:
         print_tables(curve, "")
-    print_tables(optimize_table(plan))
+    print_tables(optimize_table(plan, front))
     chosen = chosen_words(found_in(plan))
     if chosen:
         note(f"Chosen: {chosen}.")
-    note(f"The plan is in {folder}, its page with the curve in {page}.")
-    return page
+    note(f"The plan is in {folder}, its page with the curve and all that was tried in {page}.")
 
 
 def print_uses(plan: Plan, model: str, folder: Path) -> None:

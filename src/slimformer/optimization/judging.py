@@ -62,7 +62,7 @@ class Judge:
             lost[LONG_PROMPTS] = base.losses[LONG_PROMPTS]
         with patched(self.meter.model, *methods):
             verdict = Verdict.of(self.panel.judged(self.meter.model))
-        dense, cost = self.meter.compared(methods, (time.monotonic() - begun) / 2)
+        dense, cost = self.meter.estimated(methods, (time.monotonic() - begun) / 2)
         return Candidate(proposal, dense, cost, verdict, lost, methods=methods)
 
     def material(self) -> Material:
@@ -70,7 +70,8 @@ class Judge:
         text = self.losses.text
         return Material(
             self.bases, fingerprint(self.losses.model), text.rows, text.source, text.sizes, text.sources, text.shares,
-            self.losses.shares, self.meter.workload, self.meter.conditions, self.panel,
+            self.losses.shares, self.meter.workload, self.meter.conditions, self.meter.gain,
+            self.panel,
         )  # fmt: skip
 
 
@@ -89,6 +90,7 @@ class Material:
         shares: How much each source counts, long prompts among them.
         workload: What is run.
         conditions: Lengths and batch.
+        gain: How many times as fast as dense the patch alone is.
         panel: What the dense model can do.
     """
 
@@ -102,6 +104,7 @@ class Material:
     shares: dict[str, float]
     workload: Workload
     conditions: Conditions
+    gain: float | None
     panel: Panel
 
     def on(self, model: Any) -> Judge:
@@ -121,7 +124,8 @@ class Material:
             inner, found.anatomy, self.rows, self.source, self.sizes, self.sources, self.text_shares
         )
         losses = Losses.recorded(inner, found, text, self.shares)
-        return Judge(self.bases, losses, Meter(model, found, self.workload, self.conditions), self.panel)
+        meter = Meter(model, found, self.workload, self.conditions, self.gain)
+        return Judge(self.bases, losses, meter, self.panel)
 
 
 class Judges(Protocol):

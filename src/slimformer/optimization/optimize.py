@@ -373,7 +373,10 @@ def _says_where_full(conditions: Conditions, checkpoint: object) -> Iterator[Non
         yield
     except torch.OutOfMemoryError as error:
         kept = "" if checkpoint is None else f" What was measured is kept in {checkpoint}."
+        what, shorter = (
+            ("prompts", "shorter prompts") if conditions.goal != "encode" else ("texts", "a smaller model")
+        )
         raise CalibrationError(
-            f"The device is full, with {conditions.batch} prompts of {conditions.prompt} tokens at once. Ask for a "
-            f"smaller batch or shorter prompts.{kept}"
+            f"The device is full, with {conditions.batch} {what} of up to {conditions.prompt} tokens at once. Ask for "
+            f"a smaller batch or {shorter}.{kept}"
         ) from error

@@ -189,6 +189,7 @@ def prepared(asked: Asked, stages: Stages) -> tuple[Search, float]:
     found = partial.kept("costs")
     costs = Costs.from_dict(found) if found else meter.costs(units, asked.clock.part(_TIMING))
     partial.keep("costs", costs.to_dict())
+    meter.gain = costs.dense / costs.plain
     asked.check_time("timing the model")
     single = _alone(asked, losses, units, partial, stages)
     bases = [plain(costs), *_bases(asked, options, losses, meter, costs, units, partial)]

@@ -157,7 +157,7 @@ def _next(search: Search, left: float, tried: set[Proposal]) -> Proposal | None:
 def _judged(search: Search, before: Candidate, plan: Plan) -> Candidate:
     with patched(search.judge.meter.model, plan):
         verdict = Verdict.of(search.judge.panel.judged(search.judge.meter.model))
-    dense, cost = search.judge.meter.compared(tuple(plan.methods), max(search.took, default=1.0) / 3)
+    dense, cost = search.judge.meter.estimated(tuple(plan.methods), max(search.took, default=1.0) / 3)
     return dataclasses.replace(
         before, dense=dense, cost=cost, verdict=verdict, losses={}, repaired=True, methods=tuple(plan.methods)
     )

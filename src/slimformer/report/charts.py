@@ -174,14 +174,14 @@ def round_ticks(highest: float) -> list[float]:
     return ticks_around(0.0, max(highest, 1e-9))
 
 
-def ticks_around(low: float, high: float) -> list[float]:
-    """Ticks from at most `low` to at least `high` in steps of 1, 2 or 5 times a power of ten.
+def ticks_around(low: float, high: float, parts: int = 4) -> list[float]:
+    """Ticks from at most `low` to at least `high` in steps of 1, 2 or 5 times a power of ten, about so many of them.
 
     Example:
         >>> ticks_around(0.97, 1.62)
         [0.8, 1.0, 1.2, 1.4, 1.6, 1.8]
     """
-    rough = max(high - low, 1e-9) / 4
+    rough = max(high - low, 1e-9) / parts
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1.0, 2.0, 5.0, 10.0) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -115,7 +115,7 @@ def demo(
     if as_json:
         print_json({**document, "plan": plan.to_dict()})
     else:
-        show_optimized(plan, output)
+        show_optimized(plan, output, front=True)
         if plan.measured["optimize"]["won"]:
             print_uses(plan, name, output)
     note(f"Done in {time.monotonic() - started:.0f} s.")

@@ -5,6 +5,7 @@ Where there is no connection, a tiny decoder that is trained on the spot stands 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,7 +208,7 @@ def _train(target: Path) -> None:
     texts, _ = load_texts(None)
     tokenizer = _learnt_tokenizer(texts)
     rows = token_blocks(texts, tokenizer, sequence_length=_TOKENS, count=_STEPS * _ROWS, seed=0)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(0)
         model = LlamaForCausalLM(
             LlamaConfig(
@@ -225,6 +226,17 @@ def _train(target: Path) -> None:
             schedule.step()
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices so small only wait for a second thread, and on cores that others use too for seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _learnt_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:

@@ -33,7 +33,7 @@ def optimize_curve(plan: Plan) -> Text:
         return Text()
     down = round_ticks(max(0.02, *(point.mean for point in points)))
     speeds = [1.0, *(point.speedup for point in points)]
-    along = ticks_around(min(speeds), max(max(speeds), min(speeds) + 0.1))
+    along = ticks_around(min(speeds), max(max(speeds), min(speeds) + 0.1), 7)
 
     def column(speed: float) -> int:
         return round((_WIDTH - 1) * (speed - along[0]) / (along[-1] - along[0]))

@@ -93,7 +93,8 @@ def chosen_words(found: Mapping[str, Any]) -> str:
     if chosen is None:
         return ""
     as_much = "small" if found.get("goal") == "memory" else "fast"
-    words = f"{chosen.what}{', repaired' * chosen.repaired}: {chosen.speedup:.2f} times as {as_much} as dense"
+    what = "slimformer.patch(model) alone" if chosen.what == "nothing dropped" else chosen.what
+    words = f"{what}{', repaired' * chosen.repaired}: {chosen.speedup:.2f} times as {as_much} as dense"
     if not any(chosen.lost.values()):
         return f"{words}, and nothing is lost"
     worst = max(chosen.lost, key=lambda name: chosen.lost[name])

@@ -51,7 +51,7 @@ def _picture(points: list[Point], found: Mapping[str, Any]) -> str:
     shown = shown_points(points, found)
     ticks = round_ticks(max(0.02, *(p.mean for p in shown)))
     speeds = [1.0, *(p.speedup for p in shown)]
-    along = ticks_around(min(speeds), max(max(speeds), min(speeds) + 0.1))
+    along = ticks_around(min(speeds), max(max(speeds), min(speeds) + 0.1), 7)
     low, high = along[0], along[-1]
 
     def place(speed: float, lost: float) -> tuple[float, float]:
@@ -96,7 +96,7 @@ def _picture(points: list[Point], found: Mapping[str, Any]) -> str:
 
 def _dashed(x1: float, y1: float, x2: float, y2: float) -> str:
     return (
-        f'<line class="grid" style="stroke-dasharray: 6 4; stroke-width: 2" '
+        f'<line class="grid" style="stroke: var(--muted); stroke-dasharray: 6 4" '
         f'x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
     )
 
@@ -108,7 +108,8 @@ def _table(points: list[Point]) -> str:
         for number, name in enumerate(("", "Leaves out", "Speed", "Kept", *names))
     )
     rows = []
-    for point in points:
+    # The one that is looked for first, then all from the slowest to the fastest.
+    for point in sorted(points, key=lambda point: not point.chosen):
         mark = "chosen" if point.chosen else "front" if point.front else ""
         kept = (point.mean, *(point.lost.get(name, 0.0) for name in names))
         numbers = "".join(f'<td class="number">{100 * (1 - value):.1f}%</td>' for value in kept)
