@@ -31,6 +31,7 @@ _ANSWER = 32
 _SHORTEST = 6 * (_ANSWER + CUE)
 # A schedule that loses more than this on long prompts, in nats, is not combined with anything, nor is a narrower one.
 _FARTHEST = 1.0
+_FEWEST_TEXTS = 16
 
 
 class Option(NamedTuple):
@@ -136,7 +137,9 @@ def encoder_options(
         return
     mlps = tuple(unit for unit in units if unit[0] == "mlp")
     try:
-        fitting = NarrowFit(model, list(texts[:most]), list(queries[: most // 4]))
+        # Every width is fitted in turn, so that each has a part of the text.
+        part = max(most // len(KEEPS), _FEWEST_TEXTS)
+        fitting = NarrowFit(model, list(texts[:part]), list(queries[:part]))
         for keep in KEEPS:
             yield Option(
                 f"{keep:.0%} of the hidden units",
