@@ -74,7 +74,7 @@ def test_an_encoder_is_judged_there_too() -> None:
 
     options = {**QUICK, "goal": "encode", "data": SENTENCES * 3}
     del options["prompt"]
-    with RayJudges(encoder, workers=2, threads=1) as judges:
+    with RayJudges(encoder, workers=1, threads=1) as judges:
         plan = slimformer.optimize(strong("bert"), tiny_tokenizer(), judges=judges, **options)
     assert len(plan.measured["optimize"]["candidates"]) > 1
 

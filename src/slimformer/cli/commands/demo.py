@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from slimformer.evaluation.timing.padded_prompts import PaddedPrompts
 
 # Paragraphs that are embedded, tokens of the longest prompt in a batch, and of one that is optimised for on a CPU.
-_ARRIVALS, _BATCHED, _PROMPT = 96, 256, 512
+_ARRIVALS, _BATCHED, _PROMPT = 96, 128, 256
 _EMBEDDER = "all-MiniLM-L6-v2"
 
 
@@ -165,9 +165,7 @@ def _batch(
     from slimformer.examination.tiers import known_anatomy
 
     room = longest(known_anatomy(model), tokenizer)
-    return measure_padded_prompts(
-        model, tokenizer, texts=texts, longest=min(_BATCHED, room), repeats=2, seed=seed
-    )
+    return measure_padded_prompts(model, tokenizer, texts=texts, longest=min(_BATCHED, room), seed=seed)
 
 
 def _prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:

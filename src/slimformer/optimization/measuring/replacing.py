@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from slimformer.decisions.replacements import Replace
+from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.examination.tiers import Support
 from slimformer.optimization.measuring.costs import Costs, Meter
 from slimformer.optimization.measuring.losses import Losses
 from slimformer.optimization.units import Base, Unit
 
+_logger = logging.getLogger("slimformer")
 # A CPU solves for few inputs only in the time that there is.
 _KINDS: Mapping[str, Sequence[tuple[str, Replace, int]]] = {
     "cuda": (
@@ -57,14 +60,18 @@ def replacing_bases(
             yield _kept(name, replace, taps, costs, units, kept[name])
             continue
         left = dict.fromkeys(units, 1.0)
-        # A mean is one addition.
-        if replace == "filter":
-            found = meter.costs(units, allowance, replace, taps)
-            left = {unit: _part(found, costs, unit) for unit in units}
-        free = [unit for unit in units if left[unit] > _WORTH]
         single: Mapping[Unit, Mapping[str, float]] = {}
-        if free:
-            single = losses.alone(free, {}, advance, replace, taps)
+        try:
+            # A mean is one addition.
+            if replace == "filter":
+                found = meter.costs(units, allowance, replace, taps)
+                left = {unit: _part(found, costs, unit) for unit in units}
+            free = [unit for unit in units if left[unit] > _WORTH]
+            if free:
+                single = losses.alone(free, {}, advance, replace, taps)
+        except (PlanError, UnsupportedModelError) as error:
+            _logger.info("Nothing is tried with %s: %s", name, error)
+            continue
         yield _base(name, replace, taps, costs, units, left, single)
 
 
