@@ -17,6 +17,7 @@ from slimformer.optimization import preparation
 from slimformer.optimization.candidates import Candidate, Verdict, best, front, nearest
 from slimformer.optimization.goals import Wish
 from slimformer.optimization.judging import Here, Judge
+from slimformer.optimization.measuring.costs import Costs
 from slimformer.optimization.units import Proposal
 from slimformer.patching import patched
 
@@ -147,6 +148,27 @@ def test_no_plan_slower_than_dense_is_returned(
     assert [entry["what"] for entry in faster] in ([], ["nothing dropped"])
     assert not any(entry["chosen"] for entry in told(plan)["candidates"])
     assert plan.methods == (LayerDrop(),)
+
+
+def test_what_is_no_faster_than_the_patch_alone_is_not_chosen(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # While it is searched every plan looks faster than the patch alone, and in the end as fast.
+    costs = Costs(2.0, 1.0, {})
+    measured = preparation.Meter.costs
+
+    def known(self: Any, units: Any, *rest: Any) -> Costs:
+        found = measured(self, units, *rest)
+        return Costs(costs.dense, costs.plain, dict.fromkeys(found.saved, 0.1))
+
+    monkeypatch.setattr(preparation.Meter, "costs", known)
+    monkeypatch.setattr(preparation.Meter, "estimated", lambda *asked: (2.0, 0.8))
+    monkeypatch.setattr(preparation.Meter, "compared", lambda *asked: (2.0, 1.0))
+    plan = slimformer.optimize(
+        model, tokenizer, goal="prefill", max_loss=0.9, data=TEXTS, prompt=32, minutes=3, repair=False
+    )
+    assert plan.methods == (LayerDrop(),)
+    assert "slimformer.patch(model) alone" in told(plan)["notes"][-1]
 
 
 @pytest.mark.parametrize("goal", ["prefill", "generate"])

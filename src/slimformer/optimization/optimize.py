@@ -236,13 +236,18 @@ def _chosen(asked: Asked, search: Search, notes: list[str]) -> tuple[Candidate |
     """The best candidate that is faster than dense and fits on rows that were not searched on, too."""
     ordered = best(search.candidates, asked.wish)
     panel, judged = None, 0
+    # What loses something has to be faster than the patch alone, which does not.
+    alone = max(
+        (one.speedup for one in ordered if not (one.proposal.units or one.proposal.base)), default=1.0
+    )
     for found in ordered:
         candidate = dataclasses.replace(found, methods=search.methods(found))
         search.candidates[search.candidates.index(found)] = candidate
         timed = search.judge.meter.compared(candidate.methods, max(search.took, default=2.0) / 3)
         again = _with(candidate, timed, None)
         nothing = not (candidate.proposal.units or candidate.proposal.base or candidate.repaired)
-        if again.speedup <= max(_WON if nothing else 1.0, (asked.wish.speedup or 0.0) * _AS_FAST):
+        least = _WON if nothing else max(alone, 1.0)
+        if again.speedup <= max(least, (asked.wish.speedup or 0.0) * _AS_FAST):
             continue
         if nothing:
             # What loses nothing needs no verdict.
