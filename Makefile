@@ -9,8 +9,9 @@
 # cores that others used too (12 min of one core's time).
 # `make test-onnx`, which it ends with, runs encoders in ONNX Runtime and OpenVINO, and in the backends of
 # sentence-transformers, whose packages need an older transformers and so a second environment. From nothing it took 9 min.
-# `make test-ray` embeds corpora on Ray, and kills what does, in an environment of its own.
-# `make demo` sets up .venv and shows what is gained on real models; MODEL=folder-or-Hub-id takes another one.
+# `make test-ray` embeds corpora and judges plans on Ray, and kills what does, in an environment of its own.
+# `make demo` sets up .venv and shows in three minutes what is gained on a small model, a tiny one without a connection;
+# MODEL=folder-or-Hub-id takes another one.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.10
 MODEL ?=

@@ -69,8 +69,8 @@ def test_every_source_gives_the_same_texts_and_hash(
         write_jsonl(path, ROWS)
     texts, provenance = load_texts(source)
     assert [text.strip() for text in texts] == TEXTS
-    expected = load_texts(TEXTS)[1].removeprefix("list")
-    labels = {"-": "standard input", "list": "list", "generator": "generator"}
+    expected = load_texts(TEXTS)[1].removeprefix("a Python list")
+    labels = {"-": "standard input", "list": "a Python list", "generator": "a Python generator"}
     assert provenance == labels.get(name, f"file {name}") + expected
     assert str(tmp_path) not in provenance
 
@@ -290,7 +290,7 @@ def test_rows_are_padded_truncated_and_have_special_tokens() -> None:
     (["abc"], {"sequence_length": 0}, "sequence_length must be at least 1, got 0"),
     (["abc"], {"count": -1}, "count must be at least 1, got -1"),
     ("abc", {}, "Expected a list of strings"),
-    ((["abc"], "list, 1 text"), {}, "Expected a list of strings"),
+    ((["abc"], "a Python list, 1 text"), {}, "Expected a list of strings"),
 ])  # fmt: skip
 def test_blocks_that_cannot_be_made_are_refused(texts: object, change: dict[str, int], message: str) -> None:
     with pytest.raises(DataError, match=message):

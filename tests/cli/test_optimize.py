@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ def test_a_plan_and_its_page_are_written_and_all_that_was_tried_is_printed(
     plan = Plan.from_pretrained(tmp_path / "plan")
     tried = plan.measured["optimize"]["candidates"]
     assert "chosen" in result.stdout
-    assert result.stdout.count("×") == len(tried) == 3
+    curve, _, table = result.stdout.partition("Optimized for memory")
+    assert table.count("×") == len(tried) == 3
+    assert curve.count("●") == 2
     assert "slimformer export" in result.stderr
     page = (tmp_path / "plan" / "plan.html").read_text(encoding="utf-8")
     assert all(entry["what"] in page for entry in tried)
@@ -49,6 +52,14 @@ def test_where_nothing_fits_the_exit_code_says_so_and_the_page_shows_what_was_tr
     assert last.startswith("Nothing was won: nothing that was tried is smaller than dense")
     assert "the nearest" in last
     assert "Nothing was chosen" in (tmp_path / "plan" / "plan.html").read_text(encoding="utf-8")
+
+
+def test_text_shorter_than_the_prompt_is_said_in_one_line(llama: str, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("A few words only.\n\nAnd a few more.")
+    said = refused("optimize", llama, "-o", tmp_path / "plan", *QUICK, "--data", short)
+    assert "A prompt has 48 tokens, and file short.txt" in said
+    assert "ask for a shorter prompt" in said
 
 
 def test_too_few_minutes_keep_what_was_measured(llama: str, tmp_path: Path) -> None:
@@ -81,6 +92,15 @@ def test_what_does_not_apply_is_wrong_usage(
     llama: str, tmp_path: Path, options: tuple[object, ...], said: str
 ) -> None:
     assert said in wrong("optimize", llama, "-o", tmp_path / "p", *options)
+
+
+def test_without_ray_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ray"]:
+        monkeypatch.delitem(sys.modules, name)
+    # As Python finds it where it is not installed.
+    monkeypatch.setitem(sys.modules, "ray", None)
+    said = refused("optimize", "my-model", "-o", tmp_path / "p", "--for", "memory", "--ray", "local")
+    assert 'pip install "slimformer[ray]"' in said
 
 
 def test_a_goal_that_does_not_suit_the_model_is_refused(llama: str, bert: str, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_base_leaves_less_to_save_of_what_it_touches(model: Any, monkeypatch: 
     units = [("mlp", layer) for layer in range(4)]
     costs = Costs(10.0, 9.0, dict.fromkeys(units, 2.0))
     # On a machine that has become half as slow, the base takes 6 of what would be 10.
-    monkeypatch.setattr(by, "compared", lambda methods, allowance: (20.0, 12.0))
+    monkeypatch.setattr(by, "estimated", lambda methods, allowance: (20.0, 12.0))
     base = by.base(costs, "half of the tokens", (), units[2:], 1.0)
     assert base.cost == 6.0
     # Of 4 that the touched units cost, 3 are gone.

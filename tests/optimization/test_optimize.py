@@ -16,7 +16,8 @@ from slimformer.errors import CalibrationError, DataError
 from slimformer.optimization import preparation
 from slimformer.optimization.candidates import Candidate, Verdict, best, front, nearest
 from slimformer.optimization.goals import Wish
-from slimformer.optimization.proposing.search import Search
+from slimformer.optimization.judging import Here, Judge
+from slimformer.optimization.measuring.costs import Costs
 from slimformer.optimization.units import Proposal
 from slimformer.patching import patched
 
@@ -64,20 +65,26 @@ def test_the_same_seed_gives_the_same_plan_and_the_same_candidates(model: Any, t
     assert told(plans[0])["candidates"] == told(plans[1])["candidates"]
 
 
+def test_proposals_of_one_round_differ_and_are_all_judged(model: Any, tokenizer: Any) -> None:
+    plan = slimformer.optimize(model, tokenizer, max_loss=0.9, judges=Here(2), **QUICK)
+    tried = [str(entry["units"]) for entry in told(plan)["candidates"]]
+    assert len(set(tried)) == len(tried) == 1 + ROUNDS
+
+
 def test_what_was_interrupted_goes_on_where_it_stopped(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = slimformer.optimize(model, tokenizer, max_loss=0.9, **QUICK)
-    judged = Search.judged
+    judged = Judge.judged
     count = []
 
-    def interrupted(self: Search, proposal: Proposal) -> Candidate:
+    def interrupted(self: Judge, proposal: Proposal) -> Candidate:
         count.append(proposal)
         if len(count) == 2:
             raise KeyboardInterrupt
         return judged(self, proposal)
 
-    monkeypatch.setattr(Search, "judged", interrupted)
+    monkeypatch.setattr(Judge, "judged", interrupted)
     with pytest.raises(KeyboardInterrupt):
         slimformer.optimize(model, tokenizer, max_loss=0.9, checkpoint=tmp_path, **QUICK)
     assert not slimformer.status(model)
@@ -133,6 +140,7 @@ def test_no_plan_slower_than_dense_is_returned(
         return 1.0, 1.02
 
     monkeypatch.setattr(preparation.Meter, "compared", slower)
+    monkeypatch.setattr(preparation.Meter, "estimated", slower)
     plan = slimformer.optimize(
         model, tokenizer, goal="prefill", max_loss=0.9, data=TEXTS, prompt=32, minutes=3, repair=False
     )
@@ -140,6 +148,27 @@ def test_no_plan_slower_than_dense_is_returned(
     assert [entry["what"] for entry in faster] in ([], ["nothing dropped"])
     assert not any(entry["chosen"] for entry in told(plan)["candidates"])
     assert plan.methods == (LayerDrop(),)
+
+
+def test_what_is_no_faster_than_the_patch_alone_is_not_chosen(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # While it is searched every plan looks faster than the patch alone, and in the end as fast.
+    costs = Costs(2.0, 1.0, {})
+    measured = preparation.Meter.costs
+
+    def known(self: Any, units: Any, *rest: Any) -> Costs:
+        found = measured(self, units, *rest)
+        return Costs(costs.dense, costs.plain, dict.fromkeys(found.saved, 0.1))
+
+    monkeypatch.setattr(preparation.Meter, "costs", known)
+    monkeypatch.setattr(preparation.Meter, "estimated", lambda *asked: (2.0, 0.8))
+    monkeypatch.setattr(preparation.Meter, "compared", lambda *asked: (2.0, 1.0))
+    plan = slimformer.optimize(
+        model, tokenizer, goal="prefill", max_loss=0.9, data=TEXTS, prompt=32, minutes=3, repair=False
+    )
+    assert plan.methods == (LayerDrop(),)
+    assert "slimformer.patch(model) alone" in told(plan)["notes"][-1]
 
 
 @pytest.mark.parametrize("goal", ["prefill", "generate"])
@@ -191,7 +220,7 @@ def test_a_wish_that_is_none_is_refused(model: Any, tokenizer: Any, wrong: dict[
 
 
 def test_text_shorter_than_the_prompt_is_refused(model: Any, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"A prompt has 120 tokens, and list, 2 texts.* is shorter"):
+    with pytest.raises(DataError, match=r"A prompt has 120 tokens, and a Python list, 2 texts.* is shorter"):
         slimformer.optimize(
             model,
             tokenizer,
@@ -202,6 +231,30 @@ def test_text_shorter_than_the_prompt_is_refused(model: Any, tokenizer: Any) -> 
 def test_too_few_minutes_for_one_round_are_said_to_be(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"too few for one round.*is kept: the same call goes on"):
         slimformer.optimize(model, tokenizer, checkpoint=tmp_path, **{**QUICK, "minutes": 1e-5})
+
+
+def test_a_device_that_fills_up_is_said_and_what_was_judged_is_kept(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = slimformer.optimize(model, tokenizer, max_loss=0.9, **QUICK)
+    judged = Judge.judged
+    count: list[Proposal] = []
+
+    def full(self: Judge, proposal: Proposal) -> Candidate:
+        count.append(proposal)
+        if len(count) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return judged(self, proposal)
+
+    monkeypatch.setattr(Judge, "judged", full)
+    with pytest.raises(
+        CalibrationError, match=r"full, with 1 prompts of up to 32 tokens.*smaller batch.*is kept in"
+    ):
+        slimformer.optimize(model, tokenizer, max_loss=0.9, checkpoint=tmp_path, **QUICK)
+    assert not slimformer.status(model)
+    plan = slimformer.optimize(model, tokenizer, max_loss=0.9, checkpoint=tmp_path, **QUICK)
+    assert len(count) == 1 + ROUNDS
+    assert plan.methods == whole.methods
 
 
 def test_a_patched_model_is_refused(model: Any, tokenizer: Any) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from slimformer.methods.speculation.self_speculation import SelfSpeculation
 from slimformer.model.anatomy import transformer_of
 from slimformer.optimization.candidates import Candidate, Verdict, best
 from slimformer.optimization.goals import GOALS, Conditions, Goal, Wish
+from slimformer.optimization.judging import Here, Judges
 from slimformer.optimization.measuring.costs import Meter
 from slimformer.optimization.measuring.reading import Reading, workload
 from slimformer.optimization.outcome import nothing_fits, plan_of, told
@@ -72,6 +73,7 @@ def optimize(
     minutes: float = 15.0,
     repair: bool = True,
     seed: int = 0,
+    judges: Judges | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Plan:
@@ -107,6 +109,8 @@ def optimize(
         minutes: How long it may take.
         repair: Whether candidates are repaired where there is time.
         seed: What is drawn.
+        judges: Who judges what is proposed; None for this model. `slimformer.integrations.ray.RayJudges` are several
+            workers, each with a copy of it.
         checkpoint: A folder for partial results. The same call goes on from them after an interruption.
         progress: Show progress bars with the time left.
 
@@ -159,7 +163,7 @@ def optimize(
     ):
         asked = Asked(
             model, inner, found, tokenizer, wish, conditions, reading, own, prompts_by, budget, text_field, seed, clock,
-            checkpoint, cache,
+            checkpoint, cache, Here() if judges is None else judges,
         )  # fmt: skip
         return _lossless(asked) if max_loss == 0 else _searched(asked, stages, repair)
 
@@ -174,13 +178,14 @@ def _searched(asked: Asked, stages: Stages, repair: bool) -> Plan:
         _logger.warning("%s.", notes[-1])
     search, recording = prepared(asked, stages)
     end = clock.begun + clock.seconds
-    # The dense model's part of the last panel (its own words are known), and what is judged by it.
-    last = 0.7 * recording + max(0.1 * recording, 5.0)
+    # The dense model's part of the last panel (its own words are known), what is judged by it, and the last timing.
+    timing = 0.0 if search.judge.meter.counts_bytes else 8 * search.costs.dense
+    last = 1.4 * recording + timing + 5.0
     left = end - time.monotonic() - last
     refused = why_not(search, _PROPOSING * left) if repair else "repair was not asked for"
     until = time.monotonic() + left * (1.0 if refused else _PROPOSING)
     search.run(until, stages.advance("candidates judged"))
-    last += 2 * max(search.took, default=0.0)
+    last = max(last, 0.7 * recording + 2 * max(search.took, default=0.0) + timing)
     if refused:
         notes.append(f"Nothing was repaired: {refused}")
     else:
@@ -201,11 +206,11 @@ def _searched(asked: Asked, stages: Stages, repair: bool) -> Plan:
     measured = _measured(asked, search.candidates, chosen, judgement, why, notes)
     provenance = {
         **_provenance(asked),
-        "tokens": search.losses.text.tokens,
-        "data": search.losses.text.source,
+        "tokens": search.judge.losses.text.tokens,
+        "data": search.judge.losses.text.source,
         "optimize": {
             "costs": search.costs.to_dict(),
-            "losses_are": search.losses.name,
+            "losses_are": search.judge.losses.name,
             "alone": [
                 {"kind": kind, "layer": layer, "losses": dict(of)}
                 for (kind, layer), of in search.single.items()
@@ -218,24 +223,31 @@ def _searched(asked: Asked, stages: Stages, repair: bool) -> Plan:
 def _last_panel(asked: Asked, search: Search, notes: list[str]) -> Panel:
     """Other rows than those that were searched on; the same where others cannot tell what was asked for."""
     panel = asked.panel(last=True)
-    decides = {"yours"} & {capability.name for capability in search.panel.capabilities}
+    decides = {"yours"} & {capability.name for capability in search.judge.panel.capabilities}
     if decides <= {capability.name for capability in panel.capabilities}:
         return panel
     notes.append(
         f"What is lost was measured on what was chosen by, since of the rest of the task {panel.left_out['yours']}"
     )
-    return search.panel
+    return search.judge.panel
 
 
 def _chosen(asked: Asked, search: Search, notes: list[str]) -> tuple[Candidate | None, Judgement | None]:
     """The best candidate that is faster than dense and fits on rows that were not searched on, too."""
     ordered = best(search.candidates, asked.wish)
     panel, judged = None, 0
-    for candidate in ordered:
-        timed = search.meter.compared(candidate.methods, max(search.took, default=2.0))
+    # What loses something has to be faster than the patch alone, which does not.
+    alone = max(
+        (one.speedup for one in ordered if not (one.proposal.units or one.proposal.base)), default=1.0
+    )
+    for found in ordered:
+        candidate = dataclasses.replace(found, methods=search.methods(found))
+        search.candidates[search.candidates.index(found)] = candidate
+        timed = search.judge.meter.compared(candidate.methods, max(search.took, default=2.0) / 3)
         again = _with(candidate, timed, None)
         nothing = not (candidate.proposal.units or candidate.proposal.base or candidate.repaired)
-        if again.speedup <= max(_WON if nothing else 1.0, (asked.wish.speedup or 0.0) * _AS_FAST):
+        least = _WON if nothing else max(alone, 1.0)
+        if again.speedup <= max(least, (asked.wish.speedup or 0.0) * _AS_FAST):
             continue
         if nothing:
             # What loses nothing needs no verdict.
@@ -246,7 +258,7 @@ def _chosen(asked: Asked, search: Search, notes: list[str]) -> tuple[Candidate |
             )
             search.candidates[search.candidates.index(candidate)] = again
             return again, None
-        if judged == _VERDICTS:
+        if judged == _VERDICTS or (judged and asked.clock.used > asked.clock.seconds / 60):
             continue
         panel = _last_panel(asked, search, notes) if panel is None else panel
         with patched(asked.model, *candidate.methods):
@@ -269,15 +281,7 @@ def _chosen(asked: Asked, search: Search, notes: list[str]) -> tuple[Candidate |
 
 def _with(candidate: Candidate, timed: tuple[float, float], verdict: Verdict | None) -> Candidate:
     dense, cost = timed
-    return Candidate(
-        candidate.proposal,
-        dense,
-        cost,
-        verdict or candidate.verdict,
-        candidate.losses,
-        candidate.repaired,
-        candidate.methods,
-    )
+    return dataclasses.replace(candidate, dense=dense, cost=cost, verdict=verdict or candidate.verdict)
 
 
 def _lossless(asked: Asked) -> Plan:
@@ -332,8 +336,8 @@ def _provenance(asked: Asked) -> dict[str, Any]:
     return {
         **versions(asked.support.anatomy),
         "arguments": {
-            **asdict(asked.conditions),
-            **asdict(asked.wish),
+            **dataclasses.asdict(asked.conditions),
+            **dataclasses.asdict(asked.wish),
             "minutes": asked.clock.seconds / 60,
             "seed": asked.seed,
             "hold_out": asked.reading.hold_out,
@@ -374,7 +378,10 @@ def _says_where_full(conditions: Conditions, checkpoint: object) -> Iterator[Non
         yield
     except torch.OutOfMemoryError as error:
         kept = "" if checkpoint is None else f" What was measured is kept in {checkpoint}."
+        what, shorter = (
+            ("prompts", "shorter prompts") if conditions.goal != "encode" else ("texts", "a smaller model")
+        )
         raise CalibrationError(
-            f"The device is full, with {conditions.batch} prompts of {conditions.prompt} tokens at once. Ask for a "
-            f"smaller batch or shorter prompts.{kept}"
+            f"The device is full, with {conditions.batch} {what} of up to {conditions.prompt} tokens at once. Ask for "
+            f"a smaller batch or {shorter}.{kept}"
         ) from error

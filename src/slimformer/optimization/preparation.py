@@ -22,6 +22,7 @@ from slimformer.evaluation.readable import longest, predicts_tokens
 from slimformer.examination.tiers import Support
 from slimformer.optimization.candidates import Candidate
 from slimformer.optimization.goals import Conditions, Wish
+from slimformer.optimization.judging import Judge, Judges
 from slimformer.optimization.measuring.bases import (
     Option,
     elimination_options,
@@ -32,6 +33,7 @@ from slimformer.optimization.measuring.bases import (
 from slimformer.optimization.measuring.costs import Costs, Meter
 from slimformer.optimization.measuring.losses import Losses, sizes_for
 from slimformer.optimization.measuring.reading import Reading, elimination_rows, panel_of, workload
+from slimformer.optimization.measuring.replacing import replaces, replacing_bases, to_keep
 from slimformer.optimization.proposing.search import Search
 from slimformer.optimization.units import Base, Unit, droppable, methods_of
 from slimformer.plans.plan import fingerprint
@@ -69,6 +71,7 @@ class Asked:
         clock: The minutes.
         checkpoint: Where partial results are kept.
         cache: Where what the model writes is kept.
+        judges: Who judges proposals.
     """
 
     model: Any
@@ -86,6 +89,7 @@ class Asked:
     clock: Minutes
     checkpoint: str | os.PathLike[str] | None
     cache: str
+    judges: Judges
 
     @property
     def decoder(self) -> bool:
@@ -159,6 +163,7 @@ def prepared(asked: Asked, stages: Stages) -> tuple[Search, float]:
         len(sources_of(asked.reading.data, asked.decoder)) if asked.decoder else 1,
         asked.clock.seconds / 60,
         longest(anatomy, asked.tokenizer),
+        fitting=replaces(asked.support, asked.inner.device.type, asked.clock.seconds / 60),
     )
     losses = Losses.read(
         asked.inner,
@@ -177,14 +182,19 @@ def prepared(asked: Asked, stages: Stages) -> tuple[Search, float]:
     if asked.decoder and rows < sizes.judged // 2:
         _logger.info("This machine is slow at the moment: %d rows of every source are judged by.", rows)
     asked.check_time("reading the text")
-    partial = PartialResults(asked.checkpoint, _identity(asked, losses.text.source, sizes.judged))
+    partial = PartialResults(
+        asked.checkpoint, _identity(asked, losses.text.source, sizes.judged, sizes.fitted)
+    )
     meter = Meter(asked.model, asked.support, work, conditions)
     found = partial.kept("costs")
     costs = Costs.from_dict(found) if found else meter.costs(units, asked.clock.part(_TIMING))
     partial.keep("costs", costs.to_dict())
+    meter.gain = costs.dense / costs.plain
     asked.check_time("timing the model")
     single = _alone(asked, losses, units, partial, stages)
     bases = [plain(costs), *_bases(asked, options, losses, meter, costs, units, partial)]
+    if sizes.fitted:
+        bases += _replacing(asked, losses, meter, costs, units, partial, stages)
     asked.check_time("measuring what may go")
     begun = time.monotonic()
     panel = asked.panel(last=False)
@@ -195,14 +205,14 @@ def prepared(asked: Asked, stages: Stages) -> tuple[Search, float]:
         for kind, layer in single
         if kind == "block" and ("attention", layer) in units and ("mlp", layer) in units
     }
-    search = Search(
-        units, bases, single, blocks, costs, losses, meter, panel, asked.wish, partial, asked.clock
-    )
+    judge = Judge(bases, losses, meter, panel)
+    search = Search(units, judge, asked.judges, single, blocks, costs, asked.wish, partial, asked.clock)
     names = {base.name: base for base in bases}
     for entry in partial.kept("candidates") or ():
         kept = Candidate.from_dict(entry)
         if kept.proposal.base in names and not kept.repaired:
-            methods = methods_of(names[kept.proposal.base], kept.proposal.units)
+            base = names[kept.proposal.base]
+            methods = () if base.single else methods_of(base, kept.proposal.units)
             search.candidates.append(dataclasses.replace(kept, methods=methods))
     return search, recording
 
@@ -289,13 +299,38 @@ def _bases(
     return made
 
 
-def _identity(asked: Asked, source: str, rows: int) -> dict[str, Any]:
+def _replacing(
+    asked: Asked,
+    losses: Losses,
+    meter: Meter,
+    costs: Costs,
+    units: list[Unit],
+    partial: PartialResults,
+    stages: Stages,
+) -> list[Base]:
+    """What may be left in the place of sublayers, as far as there is time."""
+    found: list[Base] = []
+    if asked.is_late():
+        return found
+    allowance, advance = asked.clock.part(_TIMING / 2), stages.advance("replacements fitted")
+    kept = partial.kept("replacing") or {}
+    for base in replacing_bases(losses, meter, costs, units, allowance, advance, kept):
+        kept = {**kept, base.name: to_keep(base)}
+        partial.keep("replacing", kept)
+        if base.single:
+            found.append(base)
+        if asked.is_late():
+            break
+    return found
+
+
+def _identity(asked: Asked, source: str, rows: int, fitted: int) -> dict[str, Any]:
     """What must be equal for partial results to be taken over."""
     conditions = asked.conditions
     return {
         "model": fingerprint(asked.inner),
         "data": source,
-        "read": [rows, asked.text_field],
+        "read": [rows, fitted, asked.text_field],
         "conditions": dataclasses.asdict(conditions),
         "device": asked.inner.device.type,
         "seed": asked.seed,

@@ -38,7 +38,7 @@ def why_not(search: Search, seconds: float) -> str:
         search: What was found.
         seconds: How long repairs may take.
     """
-    support, device = search.losses.support, search.losses.model.device.type
+    support, device = search.judge.losses.support, search.judge.losses.model.device.type
     if support.tier != "rows" or support.anatomy.repeats:
         return "models of the second tier are not repaired"
     if any(importlib.util.find_spec(name) is None for name in ("accelerate", "peft")):
@@ -48,7 +48,7 @@ def why_not(search: Search, seconds: float) -> str:
     least = 60 * _LEAST.get(device, _LEAST["cpu"])
     if seconds < least:
         return f"a repair takes {least / 60:g} minutes or more here, and {max(seconds, 0) / 60:.1f} were left"
-    if any(not _floating(parameter) for parameter in search.losses.model.parameters()):
+    if any(not _floating(parameter) for parameter in search.judge.losses.model.parameters()):
         return "quantised weights are not repaired"
     return ""
 
@@ -82,7 +82,7 @@ def repair_candidates(
         cache: Where what the model writes is kept.
         advance: Called after each.
     """
-    device = search.losses.model.device.type
+    device = search.judge.losses.model.device.type
     least = 60 * _LEAST.get(device, _LEAST["cpu"])
     shares: list[float] = []
     tried = {one.proposal for one in search.candidates if one.repaired}
@@ -99,7 +99,7 @@ def repair_candidates(
             (one for one in search.candidates if one.proposal == proposal and not one.repaired), None
         )
         if before is None:
-            before = search.judged(proposal)
+            before = search.judge.judged(proposal)
             search.add(before)
         repairs = min(_MOST - number, max(int(left / (least + judging)), 1))
         minutes = ((until - time.monotonic()) / repairs - judging) / 60
@@ -108,7 +108,7 @@ def repair_candidates(
         try:
             plan = repair(
                 model,
-                Plan(before.methods, fingerprint(search.losses.model)),
+                Plan(search.methods(before), fingerprint(search.judge.losses.model)),
                 tokenizer,
                 data=data,
                 text_field=text_field,
@@ -147,9 +147,7 @@ def _next(search: Search, left: float, tried: set[Proposal]) -> Proposal | None:
     ]
     proposal = search.within(allowed)
     if proposal is not None and proposal not in tried:
-        predicted = search.costs.of(
-            next(base for base in search.bases if base.name == proposal.base), proposal.units
-        )
+        predicted = search.costs.of(search.judge.base(proposal.base), proposal.units)
         # A proposal that was judged already is not made again: one that is new stands beside those.
         if not faster or search.costs.dense / predicted > max(one.speedup for one in faster) * 1.05:
             return proposal
@@ -157,9 +155,9 @@ def _next(search: Search, left: float, tried: set[Proposal]) -> Proposal | None:
 
 
 def _judged(search: Search, before: Candidate, plan: Plan) -> Candidate:
-    with patched(search.meter.model, plan):
-        verdict = Verdict.of(search.panel.judged(search.meter.model))
-    dense, cost = search.meter.compared(tuple(plan.methods), max(search.took, default=1.0) / 3)
+    with patched(search.judge.meter.model, plan):
+        verdict = Verdict.of(search.judge.panel.judged(search.judge.meter.model))
+    dense, cost = search.judge.meter.estimated(tuple(plan.methods), max(search.took, default=1.0) / 3)
     return dataclasses.replace(
         before, dense=dense, cost=cost, verdict=verdict, losses={}, repaired=True, methods=tuple(plan.methods)
     )

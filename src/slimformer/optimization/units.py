@@ -6,8 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from slimformer.calibration.drops.search import may_drop, sublayers_of
 from slimformer.calibration.drops.similarity import Unit as Kind
+from slimformer.decisions.replacements import Replace
 from slimformer.errors import PlanError, UnsupportedModelError
 from slimformer.examination.tiers import Support
 from slimformer.methods.layer_drop import LayerDrop
@@ -31,6 +34,9 @@ class Base:
         losses: How far it is from dense, of every source.
         left: The part of a unit's cost that there still is to save; 1 where it is not named.
         whole: Units that cannot be dropped from it.
+        replace: What dropped sublayers leave behind.
+        taps: How many inputs the filter of an attention reads.
+        single: What each unit loses when it alone goes and leaves that behind; empty where nothing is left.
     """
 
     name: str
@@ -39,6 +45,9 @@ class Base:
     losses: Mapping[str, float] = field(default_factory=dict)
     left: Mapping[Unit, float] = field(default_factory=dict)
     whole: frozenset[Unit] = frozenset()
+    replace: Replace = "nothing"
+    taps: int = 1
+    single: Mapping[Unit, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,19 @@ class Proposal:
         return ", ".join(sorted(parts, key=lambda part: part != self.base)) or "nothing dropped"
 
 
-def drop_of(units: Iterable[Unit]) -> LayerDrop:
+def drop_of(
+    units: Iterable[Unit],
+    replace: Replace = "nothing",
+    taps: int = 1,
+    weights: Mapping[str, Tensor] | None = None,
+) -> LayerDrop:
     """The method that drops them; one that drops nothing where there are none.
+
+    Args:
+        units: What goes.
+        replace: What each leaves behind.
+        taps: How many inputs the filter of an attention reads.
+        weights: Of what is left behind.
 
     Example:
         >>> drop_of([("attention", 3), ("mlp", 3), ("mlp", 5)])
@@ -85,7 +105,9 @@ def drop_of(units: Iterable[Unit]) -> LayerDrop:
     layers = {kind: [layer for k, layer in sublayers if k == kind] for kind in KINDS}
     both = [layer for layer in layers["attention"] if layer in layers["mlp"]]
     alone = {kind: [layer for layer in of if layer not in both] for kind, of in layers.items()}
-    return LayerDrop(alone["attention"], alone["mlp"], both)
+    return LayerDrop(
+        alone["attention"], alone["mlp"], both, replace=replace, taps=taps, weights=weights or {}
+    )
 
 
 def methods_of(base: Base, units: Sequence[Unit]) -> tuple[Any, ...]:

@@ -3,7 +3,9 @@
 from slimformer.report.elastic import grid_picture, grid_table
 from slimformer.report.elimination import curve_table, predictor_table
 from slimformer.report.narrow import narrow_table
+from slimformer.report.optimization.curve import optimize_curve
 from slimformer.report.optimization.table import optimize_table
+from slimformer.report.optimization.using import uses_of
 from slimformer.report.page import plan_page
 from slimformer.report.panel import panel_table
 from slimformer.report.repair import repair_table
@@ -18,6 +20,7 @@ __all__ = [
     "grid_table",
     "methods_table",
     "narrow_table",
+    "optimize_curve",
     "optimize_table",
     "panel_table",
     "plan_page",
@@ -26,4 +29,5 @@ __all__ = [
     "repair_table",
     "router_table",
     "temperature_table",
+    "uses_of",
 ]

@@ -171,10 +171,21 @@ def _stretched(value: float) -> float:
 
 def round_ticks(highest: float) -> list[float]:
     """Ticks from 0 to at least `highest` in steps of 1, 2 or 5 times a power of ten."""
-    rough = max(highest, 1e-9) / 4
+    return ticks_around(0.0, max(highest, 1e-9))
+
+
+def ticks_around(low: float, high: float, parts: int = 4) -> list[float]:
+    """Ticks from at most `low` to at least `high` in steps of 1, 2 or 5 times a power of ten, about so many of them.
+
+    Example:
+        >>> ticks_around(0.97, 1.62)
+        [0.8, 1.0, 1.2, 1.4, 1.6, 1.8]
+    """
+    rough = max(high - low, 1e-9) / parts
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1.0, 2.0, 5.0, 10.0) if m * power >= rough * 0.999)
-    return [round(i * step, 12) for i in range(max(1, math.ceil(highest / step - 1e-9)) + 1)]
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(place * step, 12) for place in range(first, max(last, first + 1) + 1)]
 
 
 def _every(step: float, needed: float) -> int:

@@ -69,7 +69,7 @@ def load_texts(
 
     Example:
         >>> load_texts(["One text.", "", "Another."])
-        (['One text.', 'Another.'], 'list, 2 texts, sha256 b589d87aa501d95d')
+        (['One text.', 'Another.'], 'a Python list, 2 texts, sha256 b589d87aa501d95d')
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1, got {limit}. Leave it out to read everything.")
@@ -247,7 +247,7 @@ def _open(
         return _open_path_or_dataset(source, text_field, limit)
     if isinstance(source, (bytes, Mapping)) or not isinstance(source, Iterable):
         raise DataError(f"Cannot read texts from {_kind(source)}. {_EXPECTED}.")
-    return type(source).__name__, _strings(source)
+    return f"a Python {type(source).__name__}", _strings(source)
 
 
 def _open_path_or_dataset(

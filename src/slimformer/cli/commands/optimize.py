@@ -5,24 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from slimformer.cli import options
 from slimformer.cli.applicable import refuse_settings_without_data
-from slimformer.cli.output import (
-    check_output,
-    leave_where_nothing_was_won,
-    note,
-    print_tables,
-    write_text,
-)
+from slimformer.cli.output import check_output, leave_where_nothing_was_won
 from slimformer.cli.partial import partial_results
 from slimformer.cli.settings import Settings
 
-_PAGE = "plan.html"
+_LOCAL = "local"
 _SET = ("prompts", "prompts_by", "new_tokens", "repair", "hold_out", "text_field", "seed")
 
 
@@ -45,7 +41,7 @@ def optimize(
             "--for",
             metavar="GOAL",
             show_default=False,
-            help="What is to cost less: prefill, generate, encode (embeddings) or memory.",
+            help="What is to cost less: prefill, generate, encode or memory.",
         ),
     ],
     max_loss: Annotated[
@@ -84,6 +80,14 @@ def optimize(
         ),
     ] = None,
     minutes: Annotated[float, typer.Option(metavar="N", help="How long it may take.")] = 15.0,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default=False,
+            help="Judge on several workers by Ray: of a cluster, or local.",
+        ),
+    ] = None,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     force: options.Force = False,
@@ -93,7 +97,7 @@ def optimize(
 
     Where nothing is faster within the loss, the plan changes nothing, and the exit code is 4; the page shows what was
     tried. After Ctrl-C the same command goes on. --set takes prompts (a file of your own, which then decide),
-    prompts_by, new_tokens, repair, hold_out, text_field and seed.
+    prompts_by, new_tokens, repair, hold_out, text_field and seed; with --ray, workers and threads.
     """
     if max_loss is not None and speedup is not None:
         raise typer.BadParameter("Give either --max-loss or --speedup, not both.")
@@ -105,17 +109,20 @@ def optimize(
     import slimformer
     from slimformer.calibration.mixture.sources import weighted
     from slimformer.cli.loading import load_for_plan
+    from slimformer.cli.optimized import print_uses, show_optimized
     from slimformer.evaluation.embedding_tasks import is_labelled, read_task
-    from slimformer.report import optimize_table, plan_page
 
     own = settings.take(slimformer.optimize, _SET)
+    judging: Any = contextlib.nullcontext()
+    if ray is not None:
+        judging = _on_ray(ray, model, dtype.value, settings)
     settings.check_none_left("optimize")
     read = weighted(data or [])
     if goal is Goal.encoding and is_labelled(read):
         # What embeddings are for is read before the model is.
         read = read_task(read)
-    loaded, tokenizer = load_for_plan(model, device, dtype.value)
-    with partial_results(output) as partial:
+    with judging as judges, partial_results(output) as partial:
+        loaded, tokenizer = load_for_plan(model, device, dtype.value)
         plan = slimformer.optimize(
             loaded,
             tokenizer,
@@ -126,18 +133,31 @@ def optimize(
             prompt=prompt,
             batch=batch,
             minutes=minutes,
+            judges=judges,
             checkpoint=partial,
             progress=True,
             **own,
         )
         plan.save_pretrained(output)
-    write_text(output / _PAGE, plan_page(plan))
-    note(f"The plan is in {output}, its page in {output / _PAGE}.")
-    print_tables(optimize_table(plan))
+    show_optimized(plan, output)
     leave_where_nothing_was_won(plan.measured, "optimize")
-    engine = "onnx" if goal is Goal.encoding else "vllm"
-    note(f'Use it: slimformer.patch(model, "{output}"). Undo it: slimformer.unpatch(model).')
-    note(f"Serve it: slimformer export {model} --plan {output} --to {engine} -o slim")
+    print_uses(plan, model, output)
+
+
+def _on_ray(address: str, model: str, dtype: str, settings: Settings) -> Any:
+    """Judges that load the same model."""
+    from slimformer.integrations.ray import RayJudges
+    from slimformer.integrations.ray.cluster import from_anywhere
+
+    own = settings.take(RayJudges.__init__, ("workers", "threads"))
+    load = functools.partial(_loaded, from_anywhere(model), dtype)
+    return RayJudges(load, address=None if address == _LOCAL else address, **own)
+
+
+def _loaded(name: str, dtype: str, device: str) -> Any:
+    from slimformer.cli.loading import load_for_plan
+
+    return load_for_plan(name, device, dtype)[0]
 
 
 def fraction(text: str) -> float:

@@ -30,7 +30,7 @@ def import_ray() -> Any:
         importlib.import_module("ray.data")
     except ImportError as error:
         raise SlimformerError(
-            "Corpora are embedded on Ray Data, which is not installed or lacks a package "
+            "Several workers run on Ray with its data library, which is not installed or lacks a package "
             f'({error.name or error}): pip install "slimformer[ray]"'
         ) from error
     return importlib.import_module("ray")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimformer.cache.slots import counting_slot
 from slimformer.calibration.elimination import CUE, Trial
 from slimformer.calibration.exit_heads import fit_exits
 from slimformer.calibration.narrow_mlps import KEEPS, NarrowFit, units_of
@@ -30,6 +31,7 @@ _ANSWER = 32
 _SHORTEST = 6 * (_ANSWER + CUE)
 # A schedule that loses more than this on long prompts, in nats, is not combined with anything, nor is a narrower one.
 _FARTHEST = 1.0
+_FEWEST_TEXTS = 16
 
 
 class Option(NamedTuple):
@@ -50,16 +52,17 @@ def elimination_options(support: Support, units: Sequence[Unit], prompt: int) ->
     """Schedules of one step, where the prompt is long enough for tokens to leave."""
     if support.tier != "rows" or prompt < max(TokenElimination().least, _SHORTEST):
         return []
-    count = len(support.anatomy.layers)
-    layers = sorted({max(round(count * part), 1) for part in _FROM if round(count * part) < count})
+    count, types = len(support.anatomy.layers), support.anatomy.layer_types
+    # Positions are counted at one attention, which has to stay, and to see every token.
+    counting = support.slots([]).index(counting_slot(types))
+    whole = frozenset(unit for unit in units if unit[0] != "mlp" and unit[1] == counting)
+    layers = sorted({max(round(count * part), counting + 1) for part in _FROM})
     found = []
-    for layer in layers:
+    for layer in (layer for layer in layers if layer < count):
         touched = tuple(unit for unit in units if unit[1] >= layer)
         for keep in _KEEP:
             method = TokenElimination({layer: keep})
-            found.append(
-                Option(f"{keep:.0%} of the tokens from layer {layer}", (method,), touched, frozenset())
-            )
+            found.append(Option(f"{keep:.0%} of the tokens from layer {layer}", (method,), touched, whole))
     return found
 
 
@@ -90,7 +93,7 @@ def measured_eliminations(
             if lost > _FARTHEST:
                 too_far.add(option.touched)
                 continue
-            base = meter.base(costs, option.name, option.methods, option.touched, allowance)
+            base = meter.base(costs, option.name, option.methods, option.touched, allowance, option.whole)
             yield dataclasses.replace(base, losses={LONG_PROMPTS: lost})
 
 
@@ -134,7 +137,9 @@ def encoder_options(
         return
     mlps = tuple(unit for unit in units if unit[0] == "mlp")
     try:
-        fitting = NarrowFit(model, list(texts[:most]), list(queries[: most // 4]))
+        # Every width is fitted in turn, so that each has a part of the text.
+        part = max(most // len(KEEPS), _FEWEST_TEXTS)
+        fitting = NarrowFit(model, list(texts[:part]), list(queries[:part]))
         for keep in KEEPS:
             yield Option(
                 f"{keep:.0%} of the hidden units",

@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from slimformer.calibration.drops.search import sublayers_of
+from slimformer.decisions.replacements import Replace, taps_of
 from slimformer.examination.tiers import Support
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.optimization.goals import Conditions, Prompts, Workload, read_bytes, seconds, weight_bytes
@@ -65,6 +68,7 @@ class Meter:
         support: What is known of its layers.
         workload: What is run.
         conditions: Lengths and batch.
+        gain: How many times as fast as dense the patch alone is; None before it was measured.
         dense_bytes: For memory: weights, the cache behind the prompts, and each of its slots.
     """
 
@@ -72,7 +76,9 @@ class Meter:
     support: Support
     workload: Workload
     conditions: Conditions
+    gain: float | None = None
     dense_bytes: tuple[int, int, list[int]] = field(default=(0, 0, []), init=False)
+    _warm: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.counts_bytes and isinstance(self.workload, Prompts):
@@ -83,21 +89,29 @@ class Meter:
         """Whether bytes are counted, and no time measured."""
         return self.conditions.goal == "memory"
 
-    def costs(self, units: Sequence[Unit], allowance: float) -> Costs:
+    def costs(
+        self, units: Sequence[Unit], allowance: float, replace: Replace = "nothing", taps: int = 1
+    ) -> Costs:
         """Of every unit; layers of the same shape are measured together.
 
         Args:
             units: What may be left out.
             allowance: About how many seconds this may take.
+            replace: What each leaves behind.
+            taps: How many inputs the filter of an attention reads.
         """
         if self.counts_bytes:
             whole = float(sum(self.dense_bytes[:2]))
-            return Costs(whole, whole, {unit: float(self._bytes_of(unit)) for unit in units})
+            left = {
+                unit: sum(t.nbytes for t in self._unfitted([unit], replace, taps).values()) for unit in units
+            }
+            return Costs(whole, whole, {unit: float(self._bytes_of(unit) - left[unit]) for unit in units})
         alike: dict[tuple[Any, ...], list[Unit]] = {}
         for unit in units:
             alike.setdefault((unit[0], *self._shape(unit[1])), []).append(unit)
         gone = [self._together(of) for of in alike.values()]
-        variants: list[tuple[Any, ...]] = [(), (LayerDrop(),), *((drop_of(of),) for of in gone)]
+        variants: list[tuple[Any, ...]] = [(), (LayerDrop(),)]
+        variants += [(drop_of(of, replace, taps, self._unfitted(of, replace, taps)),) for of in gone]
         times = self.in_turns(variants, allowance)
         saved: dict[Unit, float] = {}
         for of, out, own in zip(alike.values(), gone, times[2:], strict=True):
@@ -114,8 +128,11 @@ class Meter:
         """
         found: list[list[float]] = [[] for _ in variants]
         begun, rounds, device = time.monotonic(), 0, self.support.anatomy.stack.device
-        # The first warms up memory, kernels and clocks.
-        while rounds <= _FEWEST or (rounds <= _MOST and _fits(begun, rounds, allowance)):
+        # The first warms up memory, kernels and clocks; a CPU has nothing to warm up the next time.
+        warming = 1 if device.type != "cpu" or not self._warm else 0
+        self._warm = True
+        fewest, most = _FEWEST + warming, _MOST + warming
+        while rounds < fewest or (rounds < most and _fits(begun, rounds, allowance)):
             for methods, times in zip(variants, found, strict=True):
                 with patched(self.model, *methods) if methods else contextlib.nullcontext():
                     if methods and device.type != "cpu":
@@ -123,7 +140,7 @@ class Meter:
                         self.workload.run(self.model)
                     times.append(seconds(self.model, self.workload, device))
             rounds += 1
-        return [times[1:] for times in found]
+        return [times[warming:] for times in found]
 
     def compared(self, methods: tuple[Any, ...], allowance: float) -> tuple[float, float]:
         """What dense and a plan cost, measured in turns."""
@@ -131,6 +148,16 @@ class Meter:
             return float(sum(self.dense_bytes[:2])), self._bytes_with(methods)
         dense, slim = self.in_turns([(), methods], allowance)
         return min(dense), min(slim)
+
+    def estimated(self, methods: tuple[Any, ...], allowance: float) -> tuple[float, float]:
+        """The same while it is searched: measured in turns with the patch alone, where it is known what that gains.
+
+        Without padding the patch alone may be several times as fast as dense, and so is the measuring.
+        """
+        if self.counts_bytes or self.gain is None:
+            return self.compared(methods, allowance)
+        plain, slim = self.in_turns([(LayerDrop(),), methods], allowance)
+        return min(plain) * self.gain, min(slim)
 
     def base(self, costs: Costs, name: str, methods: tuple[Any, ...], touched: Sequence[Unit], allowance: float,
              whole: frozenset[Unit] = frozenset()) -> Base:  # fmt: skip
@@ -144,11 +171,27 @@ class Meter:
             allowance: Seconds for measuring.
             whole: Units that cannot go from it.
         """
-        dense, slim = self.compared(methods, allowance)
+        dense, slim = self.estimated(methods, allowance)
         cost = slim * costs.dense / dense
         touched_cost = sum(costs.saved[unit] for unit in touched)
         part = 1 - (costs.plain - cost) / touched_cost if touched_cost > 0 else 1.0
         return Base(name, methods, cost, left=dict.fromkeys(touched, min(max(part, 0.0), 1.0)), whole=whole)
+
+    def _unfitted(self, units: Sequence[Unit], replace: Replace, taps: int) -> dict[str, Tensor]:
+        """Weights of what units leave behind, which cost what fitted ones do."""
+        if replace == "nothing":
+            return {}
+        hidden, like = (
+            self.support.anatomy.stack.config.hidden_size,
+            next(self.support.anatomy.stack.parameters()),
+        )
+        found = {}
+        for kind, layer in (sublayer for unit in units for sublayer in sublayers_of(*unit)):
+            found[f"{kind}.{layer}.bias"] = torch.zeros(hidden, dtype=like.dtype)
+            if replace == "filter":
+                read = taps_of(kind, taps) * hidden
+                found[f"{kind}.{layer}.weight"] = torch.zeros(hidden, read, dtype=like.dtype)
+        return found
 
     def _bytes_of(self, unit: Unit) -> int:
         kinds = ("attention", "mlp") if unit[0] == "block" else (unit[0],)
@@ -163,6 +206,7 @@ class Meter:
         dropped = {s for m in methods if isinstance(m, LayerDrop) for kind in ("attention", "mlp")
                    for s in ((kind, layer) for layer in m.dropped(kind))}  # fmt: skip
         weights = sum(_bytes(module) for kind, layer in dropped for module in self._modules(kind, layer))
+        weights -= sum(t.nbytes for m in methods if isinstance(m, LayerDrop) for t in m.weights.values())
         with patched(self.model, *methods):
             cache, _ = read_bytes(self.model, self.workload)
         return float(self.dense_bytes[0] - weights + cache)

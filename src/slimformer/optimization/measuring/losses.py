@@ -18,13 +18,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.calibration.drops.budgets import Budget
 from slimformer.calibration.drops.calibration_text import CalibrationText, read_mixture, read_text
+from slimformer.calibration.drops.fitting import fit_together
+from slimformer.calibration.drops.replay import saved_weights
+from slimformer.calibration.drops.search import sublayers_of
 from slimformer.calibration.mixture.sources import COPYING
+from slimformer.decisions.replacements import Replace
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.divergence import DenseReference
 from slimformer.evaluation.perplexity import evaluating
 from slimformer.evaluation.readable import predicts_tokens
 from slimformer.evaluation.similarity_task import masked_mean
 from slimformer.examination.tiers import Support
+from slimformer.methods.layer_drop import LayerDrop
 from slimformer.optimization.units import Unit, drop_of
 from slimformer.patching import patched
 from slimformer.text.progress import Stages
@@ -39,9 +44,13 @@ _SHARE, _PER_SECOND = 0.25, {"cuda": 2.0e13, "cpu": 2.0e10}
 _PATIENCE = 1.5
 _LENGTHS = {"cuda": 512, "cpu": 128}
 _ROWS, _SHORTEST = (2, 16), 64
+# Rows that replacements are fitted on.
+_FITTED = {"cuda": 48, "cpu": 16}
 
 
-def sizes_for(model: Any, units: int, sources: int, minutes: float, longest: int) -> Budget:
+def sizes_for(
+    model: Any, units: int, sources: int, minutes: float, longest: int, fitting: bool = False
+) -> Budget:
     """How much text every unit is judged on, from what there is time for.
 
     Args:
@@ -50,6 +59,7 @@ def sizes_for(model: Any, units: int, sources: int, minutes: float, longest: int
         sources: How many sources.
         minutes: In all.
         longest: Most tokens that the model reads.
+        fitting: Whether replacements are fitted, on more of it.
     """
     device = model.device.type if model.device.type in _PER_SECOND else "cpu"
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -58,7 +68,9 @@ def sizes_for(model: Any, units: int, sources: int, minutes: float, longest: int
     length = min(max(int(tokens / sources / _ROWS[0]), _SHORTEST), _LENGTHS[device], longest)
     rows = min(max(int(tokens / length / sources), _ROWS[0]), _ROWS[1])
     # Of one source, a quarter of the rows is judged by.
-    return Budget(length, similarity=0, judged=rows if sources == 1 else 2 * rows, fitted=0, final=3 * rows,
+    fitted = _FITTED[device] if fitting else 0
+    final = 3 * rows + sources * fitted if fitting else 3 * rows
+    return Budget(length, similarity=0, judged=rows if sources == 1 else 2 * rows, fitted=fitted, final=final,
                   pool=None)  # fmt: skip
 
 
@@ -105,8 +117,8 @@ class Losses:
         """
         if predicts_tokens(model, support.anatomy):
             text = read_mixture(
-                model, support.anatomy, tokenizer, data, text_field, hold_out, sizes, seed, fitting=False, cache=cache,
-                stages=stages,
+                model, support.anatomy, tokenizer, data, text_field, hold_out, sizes, seed, fitting=sizes.fitted > 0,
+                cache=cache, stages=stages,
             )  # fmt: skip
             shares = dict(text.shares)
         else:
@@ -115,6 +127,13 @@ class Losses:
         if long_prompts:
             shares = {name: (1 - _LONG_SHARE) * share for name, share in shares.items()}
             shares[LONG_PROMPTS] = _LONG_SHARE
+        return cls.recorded(model, support, text, shares)
+
+    @classmethod
+    def recorded(
+        cls, model: PreTrainedModel, support: Support, text: CalibrationText, shares: dict[str, float]
+    ) -> Losses:
+        """Run the dense model over text that was read."""
         found = cls(model, support, text, shares)
         found._record()
         return found
@@ -145,7 +164,11 @@ class Losses:
         places = [place for place, source in enumerate(rows) if list(rows[:place]).count(source) < kept]
         self.text = dataclasses.replace(
             self.text,
-            rows={name: tensor[places] for name, tensor in self.text.rows.items()},
+            # What replacements are fitted on lies behind.
+            rows={
+                name: torch.cat([tensor[places], tensor[len(rows) :]])
+                for name, tensor in self.text.rows.items()
+            },
             sources=[rows[place] for place in places],
         )
         self._record()
@@ -156,6 +179,8 @@ class Losses:
         units: Sequence[Unit],
         known: Mapping[Unit, Mapping[str, float]],
         advance: Callable[[int], None],
+        replace: Replace = "nothing",
+        taps: int = 1,
     ) -> dict[Unit, Mapping[str, float]]:
         """What each unit costs when it alone goes; those of the first tier are run from their layer on.
 
@@ -163,19 +188,28 @@ class Losses:
             units: All of them.
             known: What an earlier call has measured.
             advance: Called after each, with their number; what it raises ends the measuring.
+            replace: What each leaves behind, in models of the first tier.
+            taps: How many inputs the filter of an attention reads.
         """
         found = dict(known)
         left = [unit for unit in units if unit not in known]
         if not left:
             return found
         if self.support.tier == "rows":
-            search = self.text.search("nothing", 1, advance)
+            search = self.text.search(replace, taps, advance)
             search.judge_alone(left)
             return found | search.singles
         for unit in left:
             found[unit] = self.of((drop_of([unit]),))
             advance(len(left))
         return found
+
+    def fitted(self, units: Sequence[Unit], replace: Replace, taps: int) -> LayerDrop:
+        """The method that drops units, with what they leave behind fitted together."""
+        dropped = [sublayer for unit in units for sublayer in sublayers_of(*unit)]
+        with evaluating(self.model):
+            found = fit_together(self.support.anatomy, self.text.fitting_calls(), dropped, replace, taps)
+        return drop_of(units, replace, taps if replace == "filter" else 1, saved_weights(found))
 
     def of(self, methods: tuple[Any, ...]) -> dict[str, float]:
         """What methods cost together, patched as they will be."""

@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from slimformer.calibration.drops.partial_results import PartialResults
-from slimformer.evaluation.panel import Panel
 from slimformer.optimization.candidates import Candidate, Verdict, best
 from slimformer.optimization.goals import Wish
-from slimformer.optimization.measuring.costs import Costs, Meter
-from slimformer.optimization.measuring.losses import LONG_PROMPTS, Losses
+from slimformer.optimization.judging import Judge, Judges
+from slimformer.optimization.measuring.costs import Costs
 from slimformer.optimization.proposing.pairs import Curve, beyond, grown, growth, learnt_pairs
 from slimformer.optimization.proposing.programme import Problem, solve, units_in
 from slimformer.optimization.units import Base, Proposal, Unit, allowed, methods_of
-from slimformer.patching import patched
 from slimformer.training.attempts.minutes import Minutes
 
 _logger = logging.getLogger("slimformer")
@@ -45,13 +43,11 @@ class Search:
 
     Attributes:
         units: What may be dropped.
-        bases: What it may be dropped from, the whole model first.
+        judge: The model here, with what it is judged by.
+        judges: Who judges.
         single: What each unit costs when it alone goes, of every source.
         blocks: What attention and MLP of one layer cost together.
         costs: What each saves.
-        losses: The mixture.
-        meter: Measures runs.
-        panel: Judges.
         wish: What is asked for.
         partial: Where candidates are kept.
         clock: The minutes.
@@ -60,39 +56,40 @@ class Search:
     """
 
     units: Sequence[Unit]
-    bases: Sequence[Base]
+    judge: Judge
+    judges: Judges
     single: Mapping[Unit, Mapping[str, float]]
     blocks: Mapping[int, Mapping[str, float]]
     costs: Costs
-    losses: Losses
-    meter: Meter
-    panel: Panel
     wish: Wish
     partial: PartialResults
     clock: Minutes
     candidates: list[Candidate] = field(default_factory=list)
     took: list[float] = field(default_factory=list)
+    # Those of this round that are not judged yet.
+    _proposed: list[Proposal] = field(default_factory=list, init=False)
 
     def run(self, until: float, advance: Any) -> None:
         """Propose and judge until then (by `time.monotonic`), or until nothing new is proposed."""
         self._add_plain()
+        at_once = self.judges.begin(self.judge)
         # Without the whole model, which is not proposed.
-        first = sum(not one.repaired for one in self.candidates) - 1
+        number = sum(not one.repaired for one in self.candidates) - 1
         since, leading = 0, best(self.candidates, self.wish)[:1]
-        for number in range(first, _MOST):
+        while number < _MOST and since < _PATIENCE:
             if time.monotonic() + max(self.took, default=0.0) > until and self.took:
                 return
             begun = time.monotonic()
-            proposal = self.propose(number)
-            if proposal is None:
+            proposals = self._round(number, min(at_once, _MOST - number))
+            if not proposals:
                 return
-            self.add(self.judged(proposal))
+            for candidate in self.judges.judged(proposals):
+                self.add(candidate)
+                advance(_MOST)
+                now = best(self.candidates, self.wish)[:1]
+                since, leading = (since + 1 if now == leading else 0), now
             self.took.append(time.monotonic() - begun)
-            advance(_MOST)
-            now = best(self.candidates, self.wish)[:1]
-            since, leading = (since + 1 if now == leading else 0), now
-            if since == _PATIENCE:
-                return
+            number += len(proposals)
 
     def add(self, candidate: Candidate) -> None:
         """Keep a candidate."""
@@ -110,19 +107,19 @@ class Search:
             max(self.clock.seconds / 60 - self.clock.used, 0.0),
         )
 
-    def judged(self, proposal: Proposal) -> Candidate:
-        """Measure what a proposal loses and costs."""
-        begun = time.monotonic()
-        base = self._base(proposal.base)
-        methods = methods_of(base, proposal.units)
-        lost = self.losses.of(self._on_mixture(base, proposal))
-        if LONG_PROMPTS in base.losses:
-            lost[LONG_PROMPTS] = base.losses[LONG_PROMPTS]
-        with patched(self.meter.model, *methods):
-            verdict = Verdict.of(self.panel.judged(self.meter.model))
-        allowance = (time.monotonic() - begun) / 2
-        dense, cost = self.meter.compared(methods, allowance)
-        return Candidate(proposal, dense, cost, verdict, lost, methods=methods)
+    def methods(self, candidate: Candidate) -> tuple[Any, ...]:
+        """What makes a candidate; fitted again where it was read from partial results."""
+        return candidate.methods or self.judge.methods(candidate.proposal)
+
+    def _round(self, number: int, count: int) -> list[Proposal]:
+        """What is judged next, all of it proposed by what is known now."""
+        self._proposed = []
+        for place in range(number, number + count):
+            proposal = self.propose(place)
+            if proposal is None or proposal in self._proposed:
+                break
+            self._proposed.append(proposal)
+        return self._proposed
 
     def propose(self, number: int) -> Proposal | None:
         """What is to be judged next; None where there is nothing new."""
@@ -134,7 +131,7 @@ class Search:
 
     def within(self, need: float) -> Proposal | None:
         """The fastest that is predicted to lose so much at most; failing that, what is predicted to lose least."""
-        low = min(self.costs.of(base, self._free(base)) for base in self.bases)
+        low = min(self.costs.of(base, self._free(base)) for base in self.judge.bases)
         high, found, nearest = self.costs.plain, None, None
         for _ in range(_HALVINGS):
             middle = (max(low, 0.0) + high) / 2
@@ -151,7 +148,7 @@ class Search:
         """The proposal of least predicted loss that costs so much at most, and that loss."""
         usual, needs = self._growth(), self._needs()
         learnt, least = self._pairs(), None
-        for base in self.bases:
+        for base in self.judge.bases:
             units = self._free(base)
             problem = self._problem(base, units, learnt)
             if least is not None and problem.loss(()) >= least[0]:
@@ -172,42 +169,41 @@ class Search:
         while True:
             choice = solve(Problem(problem.saved, problem.losses, problem.shares, problem.pairs, problem.before,
                                    excluded), least)  # fmt: skip
-            if choice is None or allowed(self.losses.support, units_in(choice, units)):
+            if choice is None or allowed(self.judge.losses.support, units_in(choice, units)):
                 return choice
             excluded.add(choice)
 
-    def _problem(
-        self, base: Base, units: Sequence[Unit], learnt: Mapping[tuple[int, int], Tensor]
-    ) -> Problem:
+    def _problem(self, base: Base, units: Sequence[Unit], learnt: dict[tuple[int, int], Tensor]) -> Problem:
         place = {unit: index for index, unit in enumerate(units)}
         own = {index: place[unit] for index, unit in enumerate(self.units) if unit in place}
         pairs = {}
-        for (first, second), more in learnt.items():
+        for (first, second), more in learnt.items() if base.single else (self._of_blocks() | learnt).items():
             if first in own and second in own:
                 pairs[own[first], own[second]] = more
+        known = [*(one.proposal for one in self.candidates if not one.repaired), *self._proposed]
         excluded = [
-            frozenset(place[unit] for unit in one.proposal.units)
-            for one in self.candidates
-            if one.proposal.base == base.name and not one.repaired and set(one.proposal.units) <= set(place)
+            frozenset(place[unit] for unit in one.units)
+            for one in known
+            if one.base == base.name and set(one.units) <= set(place)
         ]
-        losses = [self.losses.vector(self.single[unit]) for unit in units]
+        losses = [self._alone(base, unit) for unit in units]
         return Problem(
             torch.tensor([self.costs.saved_by(base, unit) for unit in units], dtype=torch.float64),
             torch.stack(losses, 1)
             if losses
-            else torch.zeros(len(self.losses.shares), 0, dtype=torch.float64),
-            torch.tensor(list(self.losses.shares.values()), dtype=torch.float64),
+            else torch.zeros(len(self.judge.losses.shares), 0, dtype=torch.float64),
+            torch.tensor(list(self.judge.losses.shares.values()), dtype=torch.float64),
             pairs,
-            self.losses.vector(base.losses),
+            self.judge.losses.vector(base.losses),
             excluded,
         )
 
     def _pairs(self) -> dict[tuple[int, int], Tensor]:
-        known = self._of_blocks()
+        """What pairs cost beyond their sum, as far as what was judged tells."""
         judged = self._judged()
         more = beyond([sums for _, sums, _ in judged], [lost for _, _, lost in judged])
         chosen = [(chosen, of) for (chosen, _, _), of in zip(judged, more, strict=True)]
-        return known | learnt_pairs(chosen, known)
+        return learnt_pairs(chosen, self._of_blocks())
 
     def _of_blocks(self) -> dict[tuple[int, int], Tensor]:
         place = {unit: index for index, unit in enumerate(self.units)}
@@ -215,8 +211,10 @@ class Search:
         for layer, both in self.blocks.items():
             first: Unit = ("attention", layer)
             second: Unit = ("mlp", layer)
-            each = self.losses.vector(self.single[first]) + self.losses.vector(self.single[second])
-            found[place[first], place[second]] = self.losses.vector(both) - each
+            each = self.judge.losses.vector(self.single[first]) + self.judge.losses.vector(
+                self.single[second]
+            )
+            found[place[first], place[second]] = self.judge.losses.vector(both) - each
         return found
 
     def _judged(self) -> list[tuple[frozenset[int], Tensor, Tensor]]:
@@ -227,10 +225,12 @@ class Search:
             if one.repaired or not one.losses or not (one.proposal.units or one.proposal.base):
                 continue
             chosen = frozenset(place[unit] for unit in one.proposal.units)
-            total = self.losses.vector(self._base(one.proposal.base).losses)
-            total = total + sum(self.losses.vector(self.single[unit]) for unit in one.proposal.units)
-            total = total + sum(more for pair, more in blocks.items() if set(pair) <= chosen)
-            found.append((chosen, total, self.losses.vector(one.losses)))
+            base = self.judge.base(one.proposal.base)
+            total = self.judge.losses.vector(base.losses)
+            total = total + sum(self._alone(base, unit) for unit in one.proposal.units)
+            if not base.single:
+                total = total + sum(more for pair, more in blocks.items() if set(pair) <= chosen)
+            found.append((chosen, total, self.judge.losses.vector(one.losses)))
         return found
 
     def _growth(self) -> tuple[float, float]:
@@ -240,7 +240,7 @@ class Search:
     def _needs(self) -> Curve:
         """From what is lost on the mixture to what the panel says."""
         plain = [one for one in self.candidates if not one.repaired and one.losses]
-        return Curve.through([(self.losses.scalar(one.losses), one.verdict.need) for one in plain])
+        return Curve.through([(self.judge.losses.scalar(one.losses), one.verdict.need) for one in plain])
 
     def _slower(self) -> float:
         """By how much candidates cost more than the sum of their parts says."""
@@ -248,9 +248,9 @@ class Search:
             one.cost
             / one.dense
             * self.costs.dense
-            / self.costs.of(self._base(one.proposal.base), one.proposal.units)
+            / self.costs.of(self.judge.base(one.proposal.base), one.proposal.units)
             for one in self.candidates
-            if not one.repaired and self.costs.of(self._base(one.proposal.base), one.proposal.units) > 0
+            if not one.repaired and self.costs.of(self.judge.base(one.proposal.base), one.proposal.units) > 0
         ]
         return median(found) if found else 1.0
 
@@ -258,19 +258,13 @@ class Search:
         """The whole model under the patch: what loses nothing."""
         if any(not one.proposal.units and not one.proposal.base for one in self.candidates):
             return
-        names = [capability.name for capability in self.panel.capabilities]
+        names = [capability.name for capability in self.judge.panel.capabilities]
         nothing = Verdict(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0), "yours" in names)
-        methods = methods_of(self.bases[0], ())
+        methods = methods_of(self.judge.bases[0], ())
         self.add(Candidate(Proposal("", ()), self.costs.dense, self.costs.plain, nothing, methods=methods))
 
-    def _on_mixture(self, base: Base, proposal: Proposal) -> tuple[Any, ...]:
-        """What is patched where the mixture is read: its rows are no prompts of which tokens leave."""
-        if LONG_PROMPTS in base.losses:
-            return methods_of(self.bases[0], proposal.units)
-        return methods_of(base, proposal.units)
+    def _alone(self, base: Base, unit: Unit) -> Tensor:
+        return self.judge.losses.vector((base.single or self.single)[unit])
 
     def _free(self, base: Base) -> list[Unit]:
         return [unit for unit in self.units if unit not in base.whole]
-
-    def _base(self, name: str) -> Base:
-        return next(base for base in self.bases if base.name == name)

@@ -52,6 +52,12 @@ def points_of(found: Mapping[str, Any]) -> list[Point]:
     return sorted((point for point in points if point is not None), key=lambda point: point.speedup)
 
 
+def shown_points(points: list[Point], found: Mapping[str, Any]) -> list[Point]:
+    """Those for a picture: what loses far more than was asked for would press everything else together."""
+    most = max(8 * _number(found.get("max_loss")), 0.3)
+    return [point for point in points if point.mean <= most or point.chosen]
+
+
 def asked(found: Mapping[str, Any]) -> str:
     """What was asked for, in words.
 
@@ -73,6 +79,29 @@ def asked(found: Mapping[str, Any]) -> str:
         bound = " of your own task" if yours else f" on average and {2 * loss:g}% of each"
         return f"{words}, losing at most {loss:g}%{bound}" if loss else f"{words}, losing nothing"
     return f"{words}, at {_number(found.get('speedup')):g} times dense"
+
+
+def chosen_words(found: Mapping[str, Any]) -> str:
+    """What was chosen, in one sentence; empty where nothing was.
+
+    Example:
+        >>> tried = {"what": "MLPs 3", "speedup": 1.1, "lost": {"text": 0.01}, "mean_lost": 0.01, "chosen": True}
+        >>> chosen_words({"goal": "prefill", "candidates": [tried]})
+        'MLPs 3: 1.10 times as fast as dense, with 99.0% kept on average, and least of text, 99.0%'
+    """
+    chosen = next((point for point in points_of(found) if point.chosen), None)
+    if chosen is None:
+        return ""
+    as_much = "small" if found.get("goal") == "memory" else "fast"
+    what = "slimformer.patch(model) alone" if chosen.what == "nothing dropped" else chosen.what
+    words = f"{what}{', repaired' * chosen.repaired}: {chosen.speedup:.2f} times as {as_much} as dense"
+    if not any(chosen.lost.values()):
+        return f"{words}, and nothing is lost"
+    worst = max(chosen.lost, key=lambda name: chosen.lost[name])
+    return (
+        f"{words}, with {100 * (1 - chosen.mean):.1f}% kept on average, and least of {worst}, "
+        f"{100 * (1 - chosen.lost[worst]):.1f}%"
+    )
 
 
 def capabilities_of(points: list[Point]) -> list[str]:

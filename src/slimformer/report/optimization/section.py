@@ -7,24 +7,20 @@ from html import escape
 from typing import Any
 
 from slimformer.plans.plan import Plan
-from slimformer.report.charts import round_ticks, svg, svg_text
+from slimformer.report.charts import round_ticks, svg, svg_text, ticks_around
 from slimformer.report.optimization.points import (
     Point,
     asked,
     capabilities_of,
+    chosen_words,
     found_in,
     notes_of,
     points_of,
+    shown_points,
 )
+from slimformer.report.optimization.using import uses_of
 
 _LEFT, _TOP, _WIDTH, _HEIGHT = 64.0, 26.0, 720.0, 300.0
-_USE = (
-    ("Use it", 'slimformer.patch(model, "PLAN")'),
-    ("On the command line", 'slimformer generate MODEL "A prompt" --plan PLAN'),
-    ("Serve it", "slimformer export MODEL --plan PLAN --to vllm -o slim"),
-    ("Win more back", "slimformer repair MODEL --plan PLAN -o PLAN-repaired"),
-    ("Undo it", "slimformer.unpatch(model)"),
-)
 
 
 def optimize_section(plan: Plan) -> str:
@@ -34,28 +30,29 @@ def optimize_section(plan: Plan) -> str:
     if not points:
         return ""
     text = (
-        f"Asked for: {asked(found)}. Every point is a plan that was tried: how fast it is beside dense, and what it "
-        "keeps of the dense model's capabilities on average; the thin line below a point reaches to the capability of "
-        "which least is kept. No plan is faster at no more loss than those on the line. The large filled point is what "
-        "was chosen, rings were repaired."
+        "Every point is a plan that was tried: how fast it is beside dense, and what it keeps of the dense model's "
+        "capabilities on average; the thin line below a point reaches to the capability of which least is kept. No "
+        "plan is faster at no more loss than those on the line. The large filled point is what was chosen, rings were "
+        "repaired, and the dashed line is what was asked for."
     )
-    notes = "".join(f"<p>{escape(note.rstrip('.'))}.</p>" for note in notes_of(found))
+    chosen = chosen_words(found)
+    said = [f"Asked for: {asked(found)}", *([f"Chosen: {chosen}"] if chosen else []), *notes_of(found), text]
+    paragraphs = "".join(f"<p>{escape(part.rstrip('.'))}.</p>" for part in said)
     return (
-        f"<section><h2>What was tried, and what was chosen</h2><p>{escape(text)}</p>{notes}"
+        f"<section><h2>What was tried, and what was chosen</h2>{paragraphs}"
         f'<div class="scroll">{_picture(points, found)}</div>'
         f'<div class="long">{_table(points)}</div></section>'
-        f"<section><h2>What to do with it</h2>{_uses(found)}</section>"
+        f"<section><h2>What to do with it</h2>{_uses(plan, found)}</section>"
     )
 
 
 def _picture(points: list[Point], found: Mapping[str, Any]) -> str:
     bottom = _TOP + _HEIGHT
-    allowed = found.get("max_loss")
-    # What loses far more than was asked for would press everything else together.
-    shown = [p for p in points if p.mean <= max(8 * float(allowed or 0.0), 0.3) or p.chosen]
-    ticks = round_ticks(max(max(p.mean for p in shown), 0.02))
-    speeds = [p.speedup for p in shown] + [1.0]
-    low, high = min(speeds), max(max(speeds), min(speeds) + 0.1)
+    shown = shown_points(points, found)
+    ticks = round_ticks(max(0.02, *(p.mean for p in shown)))
+    speeds = [1.0, *(p.speedup for p in shown)]
+    along = ticks_around(min(speeds), max(max(speeds), min(speeds) + 0.1), 7)
+    low, high = along[0], along[-1]
 
     def place(speed: float, lost: float) -> tuple[float, float]:
         x = _LEFT + _WIDTH * (speed - low) / (high - low)
@@ -66,9 +63,14 @@ def _picture(points: list[Point], found: Mapping[str, Any]) -> str:
         _, y = place(low, tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(svg_text(_LEFT - 8, y + 4, f"{100 * (1 - tick):.3g}%", "end"))
-    for number in range(6):
-        speed = low + (high - low) * number / 5
-        parts.append(svg_text(place(speed, 0)[0], bottom + 18, f"{speed:.2f}×", "middle"))
+    for speed in along:
+        parts.append(svg_text(place(speed, 0)[0], bottom + 18, f"{speed:g}×", "middle"))
+    if isinstance(found.get("max_loss"), (int, float)) and 0 < found["max_loss"] <= ticks[-1]:
+        (left, y), (right, _) = place(low, found["max_loss"]), place(high, 0)
+        parts.append(_dashed(left, y, right, y))
+    elif isinstance(found.get("speedup"), (int, float)) and low <= found["speedup"] <= high:
+        x, _ = place(found["speedup"], 0)
+        parts.append(_dashed(x, _TOP, x, bottom))
     goal = "size of dense over its own" if found.get("goal") == "memory" else "speed, dense is 1"
     parts.append(svg_text(_LEFT + _WIDTH / 2, bottom + 38, goal, "middle", "axis"))
     for repaired in (False, True):
@@ -92,6 +94,13 @@ def _picture(points: list[Point], found: Mapping[str, Any]) -> str:
     )
 
 
+def _dashed(x1: float, y1: float, x2: float, y2: float) -> str:
+    return (
+        f'<line class="grid" style="stroke: var(--muted); stroke-dasharray: 6 4" '
+        f'x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+    )
+
+
 def _table(points: list[Point]) -> str:
     names = capabilities_of(points)
     head = "".join(
@@ -99,7 +108,8 @@ def _table(points: list[Point]) -> str:
         for number, name in enumerate(("", "Leaves out", "Speed", "Kept", *names))
     )
     rows = []
-    for point in points:
+    # The one that is looked for first, then all from the slowest to the fastest.
+    for point in sorted(points, key=lambda point: not point.chosen):
         mark = "chosen" if point.chosen else "front" if point.front else ""
         kept = (point.mean, *(point.lost.get(name, 0.0) for name in names))
         numbers = "".join(f'<td class="number">{100 * (1 - value):.1f}%</td>' for value in kept)
@@ -110,13 +120,11 @@ def _table(points: list[Point]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _uses(found: Mapping[str, Any]) -> str:
+def _uses(plan: Plan, found: Mapping[str, Any]) -> str:
     if found.get("won") is False:
         return "<p>Nothing: this plan changes nothing. Allow more loss, or give more minutes.</p>"
-    words = [
-        use
-        for use in _USE
-        if found.get("goal") != "encode" or use[0] not in ("On the command line", "Serve it")
-    ]
-    rows = "".join(f"<tr><td>{name}</td><td><code>{escape(use)}</code></td></tr>" for name, use in words)
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{f'<code>{escape(use)}</code>' if code else escape(use)}</td></tr>"
+        for name, use, code in uses_of(plan)
+    )
     return f'<table class="facts"><tbody>{rows}</tbody></table>'

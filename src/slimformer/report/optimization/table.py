@@ -9,11 +9,12 @@ from slimformer.plans.plan import Plan
 from slimformer.report.optimization.points import asked, capabilities_of, found_in, notes_of, points_of
 
 
-def optimize_table(plan: Plan) -> Table:
+def optimize_table(plan: Plan, front: bool = False) -> Table:
     """Every candidate with its speed and what it keeps of each capability; without rows where there is none.
 
     Args:
         plan: A plan that `slimformer.optimize` made.
+        front: Show only those that none is faster than at no more loss, and the chosen one.
 
     Example:
         >>> from slimformer import LayerDrop
@@ -37,6 +38,8 @@ def optimize_table(plan: Plan) -> Table:
     for name in ("kept", *names):
         table.add_column(Text(name), justify="right")
     for point in points:
+        if front and not (point.front or point.chosen):
+            continue
         mark = "chosen" if point.chosen else "front" if point.front else ""
         kept = [
             f"{100 * (1 - value):.1f}%" for value in (point.mean, *(point.lost.get(n, 0.0) for n in names))
