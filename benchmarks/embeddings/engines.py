@@ -83,7 +83,8 @@ def run(settings: Settings) -> Iterator[Measurement]:
     model = embedder(settings)
     blocks = BLOCKS[len(find_anatomy(model).layers)]
     plan, seconds = kept(settings.plans / "engines", partial(_repaired, settings, model, blocks))
-    at = {"model": settings.model.name, "dropped": ", ".join(map(str, blocks))}
+    # That of a plan which was there may be others.
+    at = {"model": settings.model.name, "dropped": ", ".join(map(str, plan.dropped("attention")))}
     own = model[0].model
     samples = lines(settings, WIKI_TEST)[: settings.pick(_ROUNDED_ON, 4)]
     task = retrieval_task(settings)

@@ -53,8 +53,11 @@ def capture(
             call()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on using the GPU.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    # Other threads may go on using the GPU. A capture that fails raises before it leaves its stream.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
         result = call()
     return functools.partial(_replay, graph, stream), result
 
