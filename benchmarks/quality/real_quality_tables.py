@@ -19,7 +19,13 @@ from benchmarks.quality.real_quality_figures import TASKS
 _SOURCE = "real_quality"
 Values = Mapping[str, float]
 Cell = Callable[[Values], str]
-_CAPABILITIES = {"text": "text", "own_words": "own words", "copying": "copying", "retrieval": "retrieval"}
+_CAPABILITIES = {
+    "text": "text",
+    "own_words": "own words",
+    "copying": "copying",
+    "retrieval": "retrieval",
+    "reasoning": "reasoning",
+}
 _FIGURES = {
     "panel": "panel's score",
     "panel_own_words": "own words",

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.errors import DataError
 from slimformer.evaluation.panel.builtin import builtin_prompts, builtin_texts, drawable_tokens
-from slimformer.evaluation.panel.capabilities import copying, retrieval
+from slimformer.evaluation.panel.capabilities import copying, reasoning, retrieval
 from slimformer.evaluation.panel.capabilities.own_words import own_words
 from slimformer.evaluation.panel.capabilities.predictions import Likelihoods, Predictions
 from slimformer.evaluation.panel.capabilities.prompts import prompt_ids
@@ -24,8 +24,9 @@ from slimformer.evaluation.panel.sizes import Sizes
 from slimformer.evaluation.readable import longest
 from slimformer.model.anatomy import find_anatomy
 
-NAMES = ("text", "own words", "copying", "retrieval", "yours")
-_ANSWER = 256
+NAMES = ("text", "own words", "copying", "retrieval", "reasoning", "yours")
+# Most tokens of an answer: of a user's prompt, and of a problem that is solved step by step.
+_ANSWER, _SOLUTION = 256, 192
 
 
 @dataclass
@@ -148,6 +149,39 @@ class DecoderCapabilities:
             )
         chosen = [prompts[index] for index in kept]
         return retrieval.Retrieval("retrieval", chosen, found.dense[kept], self.seed, self.tokens_at_once)
+
+    def reasoning(self) -> Capability | str:
+        """Word problems that the dense model solves step by step."""
+        asked = reasoning.reasoning_prompts(self.sizes.problems, self.seed)
+        end = "" if self._chats else "\nAnswer:"
+        ids = [prompt_ids(self.tokenizer, prompt.prompt + end, self.chat) for _, prompt in asked]
+        if max(map(len, ids)) + _SOLUTION > self.longest:
+            return (
+                f"problems and their solutions do not fit into the {self.longest} tokens that the model reads"
+            )
+        answers = [prompt.answer or "" for _, prompt in asked]
+
+        def solved(count: int) -> Matches:
+            return Matches.recorded(
+                "reasoning",
+                self.model,
+                self.tokenizer,
+                ids[:count],
+                answers[:count],
+                _SOLUTION,
+                self.seed,
+                reasoning.ends_with,
+            )
+
+        first = solved(reasoning.FIRST)
+        found = solved(len(ids)) if float(first.dense.sum()) else first
+        share = float(found.dense.mean())
+        if share < reasoning.LEAST:
+            return (
+                f"the dense model itself solves {share:.0%} of the problems, and reasoning is judged from "
+                f"{reasoning.LEAST:.0%} on"
+            )
+        return found
 
     def yours(self, prompts: Sequence[Prompt], judging: Judging) -> Capability | str | None:
         """The user's prompts; None if there are none."""

@@ -66,7 +66,8 @@ class Panel:
             prompts_by: How those are judged: by `"likelihood"` of the answers (of what the dense model writes, where
                 there are none), or by exact `"match"` of what is written.
             lengths: Tokens of the prompts in which a key is looked for; left out, what the budget says.
-            capabilities: Some of `text`, `own words`, `copying`, `retrieval` and `yours`; left out, all there are.
+            capabilities: Some of `text`, `own words`, `copying`, `retrieval`, `reasoning` and `yours`; left out,
+                all that there are.
             budget: How much is read: `"quick"`, `"standard"` (two minutes on two CPU cores for 135M parameters) or
                 `"thorough"`.
             chat: Whether prompts are put into the tokenizer's chat template; left out, where it has one.
@@ -112,6 +113,7 @@ class Panel:
             "own words": made.own_words,
             "copying": made.copying,
             "retrieval": lambda: made.retrieval(lengths),
+            "reasoning": made.reasoning,
             "yours": lambda: made.yours(asked, prompts_by),
         }
         found, left_out = [], {}

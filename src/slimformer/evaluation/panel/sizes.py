@@ -23,6 +23,7 @@ class Sizes:
         far_copies: So many sequences for every gap.
         keys: Prompts with a key, for every length.
         lengths: Tokens of these prompts, where the user names none.
+        problems: Word problems that are to be solved.
         texts: Texts of each length whose neighbours are looked for, for encoders.
     """
 
@@ -36,12 +37,13 @@ class Sizes:
     far_copies: int
     keys: int
     lengths: tuple[int, ...]
+    problems: int
     texts: int
 
 
 SIZES: dict[PanelBudget, Sizes] = {
-    "quick": Sizes(12, 128, 21, 32, 6, 48, (), 0, 6, (512,), 48),
+    "quick": Sizes(12, 128, 21, 32, 6, 48, (), 0, 6, (512,), 18, 48),
     # Two minutes on two CPU cores for a model of 135M parameters, a minute on a GPU for one of 1.5B.
-    "standard": Sizes(18, 192, 35, 64, 8, 64, (1024,), 3, 8, (768,), 96),
-    "thorough": Sizes(48, 512, 60, 256, 24, 128, (1024, 4096), 12, 16, (1024, 4096), 400),
+    "standard": Sizes(18, 192, 35, 64, 8, 64, (1024,), 3, 8, (768,), 36, 96),
+    "thorough": Sizes(48, 512, 60, 256, 24, 128, (1024, 4096), 12, 16, (1024, 4096), 120, 400),
 }

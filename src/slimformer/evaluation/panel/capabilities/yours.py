@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -99,10 +100,7 @@ def check_answers(prompts: Sequence[Prompt], judging: Judging) -> None:
 
 @dataclass(frozen=True)
 class Matches:
-    """Prompts whose answers have to be written exactly, white space around them aside.
-
-    Of what is written, as many lines count as the answer has. Kept is the share of right answers over the dense
-    model's, at most 1.
+    """Prompts whose answers have to be written. Kept is the share of right answers over the dense model's, at most 1.
 
     Attributes:
         name: The capability.
@@ -112,6 +110,7 @@ class Matches:
         new_tokens: Most tokens that are written.
         dense: 1 where the dense model is right, float64 `[prompts]`.
         seed: Of the bootstrap.
+        same: Whether what is written is an answer.
     """
 
     name: str
@@ -121,6 +120,7 @@ class Matches:
     new_tokens: int
     dense: Tensor
     seed: int
+    same: Callable[[str, str], bool]
 
     @classmethod
     def recorded(
@@ -132,18 +132,19 @@ class Matches:
         answers: Sequence[str],
         new_tokens: int,
         seed: int,
+        same: Callable[[str, str], bool] | None = None,
     ) -> Matches:
-        """Let the dense model answer."""
+        """Let the dense model answer; `same` is `same_lines` if left out."""
         nothing = torch.zeros(len(prompts), dtype=torch.float64)
-        asked = cls(name, prompts, answers, tokenizer, new_tokens, nothing, seed)
-        return cls(name, prompts, answers, tokenizer, new_tokens, asked.right(model), seed)
+        asked = cls(name, prompts, answers, tokenizer, new_tokens, nothing, seed, same or same_lines)
+        return dataclasses.replace(asked, dense=asked.right(model))
 
     def right(self, model: PreTrainedModel) -> Tensor:
         """1 where a model's answer is right, else 0, float64 `[prompts]`."""
         written = continued(model, self.prompts, self.new_tokens)
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
         pairs = zip(texts, self.answers, strict=True)
-        return torch.tensor([_matches(text, answer) for text, answer in pairs], dtype=torch.float64)
+        return torch.tensor([self.same(text, answer) for text, answer in pairs], dtype=torch.float64)
 
     def judged(self, model: PreTrainedModel) -> Kept:
         """The part that a model keeps, with the share of right answers of both."""
@@ -162,7 +163,13 @@ class Matches:
         return [self.name, list(self.prompts), list(self.answers)]
 
 
-def _matches(written: str, answer: str) -> bool:
+def same_lines(written: str, answer: str) -> bool:
+    """Whether as many lines as the answer has are the same, white space around them aside.
+
+    Example:
+        >>> same_lines(" 4\\nBecause 2 + 2 is 4.", "4"), same_lines("It is 4.", "4")
+        (True, False)
+    """
     wanted = answer.strip().splitlines()
     found = written.strip().splitlines()[: len(wanted)]
     return [line.strip() for line in found] == [line.strip() for line in wanted]

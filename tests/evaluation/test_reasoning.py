@@ -1,0 +1,85 @@
+"""Word problems have the answers that they ask for, and what a model writes is judged by the number at its end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from slimformer.evaluation.panel import Panel
+from slimformer.evaluation.panel.capabilities.prompts import continued
+from slimformer.evaluation.panel.capabilities.reasoning import ends_with, reasoning_prompts
+from slimformer.evaluation.panel.capabilities.yours import Matches, Prompt
+from tiny_checkpoints import tiny_tokenizer
+from tiny_models import tiny_model
+
+# What each kind asks, from the numbers in the order in which they stand there.
+SOLVED: dict[str, Callable[..., int]] = {
+    "ticket": lambda price, some, more: (some + more) * price,
+    "marbles": lambda own, bags, each, given: own + bags * each - given,
+    "pages": lambda monday, times: (monday + times * monday) // 2,
+    "bolts": lambda rate, hours, days, faulty: rate * hours * days - faulty,
+    "together in": lambda age, times, years: age + times * age + 2 * years,
+    "tulip": lambda rows, plants, price, paid: paid - rows * plants * price,
+}
+
+
+def test_every_problem_has_the_answer_that_it_asks_for() -> None:
+    problems = reasoning_prompts(60, seed=3)
+    asked = set()
+    for _, problem in problems:
+        kind = next(kind for kind in SOLVED if kind in problem.prompt)
+        numbers = [int(number) for number in re.findall(r"\d+", problem.prompt)]
+        assert problem.answer == str(SOLVED[kind](*numbers)), problem.prompt
+        assert int(problem.answer) > 0
+        asked.add(kind)
+    assert asked == set(SOLVED)
+    assert problems == reasoning_prompts(60, seed=3)
+    assert problems != reasoning_prompts(60, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("written", "right"),
+    [
+        ("3 * 4 = 12, and 12 + 8 = 20", True),
+        ("The answer is **20** euros.", True),
+        ("20.00", True),
+        ("1,020", False),
+        ("20 - 3 = 17", False),
+        ("I do not know.", False),
+    ],
+)
+def test_the_last_number_is_the_answer(written: str, right: bool) -> None:
+    assert ends_with(written, "20") is right
+
+
+def test_a_model_that_solves_nothing_is_not_judged_by_it() -> None:
+    model = tiny_model("llama", max_position_embeddings=2048)
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 2048
+    panel = Panel.recorded(model, tokenizer, budget="quick", capabilities=["text", "reasoning"])
+    assert panel.left_out["reasoning"].startswith("the dense model itself solves 0% of the problems")
+    assert [capability.name for capability in panel.capabilities] == ["text"]
+
+
+def test_kept_is_the_part_of_what_the_dense_model_solves() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    prompts = [[token, token + 1] for token in range(4, 12)]
+    asked = Matches.recorded(
+        "reasoning", model, tokenizer, prompts, ["20"] * 8, 4, 0, lambda written, answer: True
+    )
+    assert float(asked.judged(model).kept) == 1.0
+    # Another criterion decides what is right, for the dense model and for those that are judged.
+    other = tiny_model("gpt2")
+    written = [tokenizer.decode(ids, skip_special_tokens=True) for ids in continued(model, prompts, 4)]
+    same = Matches.recorded("reasoning", model, tokenizer, prompts, written, 4, 0)
+    assert float(same.dense.mean()) == 1.0
+    assert same.judged(other).kept < 1.0
+
+
+def test_a_problem_is_a_prompt_of_its_own() -> None:
+    (_, first), (_, second) = reasoning_prompts(2, seed=0)
+    assert isinstance(first, Prompt)
+    assert first.prompt.endswith("end with the answer as a number.")
+    assert first.prompt != second.prompt
