@@ -21,9 +21,9 @@ from slimformer.optimization.units import Proposal
 class RayJudges:
     """Judges for `slimformer.optimize`, as a context manager: Ray is found or started, and ended where it was started.
 
-    As many proposals are made at once as there are workers. So many proposals judged one after the other
-    (`slimformer.optimization.judging.Here`) are the same ones, as far as times are. A worker computes on what the model
-    that is optimised computes on: on a CPU, or each on a GPU of its own.
+    As many proposals are made at once as there are workers; `slimformer.optimization.judging.Here` makes the same ones
+    in this process, as far as times are the same. A worker computes on the kind of device that the model lies on which
+    is optimised: on a CPU, or each on a GPU of its own.
 
     Args:
         load: Makes the same model on a device that it is given, `"cpu"` or `"cuda"`, in every worker.
@@ -32,7 +32,8 @@ class RayJudges:
         threads: Of each, on a CPU.
 
     Raises:
-        SlimformerError: If Ray is not installed or cannot be reached, a worker cannot load the model, or one dies.
+        SlimformerError: If Ray is not installed or cannot be reached, a worker cannot load the model, or one
+            fails or dies, or they are given outside of their block.
         DataError: If there are fewer cores or GPUs than asked for.
 
     Example:
