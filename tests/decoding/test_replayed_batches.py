@@ -94,8 +94,20 @@ def test_a_result_stays_when_the_next_batch_is_replayed() -> None:
     assert torch.equal(found[2], kept)
 
 
+def filtered() -> LayerDrop:
+    """A filter that reads the tokens on both sides, and the mask with them."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "attention.1.weight": torch.randn(32, 3 * 32, generator=generator) / 10,
+        "attention.1.bias": torch.randn(32, generator=generator) / 10,
+    }
+    return LayerDrop(attention=[1], replace="filter", taps=3, weights=weights)
+
+
 @pytest.mark.parametrize(
-    "method", [LayerDrop(attention=[1], mlp=[2]), EarlyExit(3), TempScale(0.8)], ids=["drop", "exit", "tau"]
+    "method",
+    [LayerDrop(attention=[1], mlp=[2]), filtered(), EarlyExit(3), TempScale(0.8)],
+    ids=["drop", "filter", "exit", "tau"],
 )
 def test_with_a_plan_they_are_those_of_the_plan(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("bert")
