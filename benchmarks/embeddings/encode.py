@@ -111,7 +111,6 @@ def compared(
 ) -> Iterator[Measurement]:
     """Times of every way in turns; what has no embeddings to be compared with is another model, and not judged."""
     run = partial(encoded, model, calls)
-
     cases = {
         name: against(
             expected.get(name),

@@ -164,10 +164,11 @@ def _choose_sizes(settings: Settings, candidates: Mapping[str, Candidate], texts
         candidate.warm_up, times = 0.0, dict[int, float]()
         if candidate.pipeline is None:
             continue
-        for candidate.size in settings.pick(_SIZES, _SIZES[:2]):
+        for size in settings.pick(_SIZES, _SIZES[:2]):
+            candidate.size = size
             try:
                 first = _seconds(candidate, texts)
-                times[candidate.size] = _seconds(candidate, texts)
+                times[size] = _seconds(candidate, texts)
             except Exception:
                 # What fails at every size is told by its check.
                 release()

@@ -30,7 +30,7 @@ CHOSEN, REPAIRED = "as chosen", "repaired"
 FIGURES = {"cranfield": "Cranfield, nDCG@10", "qmsum": "QMSum, nDCG@10", "sts": "STS-B test, Spearman × 100"}
 _MIXED = {"dense queries": "Cranfield, dense queries", "dense documents": "Cranfield, dense documents"}
 _MINUTES, _TIMED = 5.0, 512
-# So often is read what is to be embedded, beside other text.
+# How often the documents to embed, and their sentences, are read beside other text.
 _OFTEN, _SENTENCES = 12, 2
 
 

@@ -83,7 +83,7 @@ def run(settings: Settings) -> Iterator[Measurement]:
     model = embedder(settings)
     blocks = BLOCKS[len(find_anatomy(model).layers)]
     plan, seconds = kept(settings.plans / "engines", partial(_repaired, settings, model, blocks))
-    # That of a plan which was there may be others.
+    # A plan that was kept from an earlier run may leave out others.
     at = {"model": settings.model.name, "dropped": ", ".join(map(str, plan.dropped("attention")))}
     own = model[0].model
     samples = lines(settings, WIKI_TEST)[: settings.pick(_ROUNDED_ON, 4)]

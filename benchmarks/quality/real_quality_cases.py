@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -223,8 +222,3 @@ def _texts(settings: Settings) -> list[str]:
 def _own_words(plans: Path) -> Path:
     """Where what the model writes is kept for all processes."""
     return plans / OWN_WORDS
-
-
-def keys_of(name: str) -> Sequence[str]:
-    """Of all seeds of a row."""
-    return [key for key, case in CASES.items() if case.name == name]

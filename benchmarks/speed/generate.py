@@ -121,7 +121,7 @@ def _judged(
             continue
         rounds = sorted(times.milliseconds)
         if rounds[0] <= 0:
-            lost = "a call for more tokens was no longer than one for few: the prompt's own time varies more"
+            lost = "many tokens took no longer than few: the time of the prompt varies by more than they take"
             yield Measurement(point.parameters, name, status="failed", note=lost)
             continue
         middle = median(rounds)

@@ -77,7 +77,7 @@ def static(model: PreTrainedModel) -> Cache:
     return StaticCache(config=model.config, max_cache_len=32)
 
 
-# What leaves a static cache is checked in test_token_elimination; some crossings are enough to see that slots object.
+# What leaves a static cache is checked in test_eliminated_caches; some crossings are enough to see that slots object.
 CROSSINGS = [
     *((dynamic, before, after) for before in PLANS for after in PLANS),
     *((static, before, after) for before in ("dense", "first dropped", "filter") for after in [*PLANS][:-1]),

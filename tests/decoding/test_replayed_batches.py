@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertForSequenceClassification
 
 import slimformer
 from embedding_data import TEXTS, pipeline
@@ -93,8 +94,20 @@ def test_a_result_stays_when_the_next_batch_is_replayed() -> None:
     assert torch.equal(found[2], kept)
 
 
+def filtered() -> LayerDrop:
+    """A filter that reads the tokens on both sides, and the mask with them."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "attention.1.weight": torch.randn(32, 3 * 32, generator=generator) / 10,
+        "attention.1.bias": torch.randn(32, generator=generator) / 10,
+    }
+    return LayerDrop(attention=[1], replace="filter", taps=3, weights=weights)
+
+
 @pytest.mark.parametrize(
-    "method", [LayerDrop(attention=[1], mlp=[2]), EarlyExit(3), TempScale(0.8)], ids=["drop", "exit", "tau"]
+    "method",
+    [LayerDrop(attention=[1], mlp=[2]), filtered(), EarlyExit(3), TempScale(0.8)],
+    ids=["drop", "filter", "exit", "tau"],
 )
 def test_with_a_plan_they_are_those_of_the_plan(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("bert")
@@ -129,6 +142,26 @@ def test_texts_without_a_mask_are_whole() -> None:
     assert batching(model).batches == 1, str(batching(model))
 
 
+def test_heads_that_give_token_ids_by_place_are_served() -> None:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny_model("bert").config).eval()
+    expected = [called(model, given).logits for given in ALIKE]
+    slimformer.patch(model)
+    for given, right in zip(ALIKE, expected, strict=True):
+        assert near(called(model, given).logits, right)
+    assert batching(model).batches == 2, str(batching(model))
+
+
+def test_what_has_no_token_ids_is_launched_and_said_to_be() -> None:
+    model = tiny_model("bert")
+    states_in = model.embeddings.word_embeddings(ALIKE[0]["input_ids"]).detach()
+    given = {"inputs_embeds": states_in, "attention_mask": ALIKE[0]["attention_mask"]}
+    expected = states(model, given)
+    slimformer.patch(model)
+    assert near(states(model, given), expected)
+    assert "no token ids" in slimformer.status(model).generation["batches"]
+
+
 def test_padding_in_front_stays_there() -> None:
     model = tiny_model("bert")
     given = {name: value.flip(1) for name, value in batch(20, 31, 4).items()}
@@ -158,8 +191,22 @@ def test_sizes_have_graphs_of_their_own_and_those_used_last_stay(monkeypatch: py
     assert (batching(model).captured, len(batching(model).graphs)) == (3, 2)
     called(model, batch(33, 50))
     assert batching(model).batches == 4, str(batching(model))
+    # More sizes in turn than are kept would make a graph in every call.
     called(model, batch(8, 8))
-    assert batching(model).captured == 4, str(batching(model))
+    assert batching(model).captured == 3, str(batching(model))
+
+
+def test_a_size_whose_graph_was_given_up_gets_another_where_it_comes_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batching_module, "_KEPT", 1)
+    monkeypatch.setattr(batching_module, "_CAPTURED_AGAIN_FROM", 4)
+    model = slimformer.patch(tiny_model("bert"))
+    captured = []
+    for lengths in [(8, 8)] * 2 + [(40, 8)] * 2 + [(8, 8)] * 4:
+        called(model, batch(*lengths))
+        captured.append(batching(model).captured)
+    assert captured == [0, 1, 1, 2, 2, 2, 2, 3]
 
 
 def test_a_batch_that_keeps_the_gpu_busy_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:

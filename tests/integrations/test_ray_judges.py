@@ -68,6 +68,18 @@ def test_two_workers_find_the_candidates_of_one_process() -> None:
         assert (entry["dense"], entry["cost"]) == (same["dense"], same["cost"])
 
 
+def test_the_same_judges_serve_a_second_call() -> None:
+    # There is room for two workers, so that those of the first call have to be gone.
+    with RayJudges(load, workers=2, threads=1) as judges:
+        first, second = optimized(judges), optimized(judges)
+    assert second.methods == first.methods
+
+
+def test_judges_outside_of_their_block_say_how_they_are_given() -> None:
+    with pytest.raises(SlimformerError, match="with RayJudges"):
+        optimized(RayJudges(load, workers=1, threads=1))
+
+
 def test_an_encoder_is_judged_there_too() -> None:
     def encoder(device: str) -> Any:
         return strong("bert").to(device)
@@ -87,6 +99,10 @@ def absent(device: str) -> Any:
     raise CalibrationError("There is no folder my-model")
 
 
+def missing(device: str) -> Any:
+    raise OSError("my-model is no folder")
+
+
 def dies(device: str) -> Any:
     os._exit(1)
 
@@ -96,6 +112,7 @@ def dies(device: str) -> Any:
     [
         (other, "given another model"),
         (absent, r"There is no folder my-model \(on "),
+        (missing, "failed with OSError: my-model is no folder"),
         (dies, "A worker that judges proposals has died"),
     ],
 )

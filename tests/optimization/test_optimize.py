@@ -17,6 +17,7 @@ from slimformer.optimization import preparation
 from slimformer.optimization.candidates import Candidate, Verdict, best, front, nearest
 from slimformer.optimization.goals import Wish
 from slimformer.optimization.judging import Here, Judge
+from slimformer.optimization.measuring import losses as losses_module
 from slimformer.optimization.measuring.costs import Costs
 from slimformer.optimization.units import Proposal
 from slimformer.patching import patched
@@ -255,6 +256,18 @@ def test_a_device_that_fills_up_is_said_and_what_was_judged_is_kept(
     plan = slimformer.optimize(model, tokenizer, max_loss=0.9, checkpoint=tmp_path, **QUICK)
     assert len(count) == 1 + ROUNDS
     assert plan.methods == whole.methods
+
+
+def test_after_an_interruption_the_same_rows_are_judged_by_however_fast_the_machine_is_then(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = slimformer.optimize(model, tokenizer, max_loss=0.9, **QUICK)
+    with monkeypatch.context() as slowly:
+        slowly.setattr(losses_module, "_PATIENCE", 1e-9)
+        slow = slimformer.optimize(model, tokenizer, max_loss=0.9, checkpoint=tmp_path, **QUICK)
+    assert slow.provenance["tokens"] < whole.provenance["tokens"]
+    again = slimformer.optimize(model, tokenizer, max_loss=0.9, checkpoint=tmp_path, **QUICK)
+    assert again.provenance["tokens"] == slow.provenance["tokens"]
 
 
 def test_a_patched_model_is_refused(model: Any, tokenizer: Any) -> None:

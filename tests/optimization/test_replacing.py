@@ -12,6 +12,7 @@ from tests.optimization.test_costs import meter
 
 import slimformer
 from slimformer import LayerDrop, Plan
+from slimformer.errors import SlimformerWarning
 from slimformer.optimization.goals import weight_bytes
 from slimformer.optimization.judging import Judge
 from slimformer.optimization.measuring import replacing
@@ -87,6 +88,20 @@ def test_plans_with_something_left_are_tried_and_fitted_for_what_they_drop(
     plan = slimformer.optimize(model, tokenizer, max_loss=0.9, **QUICK)
     names = {entry["base"] for entry in told(plan)["candidates"]}
     assert names & {"filters left", "means left"}
+
+
+def test_where_no_text_is_left_to_fit_on_nothing_is_left_behind(
+    model: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "slimformer")
+    few = tmp_path / "few.txt"
+    few.write_text(" ".join(TEXTS)[:800])
+    given = {**QUICK, "data": {str(few): 1.0}, "hold_out": False}
+    with pytest.warns(SlimformerWarning, match="mostly chance"):
+        plan = slimformer.optimize(model, tokenizer, max_loss=0.9, **given)
+    assert {entry["base"] for entry in told(plan)["candidates"]} == {""}
+    assert "Nothing is tried with filters left: All" in caplog.text
+    assert "none is left to fit replacements on" in caplog.text
 
 
 def test_filters_keep_more_than_nothing_in_the_same_place(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimformer.cache.steps import preparing_a_batch
 from slimformer.decoding.capture import capture, captures, memory_pool
+from slimformer.model.anatomy import named_arguments, positional_names
 from slimformer.rows.sdpa_backend import without_cudnn
 from slimformer.runtime.sublayers import KERNELS_FROM_ELEMENTS
 
@@ -25,6 +26,9 @@ _TOKENS = 32
 _CAPTURED_FROM = 2
 # Graphs kept, those that were used last.
 _KEPT = 32
+# A size whose graph was given up comes so often again before it gets another: making one takes as long as launching
+# about five batches, and more sizes in turn than are kept would make one in every call.
+_CAPTURED_AGAIN_FROM = 32
 _OUTPUTS = ("last_hidden_state", "pooler_output")
 # What a batch is read from, or would not change it.
 _READ = ("input_ids", "attention_mask", "token_type_ids")
@@ -82,19 +86,20 @@ class Batching:
     captured: int = 0
     why_not: str = ""
     graphs: OrderedDict[object, Graph] = field(default_factory=OrderedDict)
-    _seen: dict[object, int] = field(default_factory=dict)
+    # How often a size has to come until it gets a graph.
+    _wanted: dict[object, int] = field(default_factory=dict)
     _pool: object = None
     _addresses: tuple[int, ...] = ()
     _lock: Any = field(default_factory=threading.Lock)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has graphs of its own."""
-        fresh = {"graphs": None, "_seen": None, "_pool": None, "_addresses": (), "_lock": None}
+        fresh = {"graphs": None, "_wanted": None, "_pool": None, "_addresses": (), "_lock": None}
         return {**vars(self), **fresh}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """As `__getstate__` says."""
-        vars(self).update(state, graphs=OrderedDict(), _seen={}, _lock=threading.Lock())
+        vars(self).update(state, graphs=OrderedDict(), _wanted={}, _lock=threading.Lock())
 
     def __str__(self) -> str:
         if self.never:
@@ -110,16 +115,24 @@ class Batching:
     def forget(self) -> None:
         """Give the memory of all graphs back."""
         self.graphs.clear()
-        self._seen.clear()
+        self._wanted.clear()
         self._pool = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stack's own, or a batch of it."""
         if self.never or torch.compiler.is_compiling():
             return self.had(*args, **kwargs)
+        if args:
+            # Heads of transformers give token ids by place.
+            names = positional_names(self.stack)
+            if names[0] != "input_ids" or len(args) > len(names):
+                self.why_not = "its arguments are not known by their places"
+                return self.had(*args, **kwargs)
+            kwargs = named_arguments(names, args, kwargs)
         ids = kwargs.get("input_ids")
-        if args or not isinstance(ids, Tensor) or not captures(ids.device.type):
-            return self.had(*args, **kwargs)
+        if not isinstance(ids, Tensor) or not captures(ids.device.type):
+            self.why_not = "it has no token ids on a device with graphs"
+            return self.had(**kwargs)
         if not self._lock.acquire(blocking=False):
             self.why_not = "another one runs"
             return self.had(**kwargs)
@@ -146,9 +159,9 @@ class Batching:
         key = (names, texts, tokens, ids.device, getattr(self.stack.config, "_attn_implementation", None))
         graph = self.graphs.get(key)
         if graph is None:
-            self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] < _CAPTURED_FROM:
-                self.why_not = "its size came for the first time"
+            self._wanted[key] = self._wanted.get(key, _CAPTURED_FROM) - 1
+            if self._wanted[key] > 0:
+                self.why_not = "its size came too seldom for a graph so far"
                 return self.had(**kwargs)
             return self._captured(key, names, (texts, tokens), kwargs)
         self.graphs.move_to_end(key)
@@ -178,7 +191,7 @@ class Batching:
             if value is not None and not _is_a_table(value, ids):
                 return f"its {name} is not one whole number per token"
         if self.stack.training or torch.is_grad_enabled():
-            return "it is trained"
+            return "it is trained, or not called under torch.no_grad"
         if torch.is_autocast_enabled(ids.device.type):
             return "autocast is on"
         if ids.device.type == "cuda":
@@ -255,7 +268,8 @@ class Batching:
         self.graphs[key] = graph
         self.captured += 1
         if len(self.graphs) > _KEPT:
-            self.graphs.popitem(last=False)
+            given_up, _ = self.graphs.popitem(last=False)
+            self._wanted[given_up] = _CAPTURED_AGAIN_FROM
         return outputs
 
     def _refused(self, outputs: Any, why: str) -> Any:

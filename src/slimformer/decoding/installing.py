@@ -108,7 +108,7 @@ class _Memory:
 
 
 def _why_never(model: Any, anatomy: Anatomy, executors: Mapping[int, Any]) -> str:
-    """Why no step can be replayed; empty where some may be."""
+    """Why no call can be replayed, step or batch; empty where some may be."""
     if anatomy.repeats or model.config.is_encoder_decoder:
         return "its layers are called several times, or attend to an encoder"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:

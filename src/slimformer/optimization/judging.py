@@ -148,13 +148,16 @@ class Here:
     """Judges one after the other, with the model that is optimised.
 
     Args:
-        at_once: How many proposals are made before any of them is judged. More teach less each, and are as many as
-            that many judges elsewhere would be given.
+        at_once: How many proposals are made before any of them is judged, as for so many judges elsewhere. The more
+            these are, the less is known when each is made.
+
+    Raises:
+        CalibrationError: If that is no whole number from 1 up.
     """
 
     def __init__(self, at_once: int = 1) -> None:
-        if isinstance(at_once, bool) or at_once < 1:
-            raise CalibrationError(f"at_once must be at least 1, got {at_once!r}.")
+        if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
+            raise CalibrationError(f"at_once must be a whole number from 1 up, got {at_once!r}.")
         self.at_once = at_once
         self._judge: Judge | None = None
 
@@ -165,5 +168,6 @@ class Here:
 
     def judged(self, proposals: Sequence[Proposal]) -> Iterable[Candidate]:
         """Each when it is asked for."""
-        judge = self._judge
-        return () if judge is None else (judge.judged(proposal) for proposal in proposals)
+        if self._judge is None:
+            raise CalibrationError("Nothing is known to judge by. Call begin first.")
+        return map(self._judge.judged, proposals)

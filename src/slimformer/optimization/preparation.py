@@ -178,13 +178,11 @@ def prepared(asked: Asked, stages: Stages) -> tuple[Search, float]:
         long_prompts=bool(options),
         stages=stages,
     )
-    rows = losses.fit_into(len(units), asked.clock.seconds / 60)
-    if asked.decoder and rows < sizes.judged // 2:
-        _logger.info("This machine is slow at the moment: %d rows of every source are judged by.", rows)
-    asked.check_time("reading the text")
     partial = PartialResults(
         asked.checkpoint, _identity(asked, losses.text.source, sizes.judged, sizes.fitted)
     )
+    _cut(asked, losses, len(units), partial)
+    asked.check_time("reading the text")
     meter = Meter(asked.model, asked.support, work, conditions)
     found = partial.kept("costs")
     costs = Costs.from_dict(found) if found else meter.costs(units, asked.clock.part(_TIMING))
@@ -215,6 +213,22 @@ def prepared(asked: Asked, stages: Stages) -> tuple[Search, float]:
             methods = () if base.single else methods_of(base, kept.proposal.units)
             search.candidates.append(dataclasses.replace(kept, methods=methods))
     return search, recording
+
+
+def _cut(asked: Asked, losses: Losses, units: int, partial: PartialResults) -> None:
+    """Judge by what there is time for, and after an interruption by the same rows: their losses are compared."""
+    rows, known = losses.rows_each, partial.kept("rows")
+    if known is None:
+        losses.fit_into(units, asked.clock.seconds / 60)
+    elif known < rows:
+        losses.keep_rows(known)
+    if losses.rows_each < rows:
+        _logger.info(
+            "This machine is slow at the moment: %d of %d rows of every source are judged by.",
+            losses.rows_each,
+            rows,
+        )
+    partial.keep("rows", losses.rows_each)
 
 
 def _reads_prompts(conditions: Conditions) -> bool:

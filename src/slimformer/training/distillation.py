@@ -37,6 +37,13 @@ class Passed(NamedTuple):
     hidden: list[Tensor]
 
 
+def is_decoder(model: Any) -> bool:
+    """Whether a model's predictions are compared; of others, and of decoders that a SentenceTransformer embeds with,
+    the embeddings are."""
+    inner = transformer_of(model)
+    return predicts_tokens(inner, find_anatomy(inner)) and not isinstance(model, nn.Sequential)
+
+
 @dataclass
 class Distillation:
     """A patched model and what of it is trained.
@@ -65,7 +72,7 @@ class Distillation:
     def __post_init__(self) -> None:
         inner = transformer_of(self.model)
         self.anatomy = find_anatomy(inner)
-        self.decoder = predicts_tokens(inner, self.anatomy) and not isinstance(self.model, nn.Sequential)
+        self.decoder = is_decoder(self.model)
         leaving = [m for m in self.plan.methods if isinstance(m, TokenElimination) and not m.revivable]
         # Only of the last tokens is it certain that they are computed to the end.
         self.last = min((m.window for m in leaving), default=None) if self.decoder else None

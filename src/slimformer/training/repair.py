@@ -21,7 +21,7 @@ from slimformer.calibration.mixture.sources import sources_of
 from slimformer.errors import CalibrationError
 from slimformer.evaluation.panel.sizes import PanelBudget
 from slimformer.evaluation.perplexity import evaluating
-from slimformer.evaluation.readable import longest, predicts_tokens
+from slimformer.evaluation.readable import longest
 from slimformer.model.anatomy import find_anatomy, transformer_of
 from slimformer.model.layer_parts import KINDS
 from slimformer.patching import patched, status
@@ -31,7 +31,7 @@ from slimformer.text.sources import check_token_ids
 from slimformer.training.attempts.lesson import Lesson, digest, with_learnt
 from slimformer.training.attempts.minutes import Minutes
 from slimformer.training.attempts.outcome import Judges, Outcome
-from slimformer.training.distillation import Distillation
+from slimformer.training.distillation import Distillation, is_decoder
 from slimformer.training.loop import Precision, TrainingSettings, processes_meet
 from slimformer.training.rounds import in_rounds
 from slimformer.training.trained_weights import WHAT, What
@@ -156,7 +156,7 @@ def repair(
     parts = in_rounds(given, rounds)
     tokenizer = tokenizer or tokenizer_of(model)
     tokens = min(length, longest(anatomy, tokenizer))
-    decoder = Distillation(model, given).decoder
+    decoder = is_decoder(model)
     sources = sources_of(data, decoder)
     settings = dataclasses.replace(settings, precision=_precision(settings, inner))
     every = max(_EVERY, settings.steps // _MEASUREMENTS) if every is None else every
@@ -267,10 +267,8 @@ def usual_settings(model: Any) -> TrainingSettings:
         >>> usual_settings(BertModel(BertConfig(**small))).rows
         32
     """
-    inner = transformer_of(model)
-    decoder = predicts_tokens(inner, find_anatomy(inner)) and not isinstance(model, nn.Sequential)
-    rows, usual = (_ROWS, _ROWS_ELSE) if decoder else (_TEXTS, _TEXTS_ELSE)
-    return TrainingSettings(rows=rows.get(inner.device.type, usual), steps=_STEPS)
+    rows, usual = (_ROWS, _ROWS_ELSE) if is_decoder(model) else (_TEXTS, _TEXTS_ELSE)
+    return TrainingSettings(rows=rows.get(transformer_of(model).device.type, usual), steps=_STEPS)
 
 
 def _count(plan: Plan) -> int:

@@ -90,7 +90,16 @@ class CalibrationText:
         return [record_call(self.anatomy, batch) for batch in self.final_batches()]
 
     def fitting_calls(self) -> list[Call]:
-        """What replacements are fitted on while it is searched: other rows than those that are judged by."""
+        """What replacements are fitted on while it is searched: other rows than those that are judged by.
+
+        Raises:
+            DataError: If there are no others.
+        """
+        if len(self.rows["input_ids"]) <= self.judged:
+            raise DataError(
+                f"All {self.judged} rows of {self.source} are judged by, and none is left to fit replacements on. "
+                "Give more text, or replace='nothing'."
+            )
         batches = self._batches(self.judged, self.judged + self.sizes.fitted)
         return [record_call(self.anatomy, batch) for batch in batches]
 

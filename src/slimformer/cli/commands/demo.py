@@ -83,9 +83,9 @@ def demo(
     name, loaded, tokenizer = _model(model, device, dtype.value)
     document: dict[str, Any] = {}
     tables = []
-    embedder = (
-        loaded if hasattr(loaded, "encode") else _embedder(device, dtype.value) if model is None else None
-    )
+    embedder = loaded if hasattr(loaded, "encode") else None
+    if embedder is None and model is None:
+        embedder = _embedder(device, dtype.value)
     if embedder is not None:
         arrivals = _embed(embedder, texts, seed)
         document["embedding"] = {**dataclasses.asdict(arrivals), "speedup": arrivals.speedup, "data": source}

@@ -49,7 +49,7 @@ def optimize(
         typer.Option(
             metavar="X",
             show_default="2%",
-            help="The most that may be lost on average, and half of what may be of each: 2% or 0.02.",
+            help="The most that may be lost on average, 2% or 0.02; of each capability it may be twice that.",
         ),
     ] = None,
     speedup: Annotated[

@@ -36,6 +36,11 @@ def import_ray() -> Any:
     return importlib.import_module("ray")
 
 
+def cores_here() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def from_anywhere(name: Any) -> Any:
     """A folder or file by its whole path, since workers have folders of their own; anything else as it is.
 

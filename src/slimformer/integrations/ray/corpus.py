@@ -22,6 +22,7 @@ from slimformer.errors import DataError, SlimformerError
 from slimformer.integrations.ray.cluster import (
     READER_CPUS,
     Workers,
+    cores_here,
     from_anywhere,
     import_ray,
     quiet_blocks_of_one_row,
@@ -121,7 +122,7 @@ def embed_corpus(
         pace = Pace(corpus.rows, folder.rows)
         _check_bad(folder, run)
         if len(folder.finished) < corpus.shards:
-            cpus = max(_cores(), (workers or 1) * (threads or 1))
+            cpus = max(cores_here(), (workers or 1) * (threads or 1))
             with running_ray(address, cpus) as ray, quiet_blocks_of_one_row(ray):
                 there = ray.cluster_resources()
                 # One core is for those that read.
@@ -151,10 +152,6 @@ def _identity(run: CorpusRun, corpus: Any) -> dict[str, Any]:
         "precision": run.precision,
         "shard_rows": run.shard_rows,
     }
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_bad(folder: Any, run: CorpusRun) -> None:

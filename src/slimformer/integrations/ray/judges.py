@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from slimformer.errors import SlimformerError
-from slimformer.integrations.ray.cluster import Workers, running_ray, workers_on
+from slimformer.integrations.ray.cluster import Workers, cores_here, running_ray, workers_on
 from slimformer.optimization.candidates import Candidate
 from slimformer.optimization.judging import Judge
 from slimformer.optimization.units import Proposal
@@ -22,9 +21,9 @@ from slimformer.optimization.units import Proposal
 class RayJudges:
     """Judges for `slimformer.optimize`, as a context manager: Ray is found or started, and ended where it was started.
 
-    As many proposals are made at once as there are workers. So many proposals judged one after the other
-    (`slimformer.optimization.judging.Here`) are the same ones, as far as times are. A worker computes on what the model
-    that is optimised computes on: on a CPU, or each on a GPU of its own.
+    As many proposals are made at once as there are workers; `slimformer.optimization.judging.Here` makes the same ones
+    in this process, as far as times are the same. A worker computes on the kind of device that the model lies on which
+    is optimised: on a CPU, or each on a GPU of its own.
 
     Args:
         load: Makes the same model on a device that it is given, `"cpu"` or `"cuda"`, in every worker.
@@ -33,7 +32,8 @@ class RayJudges:
         threads: Of each, on a CPU.
 
     Raises:
-        SlimformerError: If Ray is not installed or cannot be reached, a worker cannot load the model, or one dies.
+        SlimformerError: If Ray is not installed or cannot be reached, a worker cannot load the model, or one
+            fails or dies, or they are given outside of their block.
         DataError: If there are fewer cores or GPUs than asked for.
 
     Example:
@@ -57,20 +57,26 @@ class RayJudges:
         self._actors: list[Any] = []
 
     def __enter__(self) -> RayJudges:
-        cpus = max(_cores(), (self.workers or 1) * (self.threads or 1))
+        cpus = max(cores_here(), (self.workers or 1) * (self.threads or 1))
         self._ray = self._stack.enter_context(running_ray(self.address, cpus))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for actor in self._actors:
-            self._ray.kill(actor)
-        self._actors = []
+        self._end()
         self._stack.close()
+        self._ray = None
 
     def begin(self, judge: Judge) -> int:
         """Start the workers, and give each what it judges by."""
+        if self._ray is None:
+            raise SlimformerError(
+                "RayJudges were given outside of their block, where there is no Ray. Write: with RayJudges(load) as "
+                "judges: slimformer.optimize(..., judges=judges)"
+            )
+        # Those of an earlier call hold the cores or GPUs that these need.
+        self._end()
         device = judge.losses.model.device.type
         there = self._ray.cluster_resources()
         group = workers_on(
@@ -95,10 +101,20 @@ class RayJudges:
                 raise torch.OutOfMemoryError(failed) if kind == "full" else SlimformerError(failed)
             yield candidate
 
+    def _end(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors = []
+
     def _answers(self, asked: Sequence[Any]) -> Iterator[Any]:
         for answer in asked:
             try:
                 yield self._ray.get(answer)
+            except self._ray.exceptions.RayTaskError as error:
+                cause = error.cause
+                raise SlimformerError(
+                    f"A worker that judges proposals failed with {type(cause).__name__}: {cause}"
+                ) from cause
             except self._ray.exceptions.RayError as error:
                 said = " ".join(str(error).split())
                 raise SlimformerError(
@@ -149,7 +165,3 @@ def _packed(judge: Judge, pickler: Any) -> bytes:
 
 def _threads(group: Workers) -> int | None:
     return None if group.gpus else group.threads
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -145,23 +145,28 @@ class Losses:
             return "KL to dense, nats per token"
         return "1 - cosine to the dense embedding"
 
-    def fit_into(self, units: int, minutes: float) -> int:
+    @property
+    def rows_each(self) -> int:
+        """How many rows of every source are judged by, of that which has fewest; 0 where text has no sources."""
+        rows = list(self.text.sources)
+        return min((rows.count(source) for source in set(rows)), default=0)
+
+    def fit_into(self, units: int, minutes: float) -> None:
         """Read less where judging every unit would take far longer than it should, by what the dense model took.
 
         Args:
             units: How many there are.
             minutes: In all.
-
-        Returns:
-            How many rows of each source are left.
         """
-        rows = self.text.sources
-        each = min((list(rows).count(source) for source in set(rows)), default=0)
+        each = self.rows_each
         allowed, expected = _PATIENCE * _SHARE * 60 * minutes, 0.6 * units * self._took
-        if each < 2 or expected <= allowed:
-            return each
-        kept = max(int(each * allowed / expected), 1)
-        places = [place for place, source in enumerate(rows) if list(rows[:place]).count(source) < kept]
+        if each >= 2 and expected > allowed:
+            self.keep_rows(max(int(each * allowed / expected), 1))
+
+    def keep_rows(self, each: int) -> None:
+        """Judge by so many rows of every source at most."""
+        rows = self.text.sources
+        places = [place for place, source in enumerate(rows) if list(rows[:place]).count(source) < each]
         self.text = dataclasses.replace(
             self.text,
             # What replacements are fitted on lies behind.
@@ -172,7 +177,6 @@ class Losses:
             sources=[rows[place] for place in places],
         )
         self._record()
-        return kept
 
     def alone(
         self,

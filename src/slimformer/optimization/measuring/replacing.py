@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from slimformer.decisions.replacements import Replace
-from slimformer.errors import PlanError, UnsupportedModelError
+from slimformer.errors import DataError, PlanError, UnsupportedModelError
 from slimformer.examination.tiers import Support
 from slimformer.optimization.measuring.costs import Costs, Meter
 from slimformer.optimization.measuring.losses import Losses
 from slimformer.optimization.units import Base, Unit
 
 _logger = logging.getLogger("slimformer")
-# A CPU solves for few inputs only in the time that there is.
+# On a CPU there is time to solve only for filters of few inputs.
 _KINDS: Mapping[str, Sequence[tuple[str, Replace, int]]] = {
     "cuda": (
         ("filters of 4 taps left", "filter", 4),
@@ -69,7 +69,7 @@ def replacing_bases(
             free = [unit for unit in units if left[unit] > _WORTH]
             if free:
                 single = losses.alone(free, {}, advance, replace, taps)
-        except (PlanError, UnsupportedModelError) as error:
+        except (DataError, PlanError, UnsupportedModelError) as error:
             _logger.info("Nothing is tried with %s: %s", name, error)
             continue
         yield _base(name, replace, taps, costs, units, left, single)
