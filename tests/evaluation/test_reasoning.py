@@ -9,8 +9,8 @@ import pytest
 
 from slimformer.evaluation.panel import Panel
 from slimformer.evaluation.panel.capabilities.prompts import continued
-from slimformer.evaluation.panel.capabilities.reasoning import ends_with, reasoning_prompts
-from slimformer.evaluation.panel.capabilities.yours import Matches, Prompt
+from slimformer.evaluation.panel.capabilities.reasoning import reasoning_prompts, solves
+from slimformer.evaluation.panel.capabilities.yours import Matches
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import tiny_model
 
@@ -28,9 +28,10 @@ SOLVED: dict[str, Callable[..., int]] = {
 def test_every_problem_has_the_answer_that_it_asks_for() -> None:
     problems = reasoning_prompts(60, seed=3)
     asked = set()
-    for _, problem in problems:
-        kind = next(kind for kind in SOLVED if kind in problem.prompt)
-        numbers = [int(number) for number in re.findall(r"\d+", problem.prompt)]
+    for problem in problems:
+        question = problem.prompt.rpartition("Question: ")[2]
+        kind = next(kind for kind in SOLVED if kind in question)
+        numbers = [int(number) for number in re.findall(r"\d+", question)]
         assert problem.answer == str(SOLVED[kind](*numbers)), problem.prompt
         assert int(problem.answer) > 0
         asked.add(kind)
@@ -48,10 +49,11 @@ def test_every_problem_has_the_answer_that_it_asks_for() -> None:
         ("1,020", False),
         ("20 - 3 = 17", False),
         ("I do not know.", False),
+        (" 4 * 5 = 20.\n\nQuestion: What is 3 + 4?", True),
     ],
 )
 def test_the_last_number_is_the_answer(written: str, right: bool) -> None:
-    assert ends_with(written, "20") is right
+    assert solves(written, "20") is right
 
 
 def test_a_model_that_solves_nothing_is_not_judged_by_it() -> None:
@@ -78,8 +80,12 @@ def test_kept_is_the_part_of_what_the_dense_model_solves() -> None:
     assert same.judged(other).kept < 1.0
 
 
-def test_a_problem_is_a_prompt_of_its_own() -> None:
-    (_, first), (_, second) = reasoning_prompts(2, seed=0)
-    assert isinstance(first, Prompt)
-    assert first.prompt.endswith("end with the answer as a number.")
-    assert first.prompt != second.prompt
+def test_worked_examples_are_right_and_none_of_the_problems() -> None:
+    prompts = reasoning_prompts(12, seed=0)
+    *examples, _ = prompts[0].prompt.split("Question: ")[1:]
+    for example in examples:
+        for left, right in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", example):
+            assert eval(left) == int(right), example
+        assert not any(
+            example.partition("\n")[0] in prompt.prompt.rpartition("Question: ")[2] for prompt in prompts
+        )

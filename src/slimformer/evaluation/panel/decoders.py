@@ -25,8 +25,7 @@ from slimformer.evaluation.readable import longest
 from slimformer.model.anatomy import find_anatomy
 
 NAMES = ("text", "own words", "copying", "retrieval", "reasoning", "yours")
-# Most tokens of an answer: of a user's prompt, and of a problem that is solved step by step.
-_ANSWER, _SOLUTION = 256, 192
+_ANSWER = 256
 
 
 @dataclass
@@ -153,13 +152,13 @@ class DecoderCapabilities:
     def reasoning(self) -> Capability | str:
         """Word problems that the dense model solves step by step."""
         asked = reasoning.reasoning_prompts(self.sizes.problems, self.seed)
-        end = "" if self._chats else "\nAnswer:"
-        ids = [prompt_ids(self.tokenizer, prompt.prompt + end, self.chat) for _, prompt in asked]
-        if max(map(len, ids)) + _SOLUTION > self.longest:
+        # Worked examples stand in front, which a chat template would only hide.
+        ids = [prompt_ids(self.tokenizer, one.prompt, chat=False) for one in asked]
+        if max(map(len, ids)) + reasoning.SOLUTION > self.longest:
             return (
                 f"problems and their solutions do not fit into the {self.longest} tokens that the model reads"
             )
-        answers = [prompt.answer or "" for _, prompt in asked]
+        answers = [one.answer or "" for one in asked]
 
         def solved(count: int) -> Matches:
             return Matches.recorded(
@@ -168,9 +167,9 @@ class DecoderCapabilities:
                 self.tokenizer,
                 ids[:count],
                 answers[:count],
-                _SOLUTION,
+                reasoning.SOLUTION,
                 self.seed,
-                reasoning.ends_with,
+                reasoning.solves,
             )
 
         first = solved(reasoning.FIRST)

@@ -1,7 +1,8 @@
 """The capability `reasoning`: word problems of two to four steps, answered by generation and judged by the last number.
 
 What a plan loses of chains of calculation does not show in how likely it finds each word of one, since a single wrong
-digit makes all that follows wrong.
+digit makes all that follows wrong. Worked examples come first (chain-of-thought prompting, arXiv 2201.11903), so that
+solutions are short, and models without a chat template give them too.
 """
 
 from __future__ import annotations
@@ -16,40 +17,59 @@ from slimformer.evaluation.panel.capabilities.yours import Prompt
 LEAST = 0.3
 # So many are asked first: a model that solves none of them is not asked the others.
 FIRST = 8
-_ASK = " Calculate step by step, and end with the answer as a number."
+# Most tokens of a solution.
+SOLUTION = 64
+_EXAMPLES = (
+    (
+        "Mia has 14 shells and finds 5 more on each of 3 days. Then Mia gives 6 shells to Omar. How many shells does "
+        "Mia have left?",
+        "On 3 days Mia finds 3 * 5 = 15 shells. Then Mia has 14 + 15 = 29 shells. After the gift Mia has 29 - 6 = 23 "
+        "shells. The answer is 23.",
+    ),
+    (
+        "A box holds 12 eggs. A farmer fills 7 boxes in the morning and 4 in the evening. How many eggs are in them?",
+        "The farmer fills 7 + 4 = 11 boxes. They hold 11 * 12 = 132 eggs. The answer is 132.",
+    ),
+    (
+        "Omar runs 6 kilometres a day for 5 days, and Mia runs half as far in all. How many kilometres do they run "
+        "together?",
+        "Omar runs 6 * 5 = 30 kilometres. Mia runs 30 / 2 = 15 kilometres. Together they run 30 + 15 = 45 kilometres. "
+        "The answer is 45.",
+    ),
+)
 _NAMES = ("Ann", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry")
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
 
-def reasoning_prompts(count: int, seed: int) -> list[tuple[str, Prompt]]:
-    """Problems with their answers, of every kind equally many, and the kind of each.
+def reasoning_prompts(count: int, seed: int) -> list[Prompt]:
+    """Problems behind worked examples, of every kind equally many, with their answers.
 
     Args:
         count: How many.
         seed: Which names and numbers.
 
     Example:
-        >>> kind, first = reasoning_prompts(6, seed=0)[0]
-        >>> kind, first.prompt[:20], first.answer.isdigit()
-        ('two steps', 'A ticket costs 15 eu', True)
+        >>> first = reasoning_prompts(6, seed=0)[0]
+        >>> first.prompt.splitlines()[-2][:28], first.answer
+        ('Question: A ticket costs 15 ', '120')
     """
     drawn = random.Random(seed)
+    shown = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in _EXAMPLES)
     found = []
     for number in range(count):
-        kind, make = _KINDS[number % len(_KINDS)]
-        text, answer = make(drawn)
-        found.append((kind, Prompt(text + _ASK, str(answer))))
+        text, answer = _KINDS[number % len(_KINDS)](drawn)
+        found.append(Prompt(f"{shown}Question: {text}\nAnswer:", str(answer)))
     return found
 
 
-def ends_with(written: str, answer: str) -> bool:
-    """Whether the last number that is written is the answer.
+def solves(written: str, answer: str) -> bool:
+    """Whether the last number of the first line that is written is the answer.
 
     Example:
-        >>> ends_with("5 * 4 = 20, and 20 + 1,004 = 1,024.", "1024"), ends_with("It is 21, or 20.", "21")
+        >>> solves(" 5 * 4 = 20, and 20 + 1,004 = 1,024.\\nQuestion: 7", "1024"), solves("It is 21, or 20.", "21")
         (True, False)
     """
-    numbers = _NUMBER.findall(written)
+    numbers = _NUMBER.findall(written.strip().partition("\n")[0])
     return bool(numbers) and float(numbers[-1].replace(",", "")) == float(answer)
 
 
@@ -95,10 +115,9 @@ def _bolts(drawn: random.Random) -> tuple[str, int]:
 def _garden(drawn: random.Random) -> tuple[str, int]:
     rows, plants, price = drawn.randint(4, 9), drawn.randint(6, 14), drawn.randint(2, 5)
     change = drawn.randint(3, 40)
-    paid = rows * plants * price + change
     text = (
         f"A gardener plants {rows} rows with {plants} tulips in each. A tulip costs {price} euros. The gardener pays "
-        f"with {paid} euros. How many euros of change does the gardener get?"
+        f"with {rows * plants * price + change} euros. How many euros of change does the gardener get?"
     )
     return text, change
 
@@ -113,11 +132,11 @@ def _ages(drawn: random.Random) -> tuple[str, int]:
     return text, age * (1 + times) + 2 * years
 
 
-_KINDS: Sequence[tuple[str, Callable[[random.Random], tuple[str, int]]]] = (
-    ("two steps", _tickets),
-    ("three steps", _marbles),
-    ("three steps", _pages),
-    ("three steps", _bolts),
-    ("three steps", _ages),
-    ("three steps", _garden),
+_KINDS: Sequence[Callable[[random.Random], tuple[str, int]]] = (
+    _tickets,
+    _marbles,
+    _pages,
+    _bolts,
+    _ages,
+    _garden,
 )
