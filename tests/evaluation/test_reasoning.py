@@ -45,6 +45,8 @@ def test_every_problem_has_the_answer_that_it_asks_for() -> None:
     [
         ("3 * 4 = 12, and 12 + 8 = 20", True),
         ("The answer is **20** euros.", True),
+        ("4 * 5 = 20. The answer is 20.Human: A box holds 12 eggs.", True),
+        ("4 * 5 = 21. The answer is 21. Or is it 20", False),
         ("20.00", True),
         ("1,020", False),
         ("20 - 3 = 17", False),
@@ -52,7 +54,7 @@ def test_every_problem_has_the_answer_that_it_asks_for() -> None:
         (" 4 * 5 = 20.\n\nQuestion: What is 3 + 4?", True),
     ],
 )
-def test_the_last_number_is_the_answer(written: str, right: bool) -> None:
+def test_the_number_at_the_end_is_the_answer(written: str, right: bool) -> None:
     assert solves(written, "20") is right
 
 

@@ -1,4 +1,4 @@
-"""The capability `reasoning`: word problems of two to four steps, answered by generation and judged by the last number.
+"""The capability `reasoning`: word problems of two to four steps, answered by generation and judged by the number at the end.
 
 What a plan loses of chains of calculation does not show in how likely it finds each word of one, since a single wrong
 digit makes all that follows wrong. Worked examples come first (chain-of-thought prompting, arXiv 2201.11903), so that
@@ -38,7 +38,9 @@ _EXAMPLES = (
     ),
 )
 _NAMES = ("Ann", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry")
-_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+_NUMBER = r"\d[\d,]*(?:\.\d+)?"
+# As the examples say it; what a model goes on to write behind that is no longer the solution.
+_SAID = re.compile(rf"answer is\D{{0,5}}({_NUMBER})")
 
 
 def reasoning_prompts(count: int, seed: int) -> list[Prompt]:
@@ -63,13 +65,14 @@ def reasoning_prompts(count: int, seed: int) -> list[Prompt]:
 
 
 def solves(written: str, answer: str) -> bool:
-    """Whether the last number of the first line that is written is the answer.
+    """Whether the first number that is said to be the answer is right; if none is, the last of the first line.
 
     Example:
-        >>> solves(" 5 * 4 = 20, and 20 + 1,004 = 1,024.\\nQuestion: 7", "1024"), solves("It is 21, or 20.", "21")
+        >>> solves(" 20 + 1,004 = 1,024. The answer is 1,024. A box holds 7 eggs.", "1024"), solves("21, or 20.", "21")
         (True, False)
     """
-    numbers = _NUMBER.findall(written.strip().partition("\n")[0])
+    said = _SAID.search(written)
+    numbers = [said[1]] if said else re.findall(_NUMBER, written.strip().partition("\n")[0])
     return bool(numbers) and float(numbers[-1].replace(",", "")) == float(answer)
 
 
