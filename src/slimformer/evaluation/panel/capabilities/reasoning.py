@@ -68,7 +68,7 @@ def solves(written: str, answer: str) -> bool:
     """Whether the first number that is said to be the answer is right; if none is, the last of the first line.
 
     Example:
-        >>> solves(" 20 + 1,004 = 1,024. The answer is 1,024. A box holds 7 eggs.", "1024"), solves("21, or 20.", "21")
+        >>> solves(" 20 + 1,004 = 1,024. The answer is 1,024. A box holds 7.", "1024"), solves("21, or 20.", "21")
         (True, False)
     """
     said = _SAID.search(written)
