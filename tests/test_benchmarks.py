@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,8 +98,9 @@ def test_every_table_is_made_from_its_results(smoke: Smoke, tmp_path: Path) -> N
     folder = smoke.folder
     marked = "".join(f"<!-- table: {name} -->\nto be replaced\n<!-- end -->\n" for name in registry.TABLES)
     filled = tables.updated(marked, folder)
-    # Further seeds are no part of a smoke run.
-    assert filled.count("| :-- |") == len(registry.TABLES) - 1
+    # Further seeds are no part of a smoke run, and engines are not installed everywhere.
+    engines = find_spec("onnxscript") is not None and find_spec("onnxruntime") is not None
+    assert filled.count("| :-- |") == len(registry.TABLES) - (1 if engines else 2)
     assert (
         tables.updated("<!-- table: real_quality_seeds -->\n<!-- end -->", folder).count("Not measured yet")
         == 1
@@ -136,7 +138,7 @@ def test_the_list_says_how_long_each_benchmark_takes_and_what_it_needs() -> None
     for name, benchmark in registry.BENCHMARKS.items():
         file = ROOT / "benchmarks" / "results" / f"{name}.json"
         if not file.exists():
-            assert f"    {hardware[benchmark.on]}; took an unknown time\n" in found[name]
+            assert f"    {hardware[benchmark.on]}; took an unknown time\n" in f"{found[name]}\n"
             continue
         content = results.read(file)
         stopped = "" if content["complete"] else " until it was stopped"

@@ -1,4 +1,4 @@
-"""The capability `reasoning`: word problems of two to four steps, answered by generation, judged by what is said at last.
+"""The capability `reasoning`: word problems of two to four steps, answered by generation and judged by the answer.
 
 What a plan loses of chains of calculation does not show in how likely it finds each word of one, since a single wrong
 digit makes all that follows wrong. Worked examples come first (chain-of-thought prompting, arXiv 2201.11903), so that
