@@ -8,9 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from slimformer.evaluation.panel import Panel
+from slimformer.evaluation.panel.capabilities import reasoning
 from slimformer.evaluation.panel.capabilities.prompts import continued
 from slimformer.evaluation.panel.capabilities.reasoning import reasoning_prompts, solves
 from slimformer.evaluation.panel.capabilities.yours import Matches
+from slimformer.evaluation.panel.sizes import SIZES
 from tiny_checkpoints import tiny_tokenizer
 from tiny_models import tiny_model
 
@@ -91,3 +93,19 @@ def test_worked_examples_are_right_and_none_of_the_problems() -> None:
         assert not any(
             example.partition("\n")[0] in prompt.prompt.rpartition("Question: ")[2] for prompt in prompts
         )
+
+
+def test_all_problems_are_asked_of_a_model_that_solves_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a model of random weights writes solves nothing, so that everything but "nothing" counts here.
+    monkeypatch.setattr(reasoning, "solves", lambda written, answer: bool(written) and int(answer) % 2 == 0)
+    model, tokenizer = tiny_model("llama", max_position_embeddings=2048), tiny_tokenizer()
+    tokenizer.model_max_length = 2048
+    panel = Panel.recorded(model, tokenizer, budget="quick", capabilities=["reasoning"])
+    (found,) = panel.capabilities
+    asked = reasoning_prompts(SIZES["quick"].problems, seed=0)
+    assert isinstance(found, Matches)
+    assert list(found.answers) == [problem.answer for problem in asked]
+    assert len(found.prompts) == len(found.dense) == len(asked)
+    even = [int(problem.answer or 0) % 2 == 0 for problem in asked]
+    assert found.dense.tolist() == [float(right) for right in even]
+    assert found.judged(model).kept == 1.0

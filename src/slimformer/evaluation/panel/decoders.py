@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimformer.errors import DataError
@@ -160,20 +161,23 @@ class DecoderCapabilities:
             )
         answers = [one.answer or "" for one in asked]
 
-        def solved(count: int) -> Matches:
+        def solved(some: slice) -> Matches:
             return Matches.recorded(
                 "reasoning",
                 self.model,
                 self.tokenizer,
-                ids[:count],
-                answers[:count],
+                ids[some],
+                answers[some],
                 reasoning.SOLUTION,
                 self.seed,
                 reasoning.solves,
             )
 
-        first = solved(reasoning.FIRST)
-        found = solved(len(ids)) if float(first.dense.sum()) else first
+        found = solved(slice(reasoning.FIRST))
+        if float(found.dense.sum()) and len(ids) > reasoning.FIRST:
+            # Each is asked once.
+            others = solved(slice(reasoning.FIRST, None))
+            found = replace(found, prompts=ids, answers=answers, dense=torch.cat([found.dense, others.dense]))
         share = float(found.dense.mean())
         if share < reasoning.LEAST:
             return (
